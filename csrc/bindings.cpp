@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// The index of the extension: one m.def per entry and no logic.  Tensors arrive as addresses; ops/ has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cpu.h"
+#include "core/graph.h"
+#include "core/parallel.h"
+
+namespace py = pybind11;
+namespace helexa {
+namespace {
+
+// Pointers cross the boundary as integers.
+template <class T>
+using Wire = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T unwire(const Wire<T>& value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return value;
+  }
+}
+
+// Wraps a CPU op: drops the GIL, and runs it or records it into the graph that the thread captures.
+template <class... Args>
+auto cpu(void (*op)(Args...)) {
+  return [op](Wire<Args>... args) {
+    py::gil_scoped_release unlocked;
+    launch([op, args...] { op(unwire<Args>(args)...); });
+  };
+}
+
+// Wraps a CUDA op, whose last argument is the stream.
+template <class... Args>
+[[maybe_unused]] auto cuda(void (*op)(Args...)) {
+  return [op](Wire<Args>... args) {
+    py::gil_scoped_release unlocked;
+    op(unwire<Args>(args)...);
+  };
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of helexa; private to helexa.ops and helexa.parallel.";
+
+  m.def("cpu_isa", [] { return isa_name(cpu_isa()); });
+  m.def("limit_isa", [](int highest) { limit_isa(static_cast<Isa>(highest)); });
+  m.def("set_num_threads", &set_num_threads, py::call_guard<py::gil_scoped_release>());
+  m.def("num_threads", &num_threads, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<CpuGraph>(m, "CpuGraph")
+      .def(py::init<>())
+      .def("begin_capture", &CpuGraph::begin_capture)
+      .def("end_capture", &CpuGraph::end_capture)
+      .def("replay", &CpuGraph::replay, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &CpuGraph::size);
+
+#ifdef HELEXA_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+}
+
+}  // namespace
+}  // namespace helexa

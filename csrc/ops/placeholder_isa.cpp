@@ -1,0 +1,1 @@
+namespace helexa { namespace HELEXA_ISA { void placeholder() {} } }

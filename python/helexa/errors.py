@@ -1,0 +1,179 @@
+"""Every error that helexa reports to a user, as one tree.
+
+Each class carries the HTTP `status` and the machine-readable `code` of the API's error envelope; instances may add
+`param` (the request field at fault) and `retry_after_s`. Nothing here imports anything of helexa.
+"""
+
+
+class HelexaError(Exception):
+    """Root of all errors with a message meant for the user."""
+
+    status = 500
+    code = "internal_error"
+    type = "api_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None, **extra: object):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.extra = extra  # further members of the error envelope, e.g. max and prompt_tokens
+
+
+class BadRequest(HelexaError):
+    """The request cannot be served as it stands; sending it again unchanged will fail again."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class MalformedJson(BadRequest):
+    """The body is not JSON."""
+
+    code = "malformed_json"
+
+
+class InvalidParameter(BadRequest):
+    """A field of the request has the wrong type or value; `param` names it."""
+
+    code = "invalid_parameter"
+
+
+class MissingModel(BadRequest):
+    """The request names no model."""
+
+    code = "missing_model_field"
+
+
+class ContextTooLong(BadRequest):
+    """Prompt and requested output do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class PayloadTooLarge(BadRequest):
+    """The body is larger than the configured limit, or the prompt than all of the KV cache."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class UnknownModel(BadRequest):
+    """No model of that name is known."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class NotFound(BadRequest):
+    """No such route."""
+
+    status = 404
+    code = "not_found"
+
+
+class Unauthorized(HelexaError):
+    """A key is required and is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Unavailable(HelexaError):
+    """Cannot be served now; a later try may succeed."""
+
+    status = 503
+    code = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = 5, **keywords: object):
+        super().__init__(message, retry_after_s=retry_after_s, **keywords)  # type: ignore[arg-type]
+
+
+class ModelLoading(Unavailable):
+    """The model is being loaded."""
+
+    code = "model_loading"
+
+
+class Overloaded(Unavailable):
+    """The queue is full, or the wait for a seat was too long."""
+
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+
+class NoPlacement(Unavailable):
+    """No node can take the model now."""
+
+
+class ShuttingDown(Unavailable):
+    """The process is draining."""
+
+    code = "shutting_down"
+
+
+class DeviceError(HelexaError):
+    """Something failed on a compute device."""
+
+    status = 503
+    code = "device_error"
+
+
+class OutOfMemory(DeviceError):
+    """The device has too little free memory."""
+
+    code = "insufficient_memory"
+
+
+class DevicePoisoned(DeviceError):
+    """An earlier fault left the device's worker unusable until the model is loaded again."""
+
+    code = "device_poisoned"
+
+
+class UpstreamError(HelexaError):
+    """A neuron failed to answer."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamTimeout(UpstreamError):
+    """A neuron did not answer in time."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class UpstreamClosed(UpstreamError):
+    """A neuron closed the connection before its answer was complete."""
+
+    code = "upstream_connection_error"
+
+
+class InvalidFile(HelexaError):
+    """A weight file is malformed; the message names the place, what was found and what was expected."""
+
+    status = 422
+    code = "invalid_model_file"
+    type = "invalid_request_error"
+
+
+class UnsupportedModel(InvalidFile):
+    """A well-formed file of an architecture, tensor type or tokenizer that is not implemented."""
+
+    code = "unsupported_model"
+
+
+class SourceError(HelexaError):
+    """A model could not be found or fetched."""
+
+    status = 422
+    code = "repo_fetch_failed"
+
+
+class ConfigError(HelexaError):
+    """A configuration file or environment override is wrong; the message names file and key."""
+
+    code = "invalid_configuration"
