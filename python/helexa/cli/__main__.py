@@ -1,0 +1,5 @@
+"""`python -m helexa.cli`."""
+
+from helexa.cli import main
+
+main()
