@@ -9,6 +9,9 @@
 #include "core/cpu.h"
 #include "core/graph.h"
 #include "core/parallel.h"
+#include "ops/embedding.h"
+#include "ops/pack.h"
+#include "ops/quant_matmul.h"
 
 namespace py = pybind11;
 namespace helexa {
@@ -59,6 +62,15 @@ PYBIND11_MODULE(_C, m) {
       .def("end_capture", &CpuGraph::end_capture)
       .def("replay", &CpuGraph::replay, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &CpuGraph::size);
+
+  py::class_<WeightView>(m, "WeightView")
+      .def(py::init([](int format, std::uintptr_t packed, int64_t rows, int64_t cols, std::uintptr_t bias) {
+        return WeightView{format, reinterpret_cast<const uint8_t*>(packed), rows, cols, reinterpret_cast<const float*>(bias)};
+      }));
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack_cpu", cpu(&pack_cpu));
+  m.def("embedding_cpu", cpu(&embedding_cpu));
+  m.def("quant_matmul_cpu", cpu(&quant_matmul_cpu));
 
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;

@@ -1,1 +1,0 @@
-namespace helexa { namespace HELEXA_ISA { void placeholder() {} } }

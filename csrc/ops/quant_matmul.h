@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/cpu.h"
+
+namespace helexa {
+
+// One packed weight matrix [rows, cols] with an optional bias [rows].
+struct WeightView {
+  int format;
+  const uint8_t* packed;
+  int64_t rows, cols;
+  const float* bias;
+};
+
+// out[:, n0 : n0 + rows_i] = x · weights_iᵀ + bias_i for weights that share the input x, side by side in out.
+// x: [num_tokens, cols] float32.  out: [num_tokens, sum of rows] float32; must not overlap x.
+//
+// Quantized formats see x as int8 with one float32 scale per 32 columns (scale = absmax / 127), multiply integers exactly and sum
+// the blocks in float32.  Float formats multiply in float32.
+void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView> weights, float* out);
+
+// The input as the integer kernels read it.  Tokens are taken in groups of `width`; a group is cols / 32 records, one for each
+// block of 32 columns, so that a kernel walks one contiguous run:
+//   int8 codes[width][32], float scale[width], float sum[width] (scale * sum of codes),
+//   int32 negative_sum[width], int32 negative_sum16[2][width]
+// Tokens that fill up a group are zeros.
+constexpr int64_t group_record_bytes(int64_t width) { return width * (32 + 4 + 4 + 4 + 8); }
+
+// What one call of a tile kernel covers: 16 weight rows against all tokens.
+struct TileCall {
+  const float* x;            // [num_tokens, cols]: the input of float formats
+  const uint8_t* quantized;  // groups of records: the input of quantized formats
+  int64_t num_tokens, cols;
+  int format;
+  const uint8_t* tile;
+  const float* bias;  // [num_rows] of this tile, or null
+  int num_rows;       // 1..16 rows of the tile exist
+  float* out;         // [num_tokens, out_stride] at the tile's first row
+  int64_t out_stride;
+};
+
+HELEXA_ISA_KERNEL(void, quant_matmul_tile, const TileCall& call)
+// Tokens per group while `remaining` are left.
+HELEXA_ISA_KERNEL(int, token_group_width, int64_t remaining)
+// Quantizes num_tokens <= width rows of x [num_tokens, cols] into the records of one group.
+HELEXA_ISA_KERNEL(void, quantize_group, const float* x, int64_t num_tokens, int width, int64_t cols, uint8_t* records)
+
+}  // namespace helexa

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#include "ops/quant_matmul.h"
+
+#include <algorithm>
+
+#include "core/parallel.h"
+#include "quant/packed.h"
+
+namespace helexa {
+namespace {
+
+// Below this many values one thread quantizes the input faster than two can be set to work.
+constexpr int64_t kSerialValues = 32768;
+// Weight bytes that a thread claims at once while decoding: large enough to stream, small enough that a thread which the system takes
+// off its core leaves little behind.
+constexpr int64_t kDecodeChunkBytes = 48 * 1024;
+
+bool is_quantized(int format) {
+  return with_format(static_cast<Format>(format), [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
+}
+
+// The quantized input.  Its memory grows to the largest input seen on this thread and is then reused.
+class QuantizedInput {
+ public:
+  const uint8_t* fill(const float* x, int64_t num_tokens, int64_t cols) {
+    const auto group_width = pick_token_group_width();
+    const auto quantize_group = pick_quantize_group();
+    const int full_width = group_width(num_tokens);
+    const int64_t blocks = cols / 32;
+    const int64_t num_groups = (num_tokens + full_width - 1) / full_width;
+    const int64_t group_bytes = blocks * group_record_bytes(full_width);
+    if (static_cast<int64_t>(records_.size()) < num_groups * group_bytes) records_.resize(num_groups * group_bytes);
+    uint8_t* records = records_.data();
+    auto quantize = [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t first = g * full_width;
+        const int64_t left = num_tokens - first;
+        const int width = group_width(left);
+        quantize_group(x + first * cols, std::min<int64_t>(left, width), width, cols, records + g * group_bytes);
+      }
+    };
+    if (num_tokens * cols <= kSerialValues) {
+      quantize(0, num_groups);
+    } else {
+      parallel_for(num_groups, 1, quantize);
+    }
+    return records;
+  }
+
+ private:
+  std::vector<uint8_t> records_;
+};
+
+thread_local QuantizedInput quantized_input;
+
+struct TileRun {
+  const WeightView* weight;
+  int64_t tile_bytes;
+  int64_t first_tile;  // over all weights
+  int64_t column;      // of out
+};
+
+}  // namespace
+
+void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView> weights, float* out) {
+  if (num_tokens == 0) return;
+  const int64_t cols = weights[0].cols;
+  std::vector<TileRun> runs;
+  int64_t num_tiles = 0, out_stride = 0, most_tile_bytes = 1;
+  bool any_quantized = false;
+  for (const WeightView& w : weights) {
+    const int64_t bytes = packed_tile_bytes(static_cast<Format>(w.format), cols);
+    runs.push_back({&w, bytes, num_tiles, out_stride});
+    num_tiles += (w.rows + kTileRows - 1) / kTileRows;
+    out_stride += w.rows;
+    most_tile_bytes = std::max(most_tile_bytes, bytes);
+    any_quantized |= is_quantized(w.format);
+  }
+
+  TileCall common{};
+  common.x = x;
+  common.num_tokens = num_tokens;
+  common.cols = cols;
+  common.out_stride = out_stride;
+  if (any_quantized) common.quantized = quantized_input.fill(x, num_tokens, cols);
+
+  const auto kernel = pick_quant_matmul_tile();
+  const int64_t grain = num_tokens > 8 ? 1 : std::max<int64_t>(1, kDecodeChunkBytes / most_tile_bytes);
+  parallel_for(num_tiles, grain, [&](int64_t begin, int64_t end) {
+    size_t run = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (run + 1 < runs.size() && tile >= runs[run + 1].first_tile) ++run;
+      const WeightView& w = *runs[run].weight;
+      const int64_t local = tile - runs[run].first_tile;
+      const int64_t row = local * kTileRows;
+      TileCall call = common;
+      call.format = w.format;
+      call.tile = w.packed + local * runs[run].tile_bytes;
+      call.bias = w.bias == nullptr ? nullptr : w.bias + row;
+      call.num_rows = static_cast<int>(std::min<int64_t>(kTileRows, w.rows - row));
+      call.out = out + runs[run].column + row;
+      kernel(call);
+    }
+  });
+}
+
+}  // namespace helexa

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include "core/float_types.h"
+#include "quant/block.h"
+
+namespace helexa {
+
+struct F32 {
+  static constexpr int kBlockSize = 1, kBlockBytes = 4, kBits = 0, kZero = 0;
+  static constexpr Scales kScales = Scales::kPlain;
+  static float decode(const uint8_t* value) {
+    float result;
+    std::memcpy(&result, value, sizeof result);
+    return result;
+  }
+};
+
+}  // namespace helexa

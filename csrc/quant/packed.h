@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// The layout that the CPU kernels read.  A weight matrix [N, K] becomes ceil(N / 16) tiles, one after the other; a tile is 16 rows
+// (missing rows are zeros) and runs through all of K, so that a kernel streams it once from front to back.
+//
+// Lane r of a 64-byte vector is row r and holds 4 consecutive columns, one per byte: what one 8-bit dot instruction eats.  The 32
+// columns of a block are 8 such column quads:
+//   4 bits   4 vectors; vector j holds quad j in its low nibbles and quad j + 4 in its high ones
+//   5 bits   the same, then 1 vector of fifth bits: bit q of a byte belongs to quad q
+//   6 bits   the same as 4, then 2 vectors of bit pairs: pair i of vector h belongs to quad 4 h + i
+//   8 bits   8 vectors
+// Scales stand before the codes they belong to, each as 16 values, one per row:
+//   kSymmetric  [f16 d] codes                     per block of 32
+//   kAffine     [f16 d] [f16 m] codes             per block of 32
+//   kSuperMin   [f16 d] [f16 dmin] 8 x [u8 scale] 8 x [u8 min] 8 x codes     per 256
+//   kSuper16    [f16 d] 16 x [i8 scale] 8 x codes                            per 256
+//   kPlain      no codes: column by column, 16 values of the file's type
+// Values are those of the file, bit for bit; only Q4_K and Q5_K grow, by 4 bytes in 144 and 176, since their 6-bit scales become bytes.
+#pragma once
+
+#include "quant/formats.h"
+
+namespace helexa {
+
+constexpr int kTileRows = 16;
+
+constexpr int code_bytes(int bits) { return 16 * 32 * bits / 8; }  // of one block of 32 columns, 16 rows
+
+// Columns of the unit that repeats along a tile, and its bytes.
+template <class F>
+constexpr int unit_cols() {
+  return F::kBlockSize;
+}
+
+template <class F>
+constexpr int unit_bytes() {
+  switch (F::kScales) {
+    case Scales::kPlain: return kTileRows * F::kBlockBytes;
+    case Scales::kSymmetric: return 32 + code_bytes(F::kBits);
+    case Scales::kAffine: return 64 + code_bytes(F::kBits);
+    case Scales::kSuperMin: return 64 + 256 + 8 * code_bytes(F::kBits);
+    case Scales::kSuper16: return 32 + 256 + 8 * code_bytes(F::kBits);
+  }
+  return 0;
+}
+
+template <class F>
+constexpr int64_t tile_bytes(int64_t cols) {
+  return cols / unit_cols<F>() * unit_bytes<F>();
+}
+
+// Offset in a unit of the codes of its block-th run of 32 columns.
+template <class F>
+constexpr int codes_offset(int block) {
+  return unit_bytes<F>() - (F::kBlockSize / 32 - block) * code_bytes(F::kBits);
+}
+
+inline int64_t packed_tile_bytes(Format format, int64_t cols) {
+  return with_format(format, [&](auto f) { return tile_bytes<decltype(f)>(cols); });
+}
+
+}  // namespace helexa

@@ -1,0 +1,38 @@
+"""Rows of a packed weight matrix, looked up by token id."""
+
+import torch
+from torch import Tensor
+
+from helexa import _C
+from helexa.ops.pack import FORMAT_IDS, PackedWeight
+from helexa.ops.tensor import check
+
+
+def embedding(token_ids: Tensor, weight: PackedWeight, *, out: Tensor | None = None) -> Tensor:
+    """out[t] = weight[token_ids[t]].
+
+    token_ids: [T] int32, contiguous.   weight: [V, D].   out: [T, D] float32; ids outside [0, V) give zeros.
+    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    """
+    check(token_ids.dtype == torch.int32 and token_ids.ndim == 1, "embedding: token_ids must be [T] int32")
+    num_tokens = token_ids.shape[0]
+    out = torch.empty(num_tokens, weight.cols) if out is None else out
+    check(
+        out.shape == (num_tokens, weight.cols) and out.is_contiguous(),
+        f"embedding: out {tuple(out.shape)} is not [{num_tokens}, {weight.cols}]",
+    )
+    _C.embedding_cpu(
+        token_ids.data_ptr(),
+        num_tokens,
+        FORMAT_IDS[weight.format],
+        weight.data.data_ptr(),
+        weight.rows,
+        weight.cols,
+        out.data_ptr(),
+    )
+    return out
+
+
+def embedding_reference(token_ids: Tensor, weight: PackedWeight) -> Tensor:
+    """The same by whole-matrix decoding."""
+    return weight.dequantize()[token_ids.long()]
