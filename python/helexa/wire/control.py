@@ -167,7 +167,7 @@ class LoadOptions(Request, frozen=True):
 
 
 class LoadRequest(Request, frozen=True):
-    """`source` is a path or name to resolve; without one, the configured model of that id or the id itself."""
+    """`source` is a path or name to resolve; without one, the configured model of that id or the id."""
 
     model_id: str
     source: str | None = None

@@ -1,0 +1,84 @@
+"""Request bodies into types: whatever is wrong is an error that names field, value and expectation."""
+
+import difflib
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from helexa.errors import InvalidParameter, MalformedJson, MissingModel
+
+T = TypeVar("T")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+_SHOWN = 80  # characters of a wrong value that a message repeats
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """`body` as a `kind`. Raises MalformedJson, MissingModel or InvalidParameter."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _describe(error, body, kind) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        repaired = _without_lone_surrogates(body)
+        if repaired is None:
+            raise MalformedJson(f"the body is not JSON: {error}") from None
+        return decode(repaired, kind)
+
+
+def _without_lone_surrogates(body: bytes) -> bytes | None:
+    """`body` with U+FFFD for each half character, as JavaScript clients that cut a string send, if it has any."""
+    if b"\\u" not in body:
+        return None
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+    repaired = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return repaired.encode() if repaired != text else None
+
+
+def _describe(error: msgspec.ValidationError, body: bytes, kind: type) -> InvalidParameter | MissingModel:
+    text, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    name = re.search(r"`([^`]*)`$", text)
+    if name and text.startswith("Object missing required field"):
+        param = f"{path}.{name[1]}".lstrip(".")
+        if param == "model":
+            return MissingModel("the request names no model; set the field 'model'", param=param)
+        return InvalidParameter(f"missing required field '{param}'", param=param)
+    if name and text.startswith("Object contains unknown field"):
+        param = f"{path}.{name[1]}".lstrip(".")
+        hint = _nearest(name[1], kind) if not path else ""
+        return InvalidParameter(f"unknown field '{param}'{hint}", param=param)
+    expectation = _readable(text)
+    if not path:
+        return InvalidParameter(f"the body is wrong: {expectation}")
+    param = path.replace("[...]", "")
+    return InvalidParameter(f"'{param}' is {_shown(body, path)}; {expectation}", param=param)
+
+
+def _nearest(name: str, kind: type) -> str:
+    known = getattr(kind, "__struct_fields__", ())
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _readable(text: str) -> str:
+    """'Expected `int | null`, got `str`' as 'expected an integer or null, got a string', in JSON's words."""
+    words = {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}
+    text = re.sub(r"\b(int|float|str|bool)\b", lambda match: words[match[1]], text)
+    text = text.replace(" | ", " or ").replace("`", "")
+    return text[:1].lower() + text[1:]
+
+
+def _shown(body: bytes, path: str) -> str:
+    """The value at msgspec's `path` in `body`, as JSON, cut short."""
+    value: Any = msgspec.json.decode(body)
+    for name, index in _STEP.findall("." + path if path[0] != "[" else path):
+        if index == "...":
+            break
+        value = value[int(index)] if index else value.get(name)
+    shown = msgspec.json.encode(value).decode()
+    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 1] + "…"

@@ -1,0 +1,96 @@
+"""OpenAI text completions: no chat template, prompts as text or token ids."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from helexa.errors import InvalidParameter
+from helexa.wire.body import decode
+from helexa.wire.generation import MAX_CHOICES, FinishReason, GenerationRequest, Usage
+
+Prompt = str | list[int]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[str | TokenId | list[TokenId]]
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prompts = self.prompts
+        if not prompts or not all(prompts):
+            raise InvalidParameter("'prompt' is empty; expected text or token ids", param="prompt")
+        if len(prompts) * self.num_choices > MAX_CHOICES:
+            message = (
+                f"{len(prompts)} prompts with n={self.num_choices}; at most {MAX_CHOICES} answers are allowed"
+            )
+            raise InvalidParameter(message, param="n")
+        if self.suffix:
+            raise InvalidParameter("'suffix' is not supported; leave it out", param="suffix")
+        if self.best_of is not None and self.best_of != self.num_choices:
+            message = (
+                f"'best_of' is {self.best_of}; only best_of equal to n ({self.num_choices}) is supported"
+            )
+            raise InvalidParameter(message, param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidParameter("'echo' together with 'logprobs' is not supported", param="echo")
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, each a text or a list of token ids; a flat list of integers is one prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        if ids and len(ids) == len(self.prompt):
+            return [ids]
+        texts = [item for item in self.prompt if not isinstance(item, int)]
+        if ids:
+            raise InvalidParameter("'prompt' mixes token ids with other prompts", param="prompt")
+        return list(texts)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """The request in `body`. Raises MalformedJson, MissingModel or InvalidParameter naming the field."""
+    return decode(body, CompletionRequest)
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer, and each chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = msgspec.field(default_factory=lambda: "text_completion")
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
