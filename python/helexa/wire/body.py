@@ -28,7 +28,7 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 def _without_lone_surrogates(body: bytes) -> bytes | None:
-    """`body` with U+FFFD for each half character, as JavaScript clients that cut a string send, if it has any."""
+    """`body` with U+FFFD for each half character, as JavaScript clients that cut a text send; or None."""
     if b"\\u" not in body:
         return None
     try:

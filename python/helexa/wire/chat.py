@@ -1,7 +1,7 @@
 """OpenAI chat completions: the canonical request, answer and stream chunks of helexa.
 
-Every documented field is a member, so an unknown one is an error that names it. A well-formed field that a server
-cannot honour is the server's to refuse.
+Every documented field is a member, so an unknown one is an error that names it. A well-formed field that a
+server cannot honour is the server's to refuse.
 """
 
 from typing import Annotated, Any, Literal

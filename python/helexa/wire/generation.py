@@ -107,7 +107,7 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def total_usage(usages: Iterable[Usage]) -> Usage:
-    """The usage of one request from those of its choices: the prompt counts once, the times are the longest."""
+    """The usage of a request from those of its choices: the prompt counts once, the longest times count."""
     parts = list(usages)
     first = parts[0]
     timings = [part.helexa_timing for part in parts if part.helexa_timing]
