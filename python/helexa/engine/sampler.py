@@ -181,7 +181,7 @@ def nearest(gaps: FloatArray, count: int) -> IdArray:
 def nucleus(weights: FloatArray, top_p: float) -> IdArray:
     """Indices, ascending, of the fewest weights that hold `top_p` of the total (Holtzman et al. 2020).
 
-    Only weights above a cut are sorted: the first cut leaves at most 10^4, the second drops less than the rest.
+    Only weights above a cut are sorted: the first leaves at most 10^4, the second drops less than 1 - top_p.
     """
     total = float(weights.sum(dtype=np.float64))
     target = top_p * total
