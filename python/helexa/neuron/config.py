@@ -1,0 +1,104 @@
+"""neuron.toml as frozen data."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from helexa.settings import LogConfig
+from helexa.wire.control import LoadOptions
+
+
+@dataclass(frozen=True)
+class NeuronSection:
+    """[neuron]"""
+
+    host: str = "127.0.0.1"
+    port: int = 13131
+    max_body_bytes: int = 64 * 2**20
+    keep_alive_s: float = 1.0  # silence of a stream after which a comment shows that it is alive
+    shutdown_grace_s: float = 30.0  # how long running requests may go on after a signal, or an unload
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be from 0 to 65535, not {self.port}")
+        if self.max_body_bytes < 1024:
+            raise ValueError(f"max_body_bytes must be at least 1024, not {self.max_body_bytes}")
+        if self.keep_alive_s <= 0 or self.shutdown_grace_s < 0:
+            raise ValueError("keep_alive_s must be positive and shutdown_grace_s not negative")
+
+
+@dataclass(frozen=True)
+class AdmissionSection:
+    """[admission], for each model: requests that run, requests that wait, and how long they may."""
+
+    max_in_flight: int | None = None  # as many as the engine has sequences
+    max_queue_depth: int = 16
+    max_wait_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.max_in_flight is not None and self.max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {self.max_in_flight}")
+        if self.max_queue_depth < 0 or self.max_wait_s <= 0:
+            raise ValueError("max_queue_depth must not be negative and max_wait_s must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSection:
+    """[engine]: how models run unless their own entry or the load request says otherwise."""
+
+    device: str | None = None
+    max_context: int | None = None
+    max_sequences: int | None = None
+    kv_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    kv_cache_tokens: int | None = None
+    num_threads: int | None = None
+    prefill_chunk: int | None = None
+    prefix_cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+    @property
+    def options(self) -> LoadOptions:
+        return LoadOptions(**{field.name: getattr(self, field.name) for field in fields(EngineSection)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry(EngineSection):
+    """[[models]]: a model that this neuron knows; `source` is a path or a name to resolve, by default the id."""
+
+    id: str
+    source: str | None = None
+    load: bool = True  # as soon as the neuron listens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.id.strip():
+            raise ValueError("a model has an empty id")
+
+
+@dataclass(frozen=True)
+class NeuronConfig:
+    """The whole file."""
+
+    neuron: NeuronSection = NeuronSection()
+    admission: AdmissionSection = AdmissionSection()
+    engine: EngineSection = EngineSection()
+    log: LogConfig = LogConfig()
+    models: tuple[ModelEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids = [model.id for model in self.models]
+        if twice := next((name for name in ids if ids.count(name) > 1), None):
+            raise ValueError(f"two models have the id {twice!r}")
+
+
+def merge_options(*layers: LoadOptions) -> dict[str, object]:
+    """The options that are set, each from the first of `layers` that sets it."""
+    merged: dict[str, object] = {}
+    for layer in reversed(layers):
+        values = {name: getattr(layer, name) for name in LoadOptions.__struct_fields__}
+        merged |= {name: value for name, value in values.items() if value is not None}
+    return merged

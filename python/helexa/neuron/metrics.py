@@ -1,0 +1,84 @@
+"""Prometheus metrics of a neuron, in a registry of their own so that several can live in one process."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from helexa.wire.control import ModelLoad
+from helexa.wire.generation import Usage
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_REQUEST_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+_FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
+_INTER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_LOAD_S = (0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+
+
+class _LoadCollector(Collector):
+    """Gauges read from the models when they are scraped, so that an unloaded model leaves no stale series."""
+
+    def __init__(self, read: Callable[[], Iterable[ModelLoad]]):
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        loads = list(self._read())
+        for name, text in (
+            ("in_flight", "Seats taken by running requests."),
+            ("queue_depth", "Requests that wait for a seat."),
+            ("max_in_flight", "Seats."),
+            ("max_queue_depth", "Places in the queue."),
+            ("kv_tokens_used", "Positions of the KV cache in use."),
+            ("kv_tokens_total", "Positions of the KV cache."),
+            ("tok_s_prefill", "Recent prefill speed in tokens per second."),
+            ("tok_s_decode", "Recent decode speed in tokens per second."),
+        ):
+            gauge = GaugeMetricFamily(f"helexa_neuron_model_{name}", text, labels=["model"])
+            for load in loads:
+                gauge.add_metric([load.id], getattr(load, name))
+            yield gauge
+
+
+class Metrics:
+    """Counters and histograms, each with the label `model`; an unknown model counts under the empty name."""
+
+    def __init__(self, read_loads: Callable[[], Iterable[ModelLoad]] = list):
+        self._registry = CollectorRegistry()
+        self._registry.register(_LoadCollector(read_loads))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"helexa_neuron_{name}", text, ["model", *labels], registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"helexa_neuron_{name}", text, ["model"], buckets=buckets, registry=self._registry
+            )
+
+        self.requests = counter("requests", "Generating requests.", "route")
+        self.errors = counter("request_errors", "Generating requests that failed.", "code")
+        self.cancelled = counter("requests_cancelled", "Generating requests whose client left.")
+        self.rejections = counter("rejections", "Requests sent away by admission.", "reason")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
+        self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens taken from the prefix cache.")
+        self.completion_tokens = counter("completion_tokens", "Generated tokens.")
+        self.loads = counter("model_loads", "Model loads.", "result")
+        self.unloads = counter("model_unloads", "Model unloads.")
+        self.duration = histogram("request_duration_seconds", "Whole requests.", _REQUEST_S)
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_S
+        )
+        self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _INTER_TOKEN_S)
+        self.load_seconds = histogram("model_load_seconds", "Successful loads.", _LOAD_S)
+
+    def count_usage(self, model: str, usage: Usage) -> None:
+        """Adds the tokens of one finished request."""
+        self.prompt_tokens.labels(model).inc(usage.prompt_tokens)
+        self.completion_tokens.labels(model).inc(usage.completion_tokens)
+        if usage.prompt_tokens_details:
+            self.cached_tokens.labels(model).inc(usage.prompt_tokens_details.cached_tokens)
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self._registry)
