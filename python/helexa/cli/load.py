@@ -1,0 +1,129 @@
+"""`helexa load` and `helexa unload`: which models a neuron holds in memory."""
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from helexa.cli.client import GATEWAY_URL, Client, Key
+from helexa.errors import BadRequest, HelexaError, UnknownModel
+
+POLL_S = 0.3
+
+Url = Annotated[str, typer.Option(help="gateway, which knows its neurons, or a neuron", envvar="HELEXA_URL")]
+Node = Annotated[str | None, typer.Option(help="which of the gateway's neurons, where there are several")]
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """A bar with phase and percent, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    return Progress(*columns, TimeElapsedColumn(), console=console or Console(stderr=True), transient=True)
+
+
+async def model_info(client: Client, model: str) -> dict[str, Any] | None:
+    """The neuron's entry for the model, None when it does not know it."""
+    models = await client.get("/models")
+    entries: list[dict[str, Any]] = models if isinstance(models, list) else models["models"]
+    return next((entry for entry in entries if entry["id"] == model), None)
+
+
+async def wait_until_loaded(client: Client, model: str, bar: Progress) -> dict[str, Any]:
+    """The model's entry once it is loaded, its progress shown until then. Raises HelexaError if it fails."""
+    task = bar.add_task(f"loading {model}", total=100)
+    while True:
+        info = await model_info(client, model)
+        if info is None:
+            raise UnknownModel(f"the neuron at {client.url} has no model {model!r}")
+        if info["status"] == "loaded":
+            bar.update(task, completed=100)
+            return info
+        if info["status"] != "loading":
+            error = info.get("error") or {}
+            raise HelexaError(
+                f"{model} is {info['status']}: {error.get('message', 'the log of the neuron has the reason')}"
+            )
+        progress = info.get("progress") or {"phase": "queued", "percent": 0}
+        bar.update(task, completed=progress["percent"], description=f"loading {model}: {progress['phase']}")
+        await asyncio.sleep(POLL_S)
+
+
+async def neuron_url(url: str, key: str | None, node: str | None, holding: str | None = None) -> str:
+    """The neuron meant by `url` and `node`: `url` itself, or one of the fleet if `url` is a gateway.
+
+    holding: only neurons that have this model come into question. Raises BadRequest unless exactly one does.
+    """
+    async with Client(url, key) as client:
+        try:
+            nodes = (await client.get("/fleet"))["nodes"]
+        except HelexaError as error:
+            if error.status == 404:
+                return url
+            raise
+    wanted = [entry for entry in nodes if node in (None, entry["name"])]
+    if holding is not None:
+        wanted = [entry for entry in wanted if any(model["id"] == holding for model in entry["models"])]
+    if len(wanted) == 1:
+        return str(wanted[0]["endpoint"])
+    having = f" with {holding}" if holding else ""
+    if not wanted:
+        raise BadRequest(
+            f"{url} has no neuron{f' {node!r}' if node else ''}{having}; `helexa status` lists them"
+        )
+    raise BadRequest(
+        f"several neurons{having}: choose one with --node {'|'.join(entry['name'] for entry in wanted)}"
+    )
+
+
+async def _load(url: str, key: str | None, model: str, source: str | None, options: dict[str, Any]) -> None:
+    async with Client(url, key) as client:
+        body = {
+            "model_id": model,
+            "options": {key: value for key, value in options.items() if value is not None},
+        }
+        await client.post("/models/load", body | ({"source": source} if source else {}))
+        with progress_bar() as bar:
+            info = await wait_until_loaded(client, model, bar)
+    context = (info.get("limit") or {}).get("context")
+    seconds = f" in {info['load_seconds']:.1f} s" if info.get("load_seconds") is not None else ""
+    typer.echo(f"{model} is loaded{seconds}" + (f", context {context} tokens" if context else ""))
+
+
+def load(
+    model: Annotated[str, typer.Argument(help="the name that requests will use")],
+    source: Annotated[
+        str | None, typer.Option(help="path or name to load from, if not the model's own name")
+    ] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="longest sequence in tokens")] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="sequences decoded at the same time")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")] = None,
+    url: Url = GATEWAY_URL,
+    key: Key = None,
+    node: Node = None,
+) -> None:
+    """Load a model into a neuron; loading a loaded model again is fine."""
+    options = {"device": device, "max_context": max_context, "max_sequences": max_sequences}
+
+    async def run() -> None:
+        await _load(await neuron_url(url, key, node), key, model, source, options)
+
+    asyncio.run(run())
+
+
+def unload(
+    model: Annotated[str, typer.Argument(help="a loaded model")],
+    url: Url = GATEWAY_URL,
+    key: Key = None,
+    node: Node = None,
+) -> None:
+    """Free a model's memory; requests that are running may finish first."""
+
+    async def run() -> None:
+        async with Client(await neuron_url(url, key, node, holding=model), key, timeout_s=None) as client:
+            await client.post("/models/unload", {"model_id": model})
+
+    asyncio.run(run())
+    typer.echo(f"{model} is unloaded")

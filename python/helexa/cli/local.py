@@ -1,0 +1,28 @@
+"""Models on this machine, for the commands that run the engine in their own process."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from helexa.errors import HelexaError
+
+
+def load_engine(path: Path, *, context: int, threads: int | None) -> Any:
+    """The engine with the model at `path`, on all CPUs that this process may use unless told otherwise."""
+    from helexa.engine.engine import Engine
+
+    return Engine.load(path, max_context=context, num_threads=threads or len(os.sched_getaffinity(0)))
+
+
+def local_model(name: str) -> Path:
+    """The GGUF file that `name` stands for: a path, or a model in the cache. Raises SourceError."""
+    return Path(name)
+
+
+def need_engine() -> None:
+    """Raises HelexaError with what to do where only the base package is installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise HelexaError(
+            "this command runs a model in place and needs the engine: pip install 'helexa[neuron]'"
+        )
