@@ -107,6 +107,15 @@ class NoPlacement(Unavailable):
     """No node can take the model now."""
 
 
+class CannotHost(NoPlacement):
+    """No node of the fleet could ever hold the model, so that trying again is of no use."""
+
+    status = 404
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, **keywords: object):
+        super().__init__(message, retry_after_s=retry_after_s, **keywords)
+
+
 class ShuttingDown(Unavailable):
     """The process is draining."""
 

@@ -1,0 +1,113 @@
+"""gateway.toml as frozen data. Docs: docs/configuration.md."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from helexa.errors import ConfigError
+from helexa.gateway.catalogue import Catalogue, load_catalogue
+from helexa.settings import LogConfig, load_settings
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "127.0.0.1:31313", "[::1]:31313" or ":31313" (every interface). Raises ValueError."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not an address; write host:port, as in 127.0.0.1:31313")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+@dataclass(frozen=True)
+class GatewaySection:
+    """[gateway]"""
+
+    listen: str = "127.0.0.1:31313"
+    metrics_listen: str = "127.0.0.1:31314"
+    max_body_bytes: int = 64 * 2**20
+    connect_timeout_s: float = 3.0
+    idle_timeout_s: float = (
+        300.0  # silence of a neuron within a stream; there is no limit on its whole length
+    )
+    response_timeout_s: float = 3600.0  # for an answer that is not streamed
+    load_timeout_s: float = 1800.0
+    placement_wait_s: float = 60.0  # how long a request waits for busy models to make room for its own
+    poll_interval_s: float = 3.0
+    shutdown_grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        split_address(self.metrics_listen)
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class EvictionSection:
+    """[eviction]: which of the models that may be displaced goes first."""
+
+    strategy: Literal["priority", "lru"] = "priority"
+
+
+@dataclass(frozen=True)
+class AuthSection:
+    """[auth]: a key is asked for once there are some and other machines can reach the listener."""
+
+    keys: tuple[str, ...] = field(default=(), metadata={"secret": True})
+
+    def __post_init__(self) -> None:
+        if any(len(key) < 8 for key in self.keys):
+            raise ValueError("a key in auth.keys has fewer than 8 characters")
+
+
+@dataclass(frozen=True)
+class NeuronEntry:
+    """[[neurons]]"""
+
+    name: str
+    endpoint: str
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError(
+                f"endpoint {self.endpoint!r} of neuron {self.name!r} must look like http://host:13131"
+            )
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """The whole file."""
+
+    models_config: str | None = None  # relative to the file that names it; models.toml beside it if not named
+    gateway: GatewaySection = GatewaySection()
+    eviction: EvictionSection = EvictionSection()
+    auth: AuthSection = AuthSection()
+    log: LogConfig = field(default_factory=LogConfig)
+    neurons: tuple[NeuronEntry, ...] = (NeuronEntry("local", "http://127.0.0.1:13131"),)
+
+    def __post_init__(self) -> None:
+        names = [neuron.name for neuron in self.neurons]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two neurons are named {twice!r}")
+
+
+def load_config(
+    path: Path | None, overrides: dict[str, object] | None = None
+) -> tuple[GatewayConfig, Catalogue]:
+    """The effective configuration and the catalogue that it names. Raises ConfigError."""
+    config = load_settings(GatewayConfig, path, overrides=overrides)
+    folder = path.parent if path else Path()
+    if config.models_config is not None:
+        named = folder / Path(config.models_config).expanduser()
+        if not named.is_file():
+            raise ConfigError(f"{path or 'configuration'}: models_config: no file at {named}")
+        return config, load_catalogue(named)
+    beside = folder / "models.toml"
+    return config, load_catalogue(beside) if path and beside.is_file() else Catalogue()

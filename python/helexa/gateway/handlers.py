@@ -1,0 +1,177 @@
+"""The generating routes. What is wrong with a request is raised as HelexaError; `app` renders it."""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers
+
+from helexa.errors import HelexaError, PayloadTooLarge
+from helexa.gateway.auth import Keys
+from helexa.gateway.catalogue import Catalogue
+from helexa.gateway.fleet import Fleet
+from helexa.gateway.metrics import Meter, Metrics
+from helexa.gateway.proxy import Reply, Send, relay
+from helexa.gateway.upstream import Call, Dispatcher
+from helexa.log import fields
+from helexa.wire.body import decode
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+# Of one connection only, ours to set, or not for a neuron's eyes.
+_PRIVATE_HEADERS = frozenset(
+    (
+        *("host", "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "expect"),
+        *("content-length", "accept-encoding", "proxy-authorization", "proxy-connection"),
+        *("authorization", "x-api-key", "cookie"),
+    )
+)
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class _Head(msgspec.Struct):
+    """All that the gateway itself reads of a request; the neuron judges the rest."""
+
+    model: str
+    stream: bool | None = None
+
+
+class Inference:
+    """The ASGI endpoint of one generating route."""
+
+    def __init__(
+        self,
+        path: str,
+        dispatcher: Dispatcher,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        keys: Keys,
+        metrics: Metrics,
+        max_body_bytes: int,
+    ):
+        self._path = path
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._keys = keys
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        request_id = request_id_of(scope, headers)
+        meter = Meter(self._metrics, "", time.perf_counter())
+        reply = Reply(send, request_id)
+        try:
+            self._keys.check(headers)
+            call = self._parse(
+                await read_body(receive, headers, self._max_body_bytes), headers, request_id, meter
+            )
+            if not await _unless_gone(receive, relay(self._dispatcher, call, reply)):
+                meter.code = "client_closed_request"
+        except HelexaError as error:
+            meter.code = error.code
+            raise
+        finally:
+            meter.end()
+            _log(self._path, request_id, meter)
+
+    def _parse(self, body: bytes, headers: Headers, request_id: str, meter: Meter) -> Call:
+        head = decode(body, _Head)
+        model = self._catalogue.resolve(head.model)
+        if model != head.model:
+            body = _rename(body, model)
+        if model in self._catalogue.models or any(
+            model in node.models for node in self._fleet.nodes.values()
+        ):
+            meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
+        return Call(self._path, model, body, _forwarded(headers, request_id), head.stream is True, meter)
+
+
+async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
+    """The request's whole body. Raises PayloadTooLarge, before reading it where the client tells its size."""
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise PayloadTooLarge(f"the body has {declared} bytes; at most {max_bytes} are accepted")
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > max_bytes:
+            raise PayloadTooLarge(f"the body is larger than {max_bytes} bytes")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def request_id_of(scope: Scope, headers: Headers) -> str:
+    """The client's x-request-id if it is a plain one, else a new one; the same for the whole request."""
+    known: str | None = scope.get("helexa.request_id")
+    if known is None:
+        given = headers.get("x-request-id", "")
+        known = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope["helexa.request_id"] = known
+    return known
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether `work` could end before the client left, which cancels it."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_gone(receive))
+    watcher.add_done_callback(lambda _: task.cancel())
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not watcher.done() or watcher.cancelled():
+            raise
+        return False
+    finally:
+        watcher.cancel()
+    return True
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _rename(body: bytes, model: str) -> bytes:
+    """The body with another model; every other value stays byte for byte."""
+    members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    members["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(members)
+
+
+def _forwarded(headers: Headers, request_id: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if name not in _PRIVATE_HEADERS and not name.startswith("x-helexa-")
+    }
+    return kept | {"accept-encoding": "identity", "x-request-id": request_id}
+
+
+def _log(path: str, request_id: str, meter: Meter) -> None:
+    logger.info(
+        "request",
+        extra=fields(
+            path=path,
+            request=request_id,
+            model=meter.model or None,
+            node=meter.node or None,
+            error=meter.code,
+            ttft_ms=None if meter.first_token_s is None else round(meter.first_token_s * 1e3, 1),
+            total_ms=round((time.perf_counter() - meter.started) * 1e3, 1),
+            **meter.usage,
+        ),
+    )

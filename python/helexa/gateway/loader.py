@@ -1,0 +1,137 @@
+"""Loads and unloads on neurons: one load per model at a time, however many requests wait for it."""
+
+import asyncio
+import logging
+import time
+
+import aiohttp
+import msgspec
+
+from helexa.errors import CannotHost, HelexaError, Unavailable
+from helexa.gateway.catalogue import Catalogue, ModelEntry
+from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.metrics import Metrics
+from helexa.gateway.poller import Poller
+from helexa.gateway.router import Decision
+from helexa.log import fields
+from helexa.wire.control import UnloadRequest
+from helexa.wire.errors import parse_error
+
+logger = logging.getLogger(__name__)
+
+FAILURE_MEMORY_S = 10.0
+EVICTION_DRAIN_S = 30.0
+
+
+class Loader:
+    """Carries out the router's decisions that are more than serving."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        session: aiohttp.ClientSession,
+        poller: Poller,
+        metrics: Metrics,
+        load_timeout_s: float,
+    ):
+        self._fleet = fleet
+        self._catalogue = catalogue
+        self._session = session
+        self._poller = poller
+        self._metrics = metrics
+        self._timeout = aiohttp.ClientTimeout(total=load_timeout_s)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ensure(self, decision: Decision) -> None:
+        """Returns when the load has succeeded, or raises its error. A caller that leaves does not end it."""
+        task = self._tasks.get(decision.model)
+        if task is None:
+            # The fleet shows the plan before anything is awaited: no other request plans with the same room.
+            node = self._fleet.nodes[decision.node]
+            self._fleet.loading[decision.model] = decision.node
+            for victim in decision.evict:
+                node.models.pop(victim, None)
+            task = asyncio.create_task(self._load(node, decision), name=f"load {decision.model}")
+            self._tasks[decision.model] = task
+            task.add_done_callback(lambda done: self._ended(decision.model, done))
+        await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Stops waiting for loads; the neurons go on with them."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, model: str, task: asyncio.Task[None]) -> None:
+        del self._tasks[model]
+        del self._fleet.loading[model]
+        if not task.cancelled():
+            task.exception()  # retrieved, also when every client has left
+        self._poller.notify()
+
+    async def _load(self, node: Node, decision: Decision) -> None:
+        model, started = decision.model, time.perf_counter()
+        logger.info(
+            "load_started", extra=fields(model=model, node=node.name, evict=",".join(decision.evict) or None)
+        )
+        outcome = "cancelled"
+        try:
+            for victim in decision.evict:
+                await self._unload(node, victim)
+            entry = self._catalogue.models.get(model) or ModelEntry(id=model)
+            await self._post(node, "/models/load", entry.load_request())
+            if not await self._poller.poll(node) or not node.is_loaded(model):
+                raise Unavailable(f"{node.name} loaded model {model!r} but does not show it")
+            outcome = "loaded"
+        except HelexaError as error:
+            outcome = "failed"
+            self._remember(node, model, error)
+            logger.warning("load_failed", extra=fields(model=model, node=node.name, error=error.message))
+            await self._poller.poll(node)
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.loads.labels(model, node.name, outcome).inc()
+        self._metrics.load_time.labels(model, node.name).observe(seconds)
+        logger.info("load_finished", extra=fields(model=model, node=node.name, seconds=seconds))
+
+    def _remember(self, node: Node, model: str, error: HelexaError) -> None:
+        """Keeps the router from trying the same again and again."""
+        key = (node.name, model)
+        self._fleet.failed[key] = error
+        asyncio.get_running_loop().call_later(FAILURE_MEMORY_S, self._fleet.failed.pop, key, None)
+
+    async def _unload(self, node: Node, model: str) -> None:
+        await self._post(
+            node, "/models/unload", UnloadRequest(model_id=model, drain_s=EVICTION_DRAIN_S), gone_is_fine=True
+        )
+        self._metrics.evictions.labels(model, node.name).inc()
+        logger.info("evicted", extra=fields(model=model, node=node.name))
+
+    async def _post(
+        self, node: Node, path: str, request: msgspec.Struct, *, gone_is_fine: bool = False
+    ) -> None:
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._session.post(
+                node.endpoint + path,
+                data=msgspec.json.encode(request),
+                headers=headers,
+                timeout=self._timeout,
+            ) as response:
+                status, body = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._poller.suspect(node)
+            reason = str(error) or type(error).__name__
+            raise Unavailable(f"{node.name} did not carry out {path}: {reason}", retry_after_s=5) from error
+        if status < 300 or (status == 404 and gone_is_fine):
+            return
+        raise _refusal(node, path, status, body)
+
+
+def _refusal(node: Node, path: str, status: int, body: bytes) -> HelexaError:
+    """The neuron's own words; a 4xx will not change by itself, so the client is not invited to try again."""
+    kind = CannotHost if status < 500 else Unavailable
+    return kind(f"{node.name} refused {path}: {parse_error(status, body).message}")

@@ -1,0 +1,188 @@
+"""What Prometheus sees: requests and their times, tokens, loads, evictions, and the fleet as last polled."""
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from helexa.gateway.fleet import Fleet
+from helexa.wire.control import ModelLoad
+
+_DURATIONS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+_FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
+_INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_RATES = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
+
+_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments)": ?"[^"]')
+_USAGE = {
+    name: re.compile(rb'"%s": ?(\d+)' % name.encode())
+    for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
+}
+
+
+class Metrics:
+    """Every counter and histogram, in a registry of its own."""
+
+    def __init__(self, fleet: Fleet):
+        self.registry = CollectorRegistry()
+        where = ("model", "node")
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"helexa_{name}", text, (*where, *more), registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"helexa_{name}", text, where, registry=self.registry, buckets=buckets)
+
+        self.requests = counter("requests", "Inference requests that have ended, failed ones included")
+        self.errors = counter("request_errors", "Inference requests that failed, by error code", "code")
+        self.cold_starts = counter("cold_starts", "Requests that waited for their model to be loaded")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
+        self.completion_tokens = counter("completion_tokens", "Generated tokens")
+        self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens found in the prefix cache")
+        self.loads = counter("loads", "Loads that the gateway asked for, by outcome", "outcome")
+        self.evictions = counter("evictions", "Models unloaded to make room")
+        self.duration = histogram(
+            "request_duration_seconds", "From arrival to the end of the answer", _DURATIONS
+        )
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From arrival to the first text", _FIRST_TOKEN
+        )
+        self.inter_token = histogram("inter_token_seconds", "Between chunks of text", _INTER_TOKEN)
+        self.token_rate = histogram("tokens_per_second", "Of each answer, after its first token", _RATES)
+        self.load_time = histogram("load_seconds", "Loads that succeeded", _DURATIONS)
+        self.registry.register(_FleetCollector(fleet))
+
+
+class Meter:
+    """Times and counts of one request. `feed` is on the hot path: no parsing, a byte search at most."""
+
+    def __init__(self, metrics: Metrics, model: str, started: float):
+        self.model = model
+        self.node = ""
+        self.started = started
+        self.first_token_s: float | None = None
+        self.usage: dict[str, int] = {}
+        self.code: str | None = None
+        self._metrics = metrics
+        self._inter_token: Histogram | None = None
+        self._last = 0.0
+        self._tail: deque[bytes] = deque(maxlen=4)
+
+    def feed(self, block: bytes) -> None:
+        """Some whole events of a stream, or all of an answer that is not one."""
+        self._tail.append(block)
+        if self._inter_token is None:
+            if _CONTENT.search(block):
+                self._last = time.perf_counter()
+                self.first_token_s = self._last - self.started
+                self._inter_token = self._metrics.inter_token.labels(self.model, self.node)
+        elif events := block.count(b"data: "):
+            now = time.perf_counter()
+            self._inter_token.observe((now - self._last) / events)
+            self._last = now
+
+    def feed_answer(self, body: bytes) -> None:
+        """All of an answer that is not a stream."""
+        self._tail.append(body)
+
+    @property
+    def tail(self) -> bytes:
+        """The last events."""
+        return b"".join(self._tail)
+
+    def end(self) -> None:
+        """Called once, however the request ended; `code` is its error if it failed."""
+        metrics, where = self._metrics, (self.model, self.node)
+        now = time.perf_counter()
+        tail = self.tail
+        for name, pattern in _USAGE.items():
+            if found := pattern.findall(tail):
+                self.usage[name] = int(found[-1])
+        metrics.requests.labels(*where).inc()
+        if self.code is not None:
+            metrics.errors.labels(*where, self.code).inc()
+        metrics.duration.labels(*where).observe(now - self.started)
+        metrics.prompt_tokens.labels(*where).inc(self.usage.get("prompt_tokens", 0))
+        metrics.cached_tokens.labels(*where).inc(self.usage.get("cached_tokens", 0))
+        completion = self.usage.get("completion_tokens", 0)
+        metrics.completion_tokens.labels(*where).inc(completion)
+        if self.first_token_s is not None:
+            metrics.first_token.labels(*where).observe(self.first_token_s)
+            elapsed = self._last - self.started - self.first_token_s
+            if completion > 1 and elapsed > 0:
+                metrics.token_rate.labels(*where).observe((completion - 1) / elapsed)
+
+
+_MODEL_GAUGES = (
+    "in_flight",
+    "queue_depth",
+    "max_in_flight",
+    "max_queue_depth",
+    "tok_s_prefill",
+    "tok_s_decode",
+)
+_REJECTIONS = {"rejected_queue_full": "queue_full", "rejected_timeout": "wait_timeout"}
+
+
+class _FleetCollector(Collector):
+    """Gauges read from the fleet when they are asked for; what a neuron has not told is left out."""
+
+    def __init__(self, fleet: Fleet):
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("helexa_node_up", "Whether the neuron answers", labels=["node"])
+        for node in self._fleet.nodes.values():
+            up.add_metric([node.name], float(node.healthy))
+        yield up
+        yield from self._models()
+        yield from self._devices()
+
+    def _models(self) -> Iterator[Metric]:
+        reports = [(node.name, load) for node in self._fleet.nodes.values() for load in node.loads.values()]
+        for name in _MODEL_GAUGES:
+            gauge = GaugeMetricFamily(
+                f"helexa_model_{name}", f"{name} of a loaded model", labels=["node", "model"]
+            )
+            for node, load in reports:
+                if (value := _known(load, name)) is not None:
+                    gauge.add_metric([node, load.id], value)
+            yield gauge
+        rejections = CounterMetricFamily(
+            "helexa_model_rejections", "Requests that neurons refused", labels=["node", "model", "reason"]
+        )
+        for node, load in reports:
+            for name, reason in _REJECTIONS.items():
+                rejections.add_metric([node, load.id, reason], getattr(load, name))
+        yield rejections
+
+    def _devices(self) -> Iterator[Metric]:
+        labels = ["node", "device"]
+        used = GaugeMetricFamily("helexa_device_memory_used_bytes", "Device memory in use", labels=labels)
+        free = GaugeMetricFamily("helexa_device_memory_free_bytes", "Device memory free", labels=labels)
+        utilization = GaugeMetricFamily(
+            "helexa_device_utilization_percent", "Device utilization", labels=labels
+        )
+        temperature = GaugeMetricFamily(
+            "helexa_device_temperature_celsius", "Device temperature", labels=labels
+        )
+        for node in self._fleet.nodes.values():
+            for device in node.health.devices if node.health else ():
+                where = [node.name, str(device.index)]
+                used.add_metric(where, device.memory_used_bytes)
+                free.add_metric(where, device.memory_free_bytes)
+                if device.utilization_percent is not None:
+                    utilization.add_metric(where, device.utilization_percent)
+                if device.temperature_c is not None:
+                    temperature.add_metric(where, device.temperature_c)
+        yield from (used, free, utilization, temperature)
+
+
+def _known(load: ModelLoad, name: str) -> float | None:
+    """The reading; a rate or a limit of zero means that it is not known."""
+    value: float = getattr(load, name)
+    return value if value or name in ("in_flight", "queue_depth") else None

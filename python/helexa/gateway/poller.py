@@ -1,0 +1,130 @@
+"""Keeps the fleet's picture fresh: asks every neuron, each at its own pace, how it is and what it has."""
+
+import asyncio
+import logging
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from helexa.gateway.fleet import FAILURES_UNTIL_UNHEALTHY, Fleet, Node
+from helexa.log import fields
+from helexa.wire.control import Discovery, Health, ModelInfo
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+POLL_TIMEOUT = aiohttp.ClientTimeout(total=5)
+QUICK_RETRY_S = 0.5
+LONGEST_PAUSE_S = 15.0
+
+_DISCOVERY = msgspec.json.Decoder(Discovery)
+_HEALTH = msgspec.json.Decoder(Health)
+_MODELS = msgspec.json.Decoder(list[ModelInfo])
+
+
+class Poller:
+    """One loop per neuron; `changed` wakes whoever waits for the fleet to become different."""
+
+    def __init__(self, fleet: Fleet, session: aiohttp.ClientSession, interval_s: float):
+        self._fleet = fleet
+        self._session = session
+        self._interval_s = interval_s
+        self._wake = {name: asyncio.Event() for name in fleet.nodes}
+        self._asked = {name: asyncio.Event() for name in fleet.nodes}
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Polls until cancelled."""
+        await asyncio.gather(*(self._follow(node) for node in self._fleet.nodes.values()))
+
+    async def first_round(self) -> None:
+        """Returns when every node has been asked once."""
+        await asyncio.gather(*(asked.wait() for asked in self._asked.values()))
+
+    def suspect(self, node: Node) -> None:
+        """A request could not reach the node: nothing goes there until a poll, made at once, succeeds."""
+        node.suspect = True
+        self.hurry(node)
+
+    def hurry(self, node: Node) -> None:
+        """Polls the node now instead of at its next turn."""
+        self._wake[node.name].set()
+
+    def notify(self) -> None:
+        """Wakes those in `wait`."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Returns when something about the fleet has changed, or after `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    async def poll(self, node: Node) -> bool:
+        """Whether the node answered; its entry in the fleet is up to date then."""
+        active = node.active.copy()
+        try:
+            health, models = await asyncio.gather(
+                self._get(node, "/health", _HEALTH), self._get(node, "/models", _MODELS)
+            )
+            restarted = node.health is None or health.uptime_s < node.health.uptime_s
+            if node.discovery is None or restarted:
+                node.discovery = await self._get(node, "/discovery", _DISCOVERY)
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+            self._failed(node, error)
+            return False
+        node.health = health
+        node.models = {info.id: info for info in models}
+        node.loads = {load.id: load for load in health.models}
+        node.active_at_poll = active
+        self._succeeded(node)
+        return True
+
+    async def _follow(self, node: Node) -> None:
+        wake = self._wake[node.name]
+        while True:
+            wake.clear()
+            try:
+                await self.poll(node)
+            except Exception:
+                logger.exception("poll_crashed", extra=fields(node=node.name))
+            self._asked[node.name].set()
+            try:
+                await asyncio.wait_for(wake.wait(), self._pause_s(node))
+            except TimeoutError:
+                continue
+
+    def _pause_s(self, node: Node) -> float:
+        if node.failures == 0:
+            return self._interval_s
+        if node.failures < FAILURES_UNTIL_UNHEALTHY:
+            return min(QUICK_RETRY_S, self._interval_s)
+        return min(
+            self._interval_s * 2.0 ** min(node.failures - FAILURES_UNTIL_UNHEALTHY, 8), LONGEST_PAUSE_S
+        )
+
+    async def _get(self, node: Node, path: str, decoder: msgspec.json.Decoder[T]) -> T:
+        async with self._session.get(node.endpoint + path, timeout=POLL_TIMEOUT) as response:
+            response.raise_for_status()
+            return decoder.decode(await response.read())
+
+    def _succeeded(self, node: Node) -> None:
+        if not node.healthy:
+            logger.info(
+                "node_up", extra=fields(node=node.name, endpoint=node.endpoint, models=len(node.models))
+            )
+        node.healthy, node.suspect, node.failures, node.error = True, False, 0, None
+        self.notify()
+
+    def _failed(self, node: Node, error: Exception) -> None:
+        node.failures += 1
+        node.error = str(error) or type(error).__name__
+        if node.failures == FAILURES_UNTIL_UNHEALTHY:
+            node.healthy = False
+            logger.warning(
+                "node_down", extra=fields(node=node.name, endpoint=node.endpoint, error=node.error)
+            )
+            self.notify()

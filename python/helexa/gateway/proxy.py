@@ -1,0 +1,190 @@
+"""Passes a neuron's answer on to the client, byte for byte and as it comes.
+
+Only whole events are forwarded, so that a neuron that dies within one cannot leave half of it on the client's
+wire. Nothing is parsed on the way. An answer that ends before its time is ended for the client with an error
+event, a finish and [DONE].
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import aiohttp
+import orjson
+
+from helexa.errors import HelexaError, UpstreamClosed, UpstreamTimeout
+from helexa.gateway.upstream import Call, Dispatcher, Upstream
+from helexa.wire import sse
+from helexa.wire.errors import error_body, internal_error, parse_error
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+KEEP_ALIVE_S = 1.0
+
+_EVENT_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+_DROPPED_HEADERS = frozenset(
+    (
+        *("connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length"),
+        *("proxy-authenticate", "proxy-connection", "date", "server", "x-request-id"),
+    )
+)
+
+
+class Reply:
+    """The client's side of a request: remembers whether the answer has begun."""
+
+    def __init__(self, send: Send, request_id: str):
+        self._send = send
+        self._request_id = request_id
+        self.started = False
+
+    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.started = True
+        tagged = [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]
+        await self._send({"type": "http.response.start", "status": status, "headers": tagged})
+
+    async def write(self, block: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": block, "more_body": more})
+
+
+async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
+    """Serves one request. Raises HelexaError only while nothing has been sent."""
+    opening = asyncio.create_task(dispatcher.open(call))
+    upstream: Upstream | None = None
+    try:
+        try:
+            upstream = await (_keep_alive(opening, reply) if call.stream else opening)
+            call.meter.node = upstream.node.name
+            if upstream.response.status >= 300 or not call.stream:
+                await _pass_answer(upstream, call, reply)
+            else:
+                await _pass_stream(upstream, call, reply)
+        except HelexaError as error:
+            failure = error
+        except Exception:
+            logger.exception("relay_crashed")
+            failure = internal_error()
+        else:
+            return
+        call.meter.code = failure.code
+        if not reply.started:
+            raise failure
+        await _end_with_error(call, reply, failure)
+    finally:
+        if upstream is None:
+            upstream = await _abandon(opening)
+        if upstream is not None:
+            upstream.close()
+
+
+async def _keep_alive(opening: asyncio.Task[Upstream], reply: Reply) -> Upstream:
+    """Waits; after a silent second the client sees comments, so that it does not take us for dead."""
+    while not (await asyncio.wait((opening,), timeout=KEEP_ALIVE_S))[0]:
+        if not reply.started:
+            await reply.start(200, _EVENT_STREAM)
+        await reply.write(sse.KEEP_ALIVE)
+    return opening.result()
+
+
+async def _abandon(opening: asyncio.Task[Upstream]) -> Upstream | None:
+    """What the task had opened when its client left, if anything."""
+    opening.cancel()
+    await asyncio.wait((opening,))
+    failed = opening.cancelled() or opening.exception() is not None
+    return None if failed else opening.result()
+
+
+async def _pass_answer(upstream: Upstream, call: Call, reply: Reply) -> None:
+    """A whole answer: one that is not streamed, or a refusal with its status and headers."""
+    response = upstream.response
+    try:
+        body = await response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise _broken(upstream, error) from error
+    if response.status >= 300:
+        refusal = parse_error(response.status, body, response.headers.get("retry-after"))
+        call.meter.code = refusal.code
+        if reply.started:
+            raise refusal
+    call.meter.feed_answer(body)
+    await reply.start(response.status, [*_headers(response), (b"content-length", b"%d" % len(body))])
+    await reply.write(body, more=False)
+
+
+async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
+    meter, content, held_back = call.meter, upstream.response.content, b""
+    if not reply.started:
+        await reply.start(upstream.response.status, _headers(upstream.response))
+    try:
+        while chunk := await content.readany():
+            if held_back:
+                chunk = held_back + chunk
+                held_back = b""
+            if not chunk.endswith(b"\n\n"):
+                end = _end_of_events(chunk)
+                held_back = chunk[end:]
+                chunk = chunk[:end]
+                if not chunk:
+                    continue
+            meter.feed(chunk)
+            await reply.write(chunk)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise _broken(upstream, error) from error
+    if not meter.tail.rstrip().endswith(b"[DONE]"):
+        raise UpstreamClosed(f"{upstream.node.name} ended its answer before it was complete")
+    if b'data: {"error"' in meter.tail:
+        call.meter.code = "upstream_error"
+    await reply.write(b"", more=False)
+
+
+def _end_of_events(chunk: bytes) -> int:
+    """Where the last whole event of the chunk ends; 0 if there is none."""
+    return max(
+        chunk.rfind(b"\n\n") + 2 if b"\n\n" in chunk else 0,
+        chunk.rfind(b"\n\r\n") + 3 if b"\n\r\n" in chunk else 0,
+    )
+
+
+def _broken(upstream: Upstream, error: Exception) -> HelexaError:
+    name = upstream.node.name
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout(f"{name} has fallen silent within its answer")
+    return UpstreamClosed(f"{name} closed the connection within its answer")
+
+
+async def _end_with_error(call: Call, reply: Reply, error: HelexaError) -> None:
+    """Says in the stream what went wrong, then ends it as a complete answer would."""
+    await reply.write(sse.encode(error_body(error)) + sse.encode(_finish(call)) + sse.DONE, more=False)
+
+
+def _finish(call: Call) -> dict[str, Any]:
+    """The chunk that ends the answer; it continues the last event's id where there was one."""
+    chunk: dict[str, Any] = {"id": "", "created": int(time.time()), "model": call.model}
+    for event in sse.Parser().feed(call.meter.tail):
+        try:
+            last = orjson.loads(event.data)
+        except orjson.JSONDecodeError:
+            continue
+        chunk.update(
+            {key: last[key] for key in ("id", "created", "model") if isinstance(last, dict) and key in last}
+        )
+    if call.path.endswith("/chat/completions"):
+        choice: dict[str, Any] = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "error"}
+        return {**chunk, "object": "chat.completion.chunk", "choices": [choice]}
+    choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "error"}
+    return {**chunk, "object": "text_completion", "choices": [choice]}
+
+
+def _headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+    return [
+        (name.lower(), value)
+        for name, value in response.raw_headers
+        if name.decode("latin-1").lower() not in _DROPPED_HEADERS
+    ]

@@ -1,0 +1,200 @@
+"""From a request to a neuron's answer: place it, wait for its model, connect, try elsewhere where safe."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import aiohttp
+
+from helexa.errors import CannotHost, HelexaError, NoPlacement, UnknownModel, UpstreamClosed, UpstreamTimeout
+from helexa.gateway.catalogue import Catalogue
+from helexa.gateway.config import GatewayConfig
+from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.loader import Loader
+from helexa.gateway.metrics import Meter, Metrics
+from helexa.gateway.poller import Poller
+from helexa.gateway.router import Decision, choose
+from helexa.wire.errors import parse_error
+
+# Answers that mean "not here, not now"; another replica may still serve the request.
+_ELSEWHERE = (502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One inference request as it goes to a neuron."""
+
+    path: str
+    model: str  # an id, aliases resolved
+    body: bytes
+    headers: Mapping[str, str]
+    stream: bool
+    meter: Meter
+
+
+class Upstream:
+    """A neuron's answer whose headers are here; its owner must call `close`."""
+
+    def __init__(self, node: Node, model: str, response: aiohttp.ClientResponse, poller: Poller):
+        self.node = node
+        self.response = response
+        self._model = model
+        self._poller = poller
+        self._open = True
+
+    def close(self) -> None:
+        """Cuts the connection unless all was read, which cancels the generation."""
+        if self._open:
+            self._open = False
+            self.response.close()
+            _finished(self.node, self._model, self._poller)
+
+
+class Dispatcher:
+    """Finds and opens the upstream of every request."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        catalogue: Catalogue,
+        fleet: Fleet,
+        session: aiohttp.ClientSession,
+        poller: Poller,
+        loader: Loader,
+        metrics: Metrics,
+    ):
+        self._catalogue = catalogue
+        self._fleet = fleet
+        self._session = session
+        self._poller = poller
+        self._loader = loader
+        self._metrics = metrics
+        self._strategy = config.eviction.strategy
+        self._placement_wait_s = config.gateway.placement_wait_s
+        connect_s = config.gateway.connect_timeout_s
+        self._stream_timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=connect_s, sock_read=config.gateway.idle_timeout_s
+        )
+        self._answer_timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=connect_s, sock_read=config.gateway.response_timeout_s
+        )
+
+    async def open(self, call: Call) -> Upstream:
+        """The first answer worth passing on. Raises HelexaError when there is none."""
+        tried: dict[str, HelexaError] = {}  # by node, why not there
+        outdated: set[str] = set()  # nodes that had unloaded the model since the last poll
+        while True:
+            node = await self._place(call, tried)
+            try:
+                upstream = await self._connect(node, call)
+            except (UpstreamClosed, UpstreamTimeout) as error:
+                tried[node.name] = error
+                continue
+            if await self._should_move_on(upstream, call, tried, outdated):
+                upstream.close()
+                continue
+            return upstream
+
+    async def _place(self, call: Call, tried: dict[str, HelexaError]) -> Node:
+        """The node to send to, its count of requests already raised. Waits for loads and for room."""
+        deadline = time.monotonic() + self._placement_wait_s
+        waited_for_load = False
+        while True:
+            try:
+                decision = choose(
+                    self._fleet, self._catalogue, call.model, avoid=tried.keys(), strategy=self._strategy
+                )
+            except HelexaError as error:
+                if tried:
+                    raise next(reversed(tried.values())) from None
+                if not _may_pass(error) or time.monotonic() >= deadline:
+                    raise copy.copy(error) from None
+                await self._poller.wait(1.0)
+                continue
+            if decision.action == "serve":
+                node = self._fleet.nodes[decision.node]
+                node.active[call.model] += 1
+                node.last_used[call.model] = time.monotonic()
+                return node
+            if not waited_for_load:
+                waited_for_load = True
+                self._metrics.cold_starts.labels(call.model, decision.node).inc()
+            await self._load(decision)
+
+    async def _load(self, decision: Decision) -> None:
+        """Waits for the load; its failure is remembered in the fleet, where the next choice finds it."""
+        try:
+            await self._loader.ensure(decision)
+        except HelexaError:
+            return
+
+    async def _connect(self, node: Node, call: Call) -> Upstream:
+        """The response's headers. A kept connection may be closed at that moment: tries once more."""
+        try:
+            try:
+                response = await self._send(node, call)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                response = await self._send(node, call)
+        except BaseException as error:
+            _finished(node, call.model, self._poller)
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise UpstreamTimeout(f"{node.name} did not answer in time") from error
+            if isinstance(error, aiohttp.ClientError):
+                self._poller.suspect(node)
+                raise UpstreamClosed(f"{node.name} cannot be reached: {error}", retry_after_s=3) from error
+            raise
+        return Upstream(node, call.model, response, self._poller)
+
+    async def _send(self, node: Node, call: Call) -> aiohttp.ClientResponse:
+        return await self._session.post(
+            node.endpoint + call.path,
+            data=call.body,
+            headers=call.headers,
+            timeout=self._stream_timeout if call.stream else self._answer_timeout,
+            allow_redirects=False,
+        )
+
+    async def _should_move_on(
+        self, upstream: Upstream, call: Call, tried: dict[str, HelexaError], outdated: set[str]
+    ) -> bool:
+        """Whether the answer is a refusal that another node, or a fresh load, might make good."""
+        response, node = upstream.response, upstream.node
+        if response.status not in (404, *_ELSEWHERE):
+            return False
+        error = await _refusal(response)
+        if response.status == 404:
+            if error.code != UnknownModel.code or node.name in outdated:
+                return False
+            outdated.add(node.name)
+            node.models.pop(call.model, None)
+        elif self._has_replica(call.model, {node.name, *tried}):
+            tried[node.name] = error
+        else:
+            return False
+        self._poller.hurry(node)
+        return True
+
+    def _has_replica(self, model: str, avoid: set[str]) -> bool:
+        return any(node.is_loaded(model) and node.name not in avoid for node in self._fleet.routable())
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> HelexaError:
+    """The error in the body, which the response keeps for whoever passes it on."""
+    try:
+        body = await response.read()
+    except (aiohttp.ClientError, TimeoutError):
+        body = b""
+    return parse_error(response.status, body, response.headers.get("retry-after"))
+
+
+def _finished(node: Node, model: str, poller: Poller) -> None:
+    node.active[model] -= 1
+    poller.notify()
+
+
+def _may_pass(error: HelexaError) -> bool:
+    """Whether waiting may help: room is taken by models at work."""
+    return isinstance(error, NoPlacement) and not isinstance(error, CannotHost)
