@@ -1,0 +1,104 @@
+"""Keys and values of all sequences: one tensor of pages per layer, owned by the device thread.
+
+Memory is reserved when the cache is made and, on the CPU, committed by the system when a page is first written.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helexa.errors import InvalidParameter, OutOfMemory
+
+KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for must leave
+DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
+
+
+def kv_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`; raises InvalidParameter for others than float32, float16 and bfloat16."""
+    if name not in KV_DTYPES:
+        raise InvalidParameter(
+            f"kv_dtype is {name!r}; expected one of {', '.join(KV_DTYPES)}", param="kv_dtype"
+        )
+    return KV_DTYPES[name]
+
+
+def free_memory_bytes() -> int:
+    """What this process may still take without swapping: the system's estimate, or less if its group has a limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free = min(free, int(limit) - int(used) + int(reclaimable.get("inactive_file", 0)))
+    except OSError:  # no such controller here
+        pass
+    return max(free, 0)
+
+
+def page_nbytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
+    """Bytes that one page takes over all layers, keys and values."""
+    return sum(2 * math.prod(shape[1:]) * dtype.itemsize for shape in shapes)
+
+
+def plan_capacity(
+    *,
+    page_bytes: int,
+    page_tokens: int,
+    model_context: int,
+    max_context: int | None,
+    max_sequences: int,
+    kv_cache_tokens: int | None,
+    free_bytes: int,
+) -> tuple[int, int]:
+    """(number of pages, context in tokens) that fit the free memory.
+
+    By default the cache holds one full context or 8192 tokens for each sequence, whichever is more, in at most half of the
+    free memory, and a context that nobody asked for shrinks to that. Raises OutOfMemory, with the bytes, if what was asked
+    for does not fit.
+    """
+    context = min(model_context, max_context or model_context)
+    if kv_cache_tokens is None:
+        wanted = max(_pages(context, page_tokens), max_sequences * _pages(min(context, 8192), page_tokens))
+        num_pages = min(wanted, int(free_bytes * DEFAULT_SHARE) // page_bytes)
+        if max_context is not None:
+            num_pages = max(num_pages, _pages(context, page_tokens))
+    else:
+        num_pages = _pages(kv_cache_tokens, page_tokens)
+    usable = int(free_bytes * (1 - KEPT_FREE))
+    needed = (num_pages + 1) * page_bytes  # one more as scratch
+    if num_pages < 1 or needed > usable:
+        raise OutOfMemory(
+            f"a KV cache of {max(num_pages, 1) * page_tokens} tokens needs {max(needed, 2 * page_bytes)} bytes, but only "
+            f"{usable} bytes of memory are free for it; ask for a smaller context or cache",
+            needed_bytes=needed,
+            free_bytes=usable,
+        )
+    return num_pages, min(context, num_pages * page_tokens)
+
+
+def _pages(num_tokens: int, page_tokens: int) -> int:
+    return -(-num_tokens // page_tokens)
+
+
+class KVCache:
+    """`k` and `v`: per layer [num_pages, num_key_value_heads, page_tokens, head_dim]; page 0 is scratch."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str = "cpu"):
+        self.page_tokens = shapes[0][2]
+        self.num_pages = shapes[0][0]
+        self.k = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+        self.v = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first num_tokens positions of a page to another, in all layers."""
+        for layer in (*self.k, *self.v):
+            self._part(layer, target, num_tokens).copy_(self._part(layer, source, num_tokens))
+
+    def _part(self, layer: Tensor, page: int, num_tokens: int) -> Tensor:
+        return layer[page, :, :num_tokens]

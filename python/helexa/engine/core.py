@@ -1,0 +1,205 @@
+"""What happens on the device thread: scheduler, runner and samplers in one loop of steps.
+
+Each step is one job that queues the next, so whatever was posted in the meantime, such as a cancellation, takes effect before
+the next step. Only token ids and numbers leave, all those of one step in one batch for each event loop.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from helexa.engine.pages import PagePool
+from helexa.engine.prefix_cache import PrefixCache
+from helexa.engine.runner import Runner
+from helexa.engine.sampler import Sampled
+from helexa.engine.scheduler import Plan, Scheduler
+from helexa.engine.sequence import Finished, Mailbox, Receiver, Sequence
+from helexa.errors import HelexaError, ShuttingDown
+
+
+class Rate:
+    """Tokens per second, weighted towards the last hundred steps or so, and the total of tokens."""
+
+    def __init__(self) -> None:
+        self.total_tokens = 0
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        self.total_tokens += num_tokens
+        self._tokens = 0.98 * self._tokens + num_tokens
+        self._seconds = 0.98 * self._seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
+class LogitsReceiver:
+    """Resolves a future when the logits of all tokens are there."""
+
+    mailbox: Mailbox | None = None
+
+    def __init__(self, logits: npt.NDArray[np.float32]):
+        self.future: Future[npt.NDArray[np.float32]] = Future()
+        self._logits = logits
+
+    def receive(self, event: Sampled | Finished) -> None:
+        if self.future.done() or not isinstance(event, Finished):
+            return
+        if event.error is not None:
+            self.future.set_exception(event.error)
+        else:
+            self.future.set_result(self._logits)
+
+
+class EngineCore:
+    """Serves sequences until they finish; every method runs on the device thread, the counters may be read anywhere."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        pool: PagePool,
+        prefix: PrefixCache | None,
+        post: Callable[[Callable[[], object]], None],
+    ):
+        self.runner: Runner | None = runner
+        self.scheduler = scheduler
+        self.pool = pool
+        self.prefix = prefix
+        self.prefill_rate = Rate()
+        self.decode_rate = Rate()
+        self._post = post
+        self._is_stepping = False
+        self._closed: HelexaError | None = None
+        self._outbox: dict[Mailbox, list[tuple[Receiver, Sampled | Finished]]] = {}
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues a sequence; one that can never run is told so at once."""
+        try:
+            if self._closed is not None:
+                raise self._closed
+            self.scheduler.add(sequence)
+        except HelexaError as error:
+            self._emit(sequence, Finished("error", error))
+            self._send()
+        else:
+            self._wake()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forgets a sequence and frees its pages; its receiver hears nothing more."""
+        sequence.finished = True
+        self.scheduler.remove(sequence)
+        self._wake()
+
+    def fail_all(self, error: HelexaError) -> None:
+        """Ends every sequence with the error, and every later one."""
+        self._closed = error
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._finish(sequence, Finished("error", error))
+        self._send()
+
+    def close(self) -> None:
+        """Ends what still runs and lets go of model and caches."""
+        self.fail_all(ShuttingDown("the model is being unloaded"))
+        self.runner = None
+
+    def step(self) -> None:
+        """Runs one plan and queues the next step, or rests if there is none."""
+        plan = self.scheduler.next()
+        if plan is None or self.runner is None:
+            self._is_stepping = False
+            return
+        started_s = time.perf_counter()
+        for copy in plan.copies:
+            self.runner.cache.copy(copy.source, copy.target, copy.num_tokens)
+        self.scheduler.copied(plan)
+        run, rate = (
+            (self._prefill, self.prefill_rate) if plan.is_prefill else (self._decode, self.decode_rate)
+        )
+        try:
+            run(self.runner, plan)
+        except HelexaError as error:
+            for sequence in plan.sequences:
+                self._finish(sequence, Finished("error", error))
+        rate.add(plan.num_tokens * len(plan.sequences), time.perf_counter() - started_s)
+        self._send()
+        self._post(self.step)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def _wake(self) -> None:
+        if not self._is_stepping and self._closed is None:
+            self._is_stepping = True
+            self._post(self.step)
+
+    def _decode(self, runner: Runner, plan: Plan) -> None:
+        rows = runner.decode(plan.sequences)
+        self.scheduler.complete(plan)
+        now_s = time.perf_counter()
+        for sequence, row in zip(plan.sequences, rows, strict=False):  # the rows beyond are padding
+            self._sample(sequence, row, now_s)
+
+    def _prefill(self, runner: Runner, plan: Plan) -> None:
+        (sequence,) = plan.sequences
+        start = sequence.num_computed
+        logits = runner.prefill(sequence, plan.num_tokens, all_logits=sequence.logits is not None)
+        self.scheduler.complete(plan)
+        if sequence.logits is not None:
+            sequence.logits[start : start + plan.num_tokens] = logits.numpy()
+            if sequence.num_pending == 0:
+                self._finish(sequence, Finished("stop"))
+        elif sequence.num_pending == 0:
+            self._sample(sequence, logits[0], time.perf_counter())
+
+    def _sample(self, sequence: Sequence, row: Any, now_s: float) -> None:
+        assert sequence.sampler is not None
+        try:
+            sampled = sequence.sampler.sample(row, len(sequence.token_ids))
+        except HelexaError as error:
+            self._finish(sequence, Finished("error", error))
+            return
+        sequence.token_ids.append(sampled.token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        sequence.last_token_s = now_s
+        self._emit(sequence, sampled)
+        if sampled.token_id in sequence.stop_token_ids:
+            self._finish(sequence, Finished("stop"))
+        elif len(sequence.token_ids) >= sequence.max_length:
+            self._finish(sequence, Finished("length"))
+
+    def _finish(self, sequence: Sequence, event: Finished) -> None:
+        sequence.finished = True
+        self.scheduler.remove(sequence)
+        self._emit(sequence, event)
+
+    def _emit(self, sequence: Sequence, event: Sampled | Finished) -> None:
+        receiver = sequence.receiver
+        if receiver is None:
+            return
+        if receiver.mailbox is None:
+            receiver.receive(event)
+        else:
+            self._outbox.setdefault(receiver.mailbox, []).append((receiver, event))
+
+    def _send(self) -> None:
+        if not self._outbox:
+            return
+        outbox, self._outbox = self._outbox, {}
+        for mailbox, batch in outbox.items():
+            if not mailbox.post(batch):
+                self._abandon(mailbox)
+
+    def _abandon(self, mailbox: Mailbox) -> None:
+        """Cancels everything whose reader is gone for good."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.receiver is not None and sequence.receiver.mailbox is mailbox:
+                self.cancel(sequence)

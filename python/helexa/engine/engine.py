@@ -1,0 +1,355 @@
+"""A loaded model that answers: token ids in, text and token ids out, as async streams.
+
+The engine owns one device worker. Its public methods may be called from any thread and never wait for the device, except
+`logits`, which returns a result, and `close`; `generate` runs on the caller's event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from helexa import ops
+from helexa.engine.cache import KVCache, free_memory_bytes, kv_dtype, page_nbytes, plan_capacity
+from helexa.engine.chat_template import ChatTemplate
+from helexa.engine.core import EngineCore, LogitsReceiver
+from helexa.engine.pages import PagePool
+from helexa.engine.prefix_cache import PrefixCache
+from helexa.engine.runner import Runner
+from helexa.engine.sampler import Sampler
+from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
+from helexa.engine.scheduler import Scheduler
+from helexa.engine.sequence import Finished, Receiver, Sequence
+from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream
+from helexa.engine.tokenizer import Tokenizer
+from helexa.engine.worker import DeviceWorker
+from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown
+from helexa.layers.step import PAGE_TOKENS
+from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
+from helexa.weights.gguf import GGUFFile, open_gguf
+from helexa.weights.load import GGUFWeights, LoadProgress
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[LoadProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is served. Sizes left open are chosen by the free memory, see cache.plan_capacity."""
+
+    device: str = "cpu"
+    max_context: int | None = None
+    max_sequences: int = 4
+    kv_dtype: str = "bfloat16"
+    kv_cache_tokens: int | None = None
+    num_threads: int | None = None  # None: one for each core that the process may use
+    prefill_chunk: int = 512
+    prefix_cache: bool = True
+    capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise InvalidParameter(f"device is {self.device!r}; expected cpu", param="device")
+        for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidParameter(f"{name} is {value!r}; expected a positive integer", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state of an engine at a glance; totals count from the load."""
+
+    in_flight: int
+    queued: int
+    kv_tokens_total: int
+    kv_tokens_used: int  # in pages that sequences hold
+    kv_tokens_cached: int  # in pages that only the prefix cache keeps
+    prefill_tok_s: float
+    decode_tok_s: float  # over all sequences of a batch
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
+    poisoned: str | None
+
+
+class Engine:
+    """One model on one device."""
+
+    def __init__(
+        self,
+        build: Callable[[], Model],
+        config: ModelConfig,
+        options: EngineOptions,
+        *,
+        name: str,
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
+        generation_defaults: SamplingDefaults | None = None,
+    ):
+        """Calls `build` on the device thread and returns when the model is ready."""
+        self.config = config
+        self.name = name
+        self.options = options
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.generation_defaults = generation_defaults or SamplingDefaults()
+        self.max_context = config.max_position_embeddings
+        self._lock = threading.Lock()
+        self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
+        self._is_closing = False
+        self._core: EngineCore | None = None
+        self._worker = DeviceWorker(f"{options.device}-0", self._on_fault)
+        try:
+            self._core = self._worker.call(partial(self._start, build)).result()
+        except BaseException:
+            self._worker.close()
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> Self:
+        """The model of a GGUF file, ready to answer; `options` are the fields of EngineOptions.
+
+        progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a vocabulary has
+        no tokenizer and serves token ids. Raises InvalidFile, UnsupportedModel, InvalidParameter or OutOfMemory.
+        """
+        started_s = time.perf_counter()
+        progress = progress or (lambda progress: None)
+        engine_options = EngineOptions(**options)
+        file = open_gguf(path)
+        try:
+            config = config_from_gguf(file.metadata, file.tensors)
+            with ThreadPoolExecutor(1, "tokenizer") as pool:
+                text = pool.submit(_read_text_parts, file)
+                engine = cls(
+                    partial(_build, file, config, progress),
+                    config,
+                    engine_options,
+                    name=str(file.metadata.get("general.name") or Path(path).stem),
+                    generation_defaults=SamplingDefaults.from_gguf(file.metadata),
+                )
+                try:
+                    engine.tokenizer, engine.chat_template = text.result()
+                except BaseException:
+                    engine.close()
+                    raise
+        finally:
+            file.close()
+        progress(LoadProgress("ready", 100.0))
+        logger.info(
+            "event=model_loaded model=%s max_context=%d kv_tokens=%d load_s=%.2f",
+            engine.name,
+            engine.max_context,
+            engine.stats().kv_tokens_total,
+            time.perf_counter() - started_s,
+        )
+        return engine
+
+    async def generate(
+        self, token_ids: Iterable[int], params: SamplingParams | None = None, *, namespace: str = ""
+    ) -> AsyncGenerator[Delta, None]:
+        """The answer to the prompt, piece by piece; leaving the generator cancels and frees the pages before the next step.
+
+        Prompts share cached prefixes only within one namespace. Raises ContextTooLong, InvalidParameter, ShuttingDown or, as
+        soon as the device has failed, DevicePoisoned.
+        """
+        loop = asyncio.get_running_loop()
+        stream = Stream(self._mailbox(loop), loop)
+        params = params or SamplingParams()
+        sequence = self._sequence(self._checked(token_ids), params, namespace, stream)
+        answer = Answer(sequence, self.tokenizer, params.stop, params.logprobs is not None)
+        self._submit(sequence, stream)
+        try:
+            while True:
+                events = await stream.take()
+                last = events[-1]
+                error = last.error if isinstance(last, Finished) else None
+                if error is not None:
+                    events.pop()
+                if events:
+                    delta = answer.feed(events)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+                if error is not None:
+                    raise error
+        finally:
+            if not sequence.finished:
+                self._cancel(sequence)
+
+    def logits(self, token_ids: Iterable[int]) -> npt.NDArray[np.float32]:
+        """Logits [T, V] float32 after each of the T tokens; waits for the device. Raises what `generate` raises."""
+        tokens = self._checked(token_ids)
+        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        receiver = LogitsReceiver(logits)
+        self._submit(Sequence(tokens, len(tokens), receiver=receiver, logits=logits), receiver)
+        return receiver.future.result()
+
+    def stats(self) -> EngineStats:
+        """Counters as they stand; never waits for the device."""
+        core = self._core
+        assert core is not None
+        return EngineStats(
+            in_flight=len(core.scheduler.running),
+            queued=len(core.scheduler.waiting),
+            kv_tokens_total=core.pool.num_pages * core.pool.page_tokens,
+            kv_tokens_used=core.pool.num_used * core.pool.page_tokens,
+            kv_tokens_cached=core.pool.num_cached * core.pool.page_tokens,
+            prefill_tok_s=core.prefill_rate.tokens_per_s,
+            decode_tok_s=core.decode_rate.tokens_per_s,
+            prefill_tokens=core.prefill_rate.total_tokens,
+            decode_tokens=core.decode_rate.total_tokens,
+            cached_tokens=core.scheduler.num_cached_tokens,
+            preemptions=core.scheduler.num_preemptions,
+            poisoned=self._worker.poisoned,
+        )
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Refuses new requests, lets running ones go on for up to drain_s, ends the rest and frees the model's memory."""
+        self._is_closing = True
+        core = self._core
+        deadline_s = time.monotonic() + drain_s
+        while (
+            core is not None
+            and core.is_busy
+            and self._worker.poisoned is None
+            and time.monotonic() < deadline_s
+        ):
+            time.sleep(0.01)
+        if core is not None:
+            with contextlib.suppress(HelexaError):  # closed before, or poisoned: nothing runs any more
+                self._worker.post(core.close)
+        self._worker.close()
+        if core is not None:
+            core.runner = None
+
+    def _start(self, build: Callable[[], Model]) -> EngineCore:
+        options = self.options
+        torch.set_grad_enabled(False)
+        # The kernels bring their own threads; torch's few small operations run faster without waking others.
+        torch.set_num_threads(1)
+        ops.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
+        dtype = kv_dtype(options.kv_dtype)
+        model = build()
+        num_pages, self.max_context = plan_capacity(
+            page_bytes=page_nbytes(kv_cache_shapes(self.config, 1), dtype),
+            page_tokens=PAGE_TOKENS,
+            model_context=self.config.max_position_embeddings,
+            max_context=options.max_context,
+            max_sequences=options.max_sequences,
+            kv_cache_tokens=options.kv_cache_tokens,
+            free_bytes=free_memory_bytes(),
+        )
+        cache = KVCache(kv_cache_shapes(self.config, num_pages + 1), dtype)
+        runner = Runner(
+            model,
+            cache,
+            max_sequences=options.max_sequences,
+            max_context=self.max_context,
+            capture=options.capture,
+        )
+        pool = PagePool(num_pages, cache.page_tokens)
+        prefix = PrefixCache(pool) if options.prefix_cache else None
+        scheduler = Scheduler(
+            pool,
+            prefix,
+            max_context=self.max_context,
+            max_sequences=options.max_sequences,
+            prefill_chunk=options.prefill_chunk,
+        )
+        return EngineCore(runner, scheduler, pool, prefix, self._worker.post)
+
+    def _checked(self, token_ids: Iterable[int]) -> list[int]:
+        """The token ids as a list of our own; raises InvalidParameter if there is none or one that the model does not have."""
+        tokens = list(token_ids)
+        if not tokens:
+            raise InvalidParameter("the prompt is empty; expected at least one token", param="prompt")
+        lowest, highest = min(tokens), max(tokens)
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InvalidParameter(
+                f"the prompt has token {wrong}; the model's vocabulary has {self.config.vocab_size} tokens",
+                param="prompt",
+            )
+        return tokens
+
+    def _sequence(
+        self, tokens: list[int], params: SamplingParams, namespace: str, receiver: Receiver
+    ) -> Sequence:
+        params.check_vocabulary(self.config.vocab_size)
+        stop_token_ids = frozenset(params.stop_token_ids)
+        if self.tokenizer is not None and not params.ignore_eos:
+            stop_token_ids |= self.tokenizer.eos_token_ids
+        max_length = self.max_context
+        if params.max_tokens is not None:
+            max_length = min(max_length, len(tokens) + params.max_tokens)
+        return Sequence(
+            tokens,
+            max_length,
+            sampler=Sampler(params.resolve(self.generation_defaults), tokens),
+            stop_token_ids=stop_token_ids,
+            receiver=receiver,
+            namespace=namespace,
+        )
+
+    def _submit(self, sequence: Sequence, receiver: Receiver) -> None:
+        if self._is_closing or self._core is None:
+            raise ShuttingDown(f"the model {self.name} is being unloaded")
+        job = self._worker.call(partial(self._core.submit, sequence))
+        job.add_done_callback(partial(_report, receiver))
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if self._core is not None:
+            with contextlib.suppress(HelexaError):  # closed or poisoned: it has ended already
+                self._worker.post(partial(self._core.cancel, sequence))
+
+    def _mailbox(self, loop: asyncio.AbstractEventLoop) -> LoopMailbox:
+        with self._lock:
+            for other in [other for other in self._mailboxes if other.is_closed()]:
+                del self._mailboxes[other]
+            return self._mailboxes.setdefault(loop, LoopMailbox(loop))
+
+    def _on_fault(self, error: DevicePoisoned) -> None:
+        if self._core is not None:
+            self._core.fail_all(error)
+
+
+def _report(receiver: Receiver, job: "Future[None]") -> None:
+    """Tells the receiver why its sequence never reached the scheduler, if so."""
+    error = job.exception()
+    if isinstance(error, HelexaError):
+        event = Finished("error", error)
+        if receiver.mailbox is None:
+            receiver.receive(event)
+        else:
+            receiver.mailbox.post([(receiver, event)])
+
+
+def _build(file: GGUFFile, config: ModelConfig, progress: Progress) -> Model:
+    weights = GGUFWeights(file, progress=progress)
+    model = build_model(config, weights)
+    if unused := weights.unused():
+        logger.warning("event=unused_tensors model=%s tensors=%s", file.path.name, ",".join(unused))
+    return model
+
+
+def _read_text_parts(file: GGUFFile) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """Tokenizer and chat template of the file, where it has them."""
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        return None, None
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    return tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer)

@@ -1,0 +1,117 @@
+"""Turns plans into steps of the model: fills the step tensors, replays the captured decode, copies shared pages.
+
+A decode step reads tensors that never move, so it is captured once for each batch size; what changes is written in place.
+Prefill runs eagerly. Rows that pad a batch to its captured size compute one token in the scratch page.
+"""
+
+from collections.abc import Sequence as ListOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helexa import ops
+from helexa.engine.cache import KVCache
+from helexa.engine.pages import SCRATCH_PAGE
+from helexa.engine.sequence import Sequence
+from helexa.layers.step import Step
+from helexa.models import Model
+
+
+class Runner:
+    """Computes logits for sequences whose pages the scheduler has assigned; lives on the device thread."""
+
+    def __init__(
+        self, model: Model, cache: KVCache, *, max_sequences: int, max_context: int, capture: bool = True
+    ):
+        self.cache = cache
+        self._model = model
+        self._capture = capture
+        max_pages = -(-max_context // cache.page_tokens)
+        rows = bucket_of(max_sequences)
+        tensors = [torch.zeros(rows, dtype=torch.int32) for _ in range(4)]
+        self._token_ids, self._positions, self._slots, self._kv_lengths = tensors
+        self._page_table = torch.full((rows, max_pages), SCRATCH_PAGE, dtype=torch.int32)
+        self._query_start = torch.arange(rows + 1, dtype=torch.int32)
+        # Views for writing: an assignment to them is several times cheaper than one to a tensor.
+        self._write = [tensor.numpy() for tensor in tensors]
+        self._write_pages = self._page_table.numpy()
+        self._rows: list[tuple[int, int] | None] = [None] * rows  # whose pages each row of the table shows
+        self._graphs: dict[int, tuple[ops.CpuGraph, list[Tensor]]] = {}
+
+    def decode(self, sequences: ListOf[Sequence]) -> list[Tensor]:
+        """One row of logits [V] per sequence, for its one pending token; valid until the next call."""
+        rows = bucket_of(len(sequences))
+        self._fill(sequences, rows)
+        if not self._capture:
+            return list(self._model(self._decode_step(rows)))
+        if rows not in self._graphs:
+            self._graphs[rows] = self._captured(rows)
+        graph, logits = self._graphs[rows]
+        graph.replay()
+        return logits
+
+    def prefill(self, sequence: Sequence, num_tokens: int, *, all_logits: bool = False) -> Tensor:
+        """Logits [R, V] of the next num_tokens tokens: of all, or else of the last one if it ends the sequence, or none."""
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        page_tokens = self.cache.page_tokens
+        positions = np.arange(start, end, dtype=np.int32)
+        pages = np.array(sequence.pages[: -(-end // page_tokens)], dtype=np.int32)
+        first = 0 if all_logits else num_tokens - (end == len(sequence.token_ids))
+        step = Step(
+            token_ids=torch.tensor(sequence.token_ids[start:end], dtype=torch.int32),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(pages[positions // page_tokens] * page_tokens + positions % page_tokens),
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+            kv_lengths=torch.tensor([end], dtype=torch.int32),
+            page_table=torch.from_numpy(pages).unsqueeze(0),
+            k_cache=self.cache.k,
+            v_cache=self.cache.v,
+            logits_rows=slice(first, num_tokens),
+        )
+        return self._model(step)
+
+    def _fill(self, sequences: ListOf[Sequence], rows: int) -> None:
+        token_ids, positions, slots, kv_lengths = self._write
+        page_tokens = self.cache.page_tokens
+        for row, sequence in enumerate(sequences):
+            position = sequence.num_computed
+            owner = (sequence.number, sequence.pages_version)
+            if self._rows[row] != owner:
+                self._write_pages[row, : len(sequence.pages)] = sequence.pages
+                self._rows[row] = owner
+            token_ids[row] = sequence.token_ids[position]
+            positions[row] = position
+            slots[row] = sequence.pages[position // page_tokens] * page_tokens + position % page_tokens
+            kv_lengths[row] = position + 1
+        for row in range(len(sequences), rows):
+            if self._rows[row] is not None:
+                self._write_pages[row, 0] = SCRATCH_PAGE
+                self._rows[row] = None
+            token_ids[row] = positions[row] = 0
+            slots[row] = SCRATCH_PAGE * page_tokens
+            kv_lengths[row] = 1
+
+    def _captured(self, rows: int) -> tuple[ops.CpuGraph, list[Tensor]]:
+        graph = ops.CpuGraph()
+        with graph.capture():
+            logits = self._model(self._decode_step(rows))
+        return graph, list(logits)
+
+    def _decode_step(self, rows: int) -> Step:
+        return Step(
+            token_ids=self._token_ids[:rows],
+            positions=self._positions[:rows],
+            slots=self._slots[:rows],
+            query_start=self._query_start[: rows + 1],
+            kv_lengths=self._kv_lengths[:rows],
+            page_table=self._page_table[:rows],
+            k_cache=self.cache.k,
+            v_cache=self.cache.v,
+            logits_rows=slice(0, rows),
+        )
+
+
+def bucket_of(num_sequences: int) -> int:
+    """The captured batch size that holds num_sequences: the next power of two."""
+    return 1 << (num_sequences - 1).bit_length()

@@ -1,0 +1,281 @@
+"""Decides what the device does next: who is admitted, which tokens a step computes, who gives way. No tensors here.
+
+Admission is first come, first served: pages for the whole prompt first, then a seat. A step is either one decode of every
+sequence that has one pending token, or one chunk of one prompt; while both wait they alternate, with smaller chunks, so that
+running streams go on. Several prompts take turns and pick up the pages that the others have completed in the meantime. When
+pages run out, unused cached prefixes go first, then the youngest sequence returns to the queue and is recomputed later.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from helexa.engine.pages import PagePool
+from helexa.engine.prefix_cache import Match, Node, PrefixCache
+from helexa.engine.sequence import Sequence
+from helexa.errors import ContextTooLong
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first num_tokens positions of page `source` to page `target` before the step."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: the next `num_tokens` pending tokens of each sequence."""
+
+    sequences: list[Sequence]
+    num_tokens: int
+    is_prefill: bool
+    copies: list[PageCopy] = field(default_factory=list)
+
+
+class Scheduler:
+    """Pure decisions over sequences, pages and cached prefixes.
+
+    Call `next`, make the copies and call `copied`, run the plan and call `complete`; whoever cannot complete it removes its
+    sequences.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        prefix: PrefixCache | None,
+        *,
+        max_context: int,
+        max_sequences: int = 4,
+        prefill_chunk: int = 512,
+    ):
+        assert max_context <= pool.num_pages * pool.page_tokens, "one sequence must always fit"
+        self.max_context = max_context
+        self.max_sequences = max_sequences
+        self.prefill_chunk = prefill_chunk
+        self.shared_chunk = max(1, prefill_chunk // 4)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0  # that the prefix cache has spared
+        self._pool = pool
+        self._prefix = prefix
+        self._turn = 0
+        self._prefilled_last = False
+        self._is_blocked = False  # the head of the queue did not fit, and no page was released since
+        self._copies: list[PageCopy] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues the sequence; raises ContextTooLong if it could never run."""
+        room = self.max_context - (sequence.logits is None)
+        if len(sequence.token_ids) > room:
+            raise ContextTooLong(
+                f"the prompt has {len(sequence.token_ids)} tokens, but at most {room} fit the context of "
+                f"{self.max_context} tokens",
+                param="messages",
+                max=self.max_context,
+                prompt_tokens=len(sequence.token_ids),
+            )
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Forgets a finished or cancelled sequence and frees its pages; False if it was not here."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+            return True
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self._is_blocked = False
+            return True
+        return False
+
+    def next(self) -> Plan | None:
+        """The next step, or None if there is nothing to do."""
+        if self.waiting and not self._is_blocked:
+            self._admit()
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        has_prefill = len(decoding) < len(self.running)
+        if decoding and not (has_prefill and not self._prefilled_last):
+            self._prefilled_last = False
+            plan = self._plan_decode(decoding)
+        elif has_prefill:
+            self._prefilled_last = True
+            plan = self._plan_prefill(self.shared_chunk if decoding else self.prefill_chunk)
+        else:
+            return None
+        plan.copies, self._copies = self._copies, []
+        return plan
+
+    def copied(self, plan: Plan) -> None:
+        """Notes that the copies of the plan are made: their sources may go."""
+        for copy in plan.copies:
+            self._pool.release(copy.source)
+        plan.copies = []
+
+    def complete(self, plan: Plan) -> None:
+        """Notes that the plan has run: its tokens are in the cache, and full pages become visible to others."""
+        page_tokens = self._pool.page_tokens
+        for sequence in plan.sequences:
+            sequence.num_computed += plan.num_tokens
+            if sequence.num_computed >= (sequence.depth + 1) * page_tokens:
+                self._publish_pages(sequence)
+            if plan.is_prefill:
+                sequence.prefilled_tokens += plan.num_tokens
+                if sequence.num_pending == 0:
+                    self._publish_tail(sequence)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_sequences:
+            if not self._take_pages(self.waiting[0]):
+                self._is_blocked = True
+                return
+            sequence = self.waiting.popleft()
+            if sequence.admitted_s is None:
+                sequence.admitted_s = time.perf_counter()
+            self.running.append(sequence)
+
+    def _take_pages(self, sequence: Sequence) -> bool:
+        """Gives the sequence pages for all its tokens, shared ones where it can; False if there are too few."""
+        pool = self._pool
+        match = self._match(sequence)
+        num_fresh = pool.pages_for(len(sequence.token_ids)) - len(match.nodes)
+        held = [node.page for node in match.nodes]
+        if match.partial is not None:
+            held.append(match.partial.page)
+        for page in held:
+            pool.retain(page)
+        # A page per running sequence stays free, or the newcomer would soon be sent away again.
+        wanted = num_fresh + len(self.running)
+        if match.partial is not None and wanted > pool.num_free + pool.num_cached:
+            pool.release(held.pop())
+            match = Match(match.nodes)
+        if wanted > pool.num_free + pool.num_cached:
+            for page in held:
+                pool.release(page)
+            return False
+        self._make_free(num_fresh)
+        sequence.pages = [node.page for node in match.nodes] + [pool.allocate() for _ in range(num_fresh)]
+        sequence.pages_version += 1
+        sequence.depth = len(match.nodes)
+        if self._prefix is not None:
+            sequence.node = match.nodes[-1] if match.nodes else self._prefix.root
+        sequence.num_computed = sequence.depth * pool.page_tokens + match.num_partial
+        if match.partial is not None:
+            self._copies.append(
+                PageCopy(match.partial.page, sequence.pages[sequence.depth], match.num_partial)
+            )
+        self._count_cached(sequence, sequence.num_computed)
+        return True
+
+    def _match(self, sequence: Sequence) -> Match:
+        if self._prefix is None or not sequence.shares_pages:
+            return Match([])
+        # The last token is always computed: its logits are what the request asks for.
+        return self._prefix.match(sequence.token_ids, len(sequence.token_ids) - 1, sequence.namespace)
+
+    def _make_free(self, num_pages: int) -> bool:
+        missing = num_pages - self._pool.num_free
+        return missing <= 0 or (self._prefix is not None and self._prefix.evict(missing) == missing)
+
+    def _plan_decode(self, decoding: list[Sequence]) -> Plan:
+        page_tokens = self._pool.page_tokens
+        for sequence in decoding:
+            if sequence.pages and sequence.num_computed == len(sequence.pages) * page_tokens:
+                self._grow(sequence)
+        # Growing may have sent some away; the oldest sequence always stays.
+        return Plan([sequence for sequence in decoding if sequence.pages], 1, is_prefill=False)
+
+    def _grow(self, sequence: Sequence) -> None:
+        while not self._make_free(1):
+            youngest = max(self.running, key=lambda candidate: candidate.number)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return
+        sequence.pages.append(self._pool.allocate())
+        sequence.pages_version += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert len(self.running) > 1, "one sequence alone must always fit"
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _plan_prefill(self, chunk: int) -> Plan:
+        sequence = min(
+            (sequence for sequence in self.running if not sequence.is_decoding),
+            key=lambda sequence: (sequence.last_turn, sequence.number),
+        )
+        self._turn += 1
+        sequence.last_turn = self._turn
+        if sequence.shares_pages:
+            self._skip_shared(sequence)
+        return Plan([sequence], min(chunk, sequence.num_pending), is_prefill=True)
+
+    def _skip_shared(self, sequence: Sequence) -> None:
+        """Takes over pages that another sequence has completed since this one was admitted."""
+        if self._prefix is None or self._copies:
+            return
+        page_tokens = self._pool.page_tokens
+        while (end := (sequence.depth + 1) * page_tokens) < len(sequence.token_ids):
+            assert sequence.node is not None
+            run = tuple(sequence.token_ids[end - page_tokens : end])
+            node = self._prefix.find(sequence.node, run, sequence.namespace)
+            if node is None:
+                return
+            self._share(sequence, node)
+            self._count_cached(sequence, end - sequence.num_computed)
+            sequence.num_computed = end
+
+    def _count_cached(self, sequence: Sequence, num_tokens: int) -> None:
+        self.num_cached_tokens += num_tokens
+        if sequence.num_preemptions == 0:
+            sequence.cached_tokens += num_tokens
+
+    def _publish_pages(self, sequence: Sequence) -> None:
+        """Puts the full pages that were completed since the last time into the prefix cache."""
+        if self._prefix is None or not sequence.shares_pages:
+            return
+        page_tokens = self._pool.page_tokens
+        while (end := (sequence.depth + 1) * page_tokens) <= sequence.num_computed:
+            assert sequence.node is not None
+            run = tuple(sequence.token_ids[end - page_tokens : end])
+            page = sequence.pages[sequence.depth]
+            self._share(sequence, self._prefix.insert(sequence.node, run, page, sequence.namespace))
+
+    def _publish_tail(self, sequence: Sequence) -> None:
+        """Puts the computed part of the last page into the prefix cache; the sequence may go on appending to it."""
+        start = sequence.depth * self._pool.page_tokens
+        if self._prefix is None or not sequence.shares_pages or sequence.num_computed <= start:
+            return
+        assert sequence.node is not None
+        run = tuple(sequence.token_ids[start : sequence.num_computed])
+        self._prefix.insert(sequence.node, run, sequence.pages[sequence.depth], sequence.namespace)
+
+    def _share(self, sequence: Sequence, node: Node) -> None:
+        """Steps down to `node`; a page of the same content that the sequence held itself is given back."""
+        page = sequence.pages[sequence.depth]
+        if page != node.page:
+            self._pool.retain(node.page)
+            self._pool.release(page)
+            sequence.pages[sequence.depth] = node.page
+            sequence.pages_version += 1
+            self._is_blocked = False
+        sequence.node = node
+        sequence.depth += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Frees the pages; what they hold stays in the prefix cache for as long as there is room."""
+        self._publish_tail(sequence)
+        for page in reversed(sequence.pages):
+            self._pool.release(page)
+        sequence.pages = []
+        sequence.pages_version += 1
+        sequence.node = None
+        sequence.depth = 0
+        sequence.num_computed = 0
+        self._is_blocked = False

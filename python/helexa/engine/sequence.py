@@ -1,0 +1,97 @@
+"""One request as the scheduler and the runner see it: its tokens, its pages, how far it is computed."""
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from helexa.engine.prefix_cache import Node
+    from helexa.engine.sampler import Sampled
+    from helexa.errors import HelexaError
+
+_numbers = itertools.count()
+
+
+@dataclass(slots=True)
+class Finished:
+    """The last event of a sequence: why it ended, or the error that ended it."""
+
+    reason: str
+    error: "HelexaError | None" = None
+
+
+class Receiver(Protocol):
+    """Where the events of a sequence go; `mailbox` is None if `receive` may be called on the device thread."""
+
+    mailbox: "Mailbox | None"
+
+    def receive(self, event: "Sampled | Finished") -> None: ...
+
+
+class Mailbox(Protocol):
+    """Carries the events of many receivers to their thread in one go."""
+
+    def post(self, batch: "list[tuple[Receiver, Sampled | Finished]]") -> bool: ...
+
+
+class RowSampler(Protocol):
+    """Chooses the next token from one row of logits."""
+
+    def sample(self, logits: object, position: int) -> "Sampled": ...
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens whose first `num_computed` positions are in the KV cache, in `pages`.
+
+    Every token but the newest is computed before a new one is sampled, so a sequence with one pending token decodes and
+    one with more prefills; after a preemption the generated tokens are prefilled like a prompt.
+    """
+
+    token_ids: list[int]
+    max_length: int  # tokens, prompt included, at which generation ends
+    sampler: RowSampler | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    receiver: Receiver | None = None
+    namespace: str = ""  # sequences share cached prefixes only within one namespace
+    logits: "np.ndarray | None" = (
+        None  # [T, V] float32: wanted for all prompt tokens; nothing is sampled then
+    )
+
+    num_prompt_tokens: int = 0
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    pages_version: int = 0  # changes whenever `pages` does
+    node: "Node | None" = None  # the deepest full page of this sequence in the prefix cache
+    depth: int = 0  # how many pages lie on the path to `node`
+    cached_tokens: int = 0  # prompt tokens that the prefix cache spared
+    prefilled_tokens: int = 0
+    num_preemptions: int = 0
+    last_turn: int = -1
+    finished: bool = False
+
+    number: int = field(default_factory=lambda: next(_numbers))
+    arrived_s: float = field(default_factory=time.perf_counter)
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known and not yet computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return len(self.token_ids) - self.num_computed == 1 and self.logits is None
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether the prefix cache may serve this sequence; who wants all logits must compute all tokens."""
+        return self.logits is None

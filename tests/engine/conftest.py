@@ -1,0 +1,89 @@
+"""A model that proves its cache: it writes token ids into the pages and predicts from the whole history it reads back."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from helexa.engine.sampler import Sampled
+
+
+def next_token(history: Iterable[int], vocab_size: int) -> int:
+    """A function of every token so far and of their order."""
+    state = 0
+    for token_id in history:
+        state = (state * 31 + int(token_id) + 7) % 1_000_003
+    return state % vocab_size
+
+
+def continuation(prompt: list[int], num_tokens: int, vocab_size: int) -> list[int]:
+    """What the history model generates greedily after the prompt."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens, vocab_size))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class HistoryModel:
+    """model(step) -> one-hot logits of next_token; raises AssertionError if a page does not hold what it should."""
+
+    vocab_size: int
+    config: object = None
+    fail_with: Exception | None = None
+    num_calls: int = 0
+
+    def __call__(self, step):
+        self.num_calls += 1
+        if self.fail_with is not None:
+            raise self.fail_with
+        k, v = step.k_cache[0], step.v_cache[0]
+        page_tokens = k.shape[2]
+        for token_id, position, slot in zip(
+            step.token_ids.tolist(), step.positions.tolist(), step.slots.tolist(), strict=True
+        ):
+            k[slot // page_tokens, 0, slot % page_tokens, 0] = token_id
+            v[slot // page_tokens, 0, slot % page_tokens, 0] = position
+        wanted = range(len(step.token_ids))[step.logits_rows]
+        logits = torch.zeros(len(wanted), self.vocab_size)
+        starts = step.query_start.tolist()
+        for s, length in enumerate(step.kv_lengths.tolist()):
+            positions = torch.arange(length)
+            pages = step.page_table[s].long()[positions // page_tokens]
+            history = k[pages, 0, positions % page_tokens, 0].long().tolist()
+            assert v[pages, 0, positions % page_tokens, 0].long().tolist() == list(range(length))
+            for row in range(starts[s], starts[s + 1]):
+                if row in wanted:
+                    end = length - (starts[s + 1] - 1 - row)
+                    logits[row - wanted.start, next_token(history[:end], self.vocab_size)] = 1.0
+        return logits
+
+
+class Greedy:
+    """The smallest sampler: the largest logit."""
+
+    def sample(self, logits, position):
+        return Sampled(int(logits.argmax()), None, [])
+
+
+@pytest.fixture
+def history_model():
+    return HistoryModel
+
+
+@pytest.fixture
+def greedy():
+    return Greedy()
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """continuation(prompt, num_tokens, vocab_size) of the history model."""
+    return continuation
+
+
+@pytest.fixture(scope="session")
+def history():
+    """next_token(history, vocab_size) of the history model."""
+    return next_token
