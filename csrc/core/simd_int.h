@@ -2,6 +2,8 @@
 // Integer vectors for the quantized dot products: 16 rows of int32, and 16 rows of 4 bytes.  See core/simd.h for the float side.
 #pragma once
 
+#include <cmath>
+
 #include "core/simd.h"
 
 namespace helexa {
@@ -34,6 +36,13 @@ HELEXA_INLINE f32x16 load_scale_u8(const uint8_t* p) {
 HELEXA_INLINE f32x16 load_scale_i8(const uint8_t* p) {
   return f32x16{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+// Stores a, rounded to nearest even, as bytes, and returns the integers.
+HELEXA_INLINE i32x16 store_rounded(int8_t* p, f32x16 a) {
+  const __m512i v = _mm512_cvtps_epi32(a.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  return v;
+}
+HELEXA_INLINE int32_t reduce_add(i32x16 v) { return _mm512_reduce_add_epi32(v); }
 HELEXA_INLINE __m512i broadcast_quad(const int8_t* p) {
   int32_t quad;
   std::memcpy(&quad, p, 4);
@@ -98,6 +107,20 @@ HELEXA_INLINE f32x16 load_scale_u8(const uint8_t* p) {
 HELEXA_INLINE f32x16 load_scale_i8(const uint8_t* p) {
   return to_float({{_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
                     _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))}});
+}
+HELEXA_INLINE i32x16 store_rounded(int8_t* p, f32x16 a) {
+  const i32x16 v = {{_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}};
+  int32_t lanes[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), v.half[0]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), v.half[1]);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+  return v;
+}
+HELEXA_INLINE int32_t reduce_add(i32x16 v) {
+  const __m256i sum = _mm256_add_epi32(v.half[0], v.half[1]);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 template <int kBits>
 HELEXA_INLINE __m256i dot4_half(__m256i acc, __m256i codes, __m256i quad) {
@@ -175,6 +198,21 @@ HELEXA_INLINE f32x16 load_scale_i8(const uint8_t* p) {
   i32x16 v;
   for (int i = 0; i < 16; ++i) v.lane[i] = static_cast<int8_t>(p[i]);
   return to_float(v);
+}
+HELEXA_INLINE i32x16 store_rounded(int8_t* p, f32x16 a) {
+  float lanes[16];
+  store(lanes, round(a));
+  i32x16 v;
+  for (int i = 0; i < 16; ++i) {
+    v.lane[i] = std::abs(lanes[i]) < 128.0f ? static_cast<int32_t>(lanes[i]) : 0;  // NaN and infinity have no integer
+    p[i] = static_cast<int8_t>(v.lane[i]);
+  }
+  return v;
+}
+HELEXA_INLINE int32_t reduce_add(i32x16 v) {
+  int32_t sum = 0;
+  for (const int32_t lane : v.lane) sum += lane;
+  return sum;
 }
 template <int kBits>
 HELEXA_INLINE i32x16 dot4(i32x16 acc, u8x64 codes, const int8_t* a) {

@@ -30,20 +30,22 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
 // Tokens that fill up a group are zeros.
 constexpr int64_t group_record_bytes(int64_t width) { return width * (32 + 4 + 4 + 4 + 8); }
 
-// What one call of a tile kernel covers: 16 weight rows against all tokens.
+// What one call of the tile kernel covers: one or two neighbouring tiles of 16 weight rows against all tokens.
 struct TileCall {
   const float* x;            // [num_tokens, cols]: the input of float formats
   const uint8_t* quantized;  // groups of records: the input of quantized formats
   int64_t num_tokens, cols;
   int format;
   const uint8_t* tile;
-  const float* bias;  // [num_rows] of this tile, or null
-  int num_rows;       // 1..16 rows of the tile exist
-  float* out;         // [num_tokens, out_stride] at the tile's first row
+  const float* bias;  // [num_rows], or null
+  int num_rows;       // rows that exist: 1..16 of one tile, 17..32 of two
+  float* out;         // [num_tokens, out_stride] at the first row
   int64_t out_stride;
 };
 
-HELEXA_ISA_KERNEL(void, quant_matmul_tile, const TileCall& call)
+HELEXA_ISA_KERNEL(void, quant_matmul_tiles, const TileCall& call)
+// Tiles that one call may cover.
+HELEXA_ISA_KERNEL(int, max_tiles)
 // Tokens per group while `remaining` are left.
 HELEXA_ISA_KERNEL(int, token_group_width, int64_t remaining)
 // Quantizes num_tokens <= width rows of x [num_tokens, cols] into the records of one group.

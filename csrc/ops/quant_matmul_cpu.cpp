@@ -84,20 +84,23 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
   common.out_stride = out_stride;
   if (any_quantized) common.quantized = quantized_input.fill(x, num_tokens, cols);
 
-  const auto kernel = pick_quant_matmul_tile();
-  const int64_t grain = num_tokens > 8 ? 1 : std::max<int64_t>(1, kDecodeChunkBytes / most_tile_bytes);
+  // Neighbouring tiles go together, since they share the loads of the input.
+  const auto kernel = pick_quant_matmul_tiles();
+  const int64_t step = pick_max_tiles()();
+  const int64_t grain = num_tokens > 8 ? step : std::max<int64_t>(step, kDecodeChunkBytes / most_tile_bytes / step * step);
   parallel_for(num_tiles, grain, [&](int64_t begin, int64_t end) {
     size_t run = 0;
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile = begin, next; tile < end; tile = next) {
       while (run + 1 < runs.size() && tile >= runs[run + 1].first_tile) ++run;
       const WeightView& w = *runs[run].weight;
       const int64_t local = tile - runs[run].first_tile;
       const int64_t row = local * kTileRows;
+      next = std::min({tile + step, end, runs[run].first_tile + (w.rows + kTileRows - 1) / kTileRows});
       TileCall call = common;
       call.format = w.format;
       call.tile = w.packed + local * runs[run].tile_bytes;
       call.bias = w.bias == nullptr ? nullptr : w.bias + row;
-      call.num_rows = static_cast<int>(std::min<int64_t>(kTileRows, w.rows - row));
+      call.num_rows = static_cast<int>(std::min((next - tile) * kTileRows, w.rows - row));
       call.out = out + runs[run].column + row;
       kernel(call);
     }

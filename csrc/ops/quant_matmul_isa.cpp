@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// One tile (16 weight rows, all columns) against groups of tokens.  The codes are unpacked in registers for every group: at 12 tokens
-// that is about a tenth of the work, and the packed tile stays in the first-level cache.
+// One or two tiles (16 weight rows each, all columns) against groups of tokens.  The codes are unpacked in registers for every group:
+// at 6 tokens that is a small part of the work, and the packed tiles stay in the first-level cache.
 #include "ops/quant_matmul.h"
 
 #include <algorithm>
@@ -14,11 +14,12 @@ namespace helexa {
 namespace HELEXA_ISA {
 namespace {
 
-// 32 vector registers hold 12 integer and 12 float accumulators; 16 hold 2 of each as pairs.
+// Accumulators, integer and float, that the vector registers hold: tiles times tokens.  Two tiles at once halve the loads of the
+// input, which would otherwise bound the kernel: one broadcast for each product.
 #if defined(HELEXA_AVX512)
-constexpr int kMaxWidth = 12;
+constexpr int kMaxWidth = 6, kMaxTiles = 2;
 #else
-constexpr int kMaxWidth = 2;
+constexpr int kMaxWidth = 2, kMaxTiles = 1;
 #endif
 
 constexpr int kFloatTokens = kMaxWidth < 4 ? kMaxWidth : 4;
@@ -47,6 +48,12 @@ HELEXA_INLINE u8x64 high_quad(const uint8_t* codes, u8x64 nibbles) {
   return quad;
 }
 
+// The integer dots of R tiles, whose codes lie `apart` bytes from each other, with W tokens.
+template <int R, int W>
+struct Dots {
+  i32x16 v[R][W];
+};
+
 template <int kBits, int W>
 HELEXA_INLINE void dot_quad(u8x64 quad, const uint8_t* record, int index, i32x16 (&dot)[W]) {
   const int8_t* a = reinterpret_cast<const int8_t*>(record) + 4 * index;
@@ -54,24 +61,38 @@ HELEXA_INLINE void dot_quad(u8x64 quad, const uint8_t* record, int index, i32x16
   for (int t = 0; t < W; ++t) dot[t] = dot4<kBits>(dot[t], quad, a + 32 * t);
 }
 
-// Column quads j and j + 4 of a block, which share their bytes.
-template <int kBits, int W, int j>
-HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, const uint8_t* record, i32x16 (&dot)[W]) {
-  const u8x64 nibbles = load_bytes(codes + 64 * j);
-  dot_quad<kBits, W>(low_quad<kBits, j>(codes, nibbles), record, j, dot);
-  dot_quad<kBits, W>(high_quad<kBits, j>(codes, nibbles), record, j + 4, dot);
+// Column quads j and j + 4 of a block share their bytes; `which` is a mask: 1 takes the first, 2 the second.
+template <int kBits, int R, int W, int j, int which>
+HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, int64_t apart, const uint8_t* record, Dots<R, W>& dot) {
+  u8x64 nibbles[R];
+  for (int r = 0; r < R; ++r) nibbles[r] = load_bytes(codes + r * apart + 64 * j);
+  if constexpr ((which & 1) != 0) {
+    HELEXA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      dot_quad<kBits, W>(low_quad<kBits, j>(codes + r * apart, nibbles[r]), record, j, dot.v[r]);
+    }
+  }
+  if constexpr ((which & 2) != 0) {
+    HELEXA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      dot_quad<kBits, W>(high_quad<kBits, j>(codes + r * apart, nibbles[r]), record, j + 4, dot.v[r]);
+    }
+  }
 }
 
-template <int kBits, int W>
-HELEXA_INLINE void dot_block(const uint8_t* codes, const uint8_t* record, i32x16 (&dot)[W]) {
+template <int kBits, int R, int W, int which = 3>
+HELEXA_INLINE void dot_block(const uint8_t* codes, int64_t apart, const uint8_t* record, Dots<R, W>& dot) {
   if constexpr (kBits == 8) {
     HELEXA_UNROLL
-    for (int q = 0; q < 8; ++q) dot_quad<8, W>(load_bytes(codes + 64 * q), record, q, dot);
+    for (int q = 0; q < 8; ++q) {
+      HELEXA_UNROLL
+      for (int r = 0; r < R; ++r) dot_quad<8, W>(load_bytes(codes + r * apart + 64 * q), record, q, dot.v[r]);
+    }
   } else {
-    dot_quad_pair<kBits, W, 0>(codes, record, dot);
-    dot_quad_pair<kBits, W, 1>(codes, record, dot);
-    dot_quad_pair<kBits, W, 2>(codes, record, dot);
-    dot_quad_pair<kBits, W, 3>(codes, record, dot);
+    dot_quad_pair<kBits, R, W, 0, which>(codes, apart, record, dot);
+    dot_quad_pair<kBits, R, W, 1, which>(codes, apart, record, dot);
+    dot_quad_pair<kBits, R, W, 2, which>(codes, apart, record, dot);
+    dot_quad_pair<kBits, R, W, 3, which>(codes, apart, record, dot);
   }
 }
 
@@ -80,117 +101,131 @@ HELEXA_INLINE const int32_t* ints(const uint8_t* record, int offset) { return re
 
 constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
-// acc += scale * (code - zero) · x over one block.
-template <int kBits, int kZero, int W>
-HELEXA_INLINE void add_symmetric_block(const uint8_t* codes, f32x16 scale, const uint8_t* record, f32x16 (&acc)[W]) {
-  i32x16 dot[W];
-  HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) dot[t] = start_dot<log2_of(kZero)>(ints(record, Record<W>::kNegativeSum) + t);
-  dot_block<kBits, W>(codes, record, dot);
+HELEXA_INLINE f32x16 load_scale_f16(const uint8_t* p) { return load(reinterpret_cast<const f16*>(p)); }
+
+template <int R, int W>
+struct Sums {
+  f32x16 v[R][W];
+};
+
+// acc += scale * dot * (scale of the input).
+template <int R, int W>
+HELEXA_INLINE void add_scaled(const Dots<R, W>& dot, const f32x16 (&scale)[R], const uint8_t* record, Sums<R, W>& acc) {
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
-    acc[t] = fma(to_float(dot[t]), scale * set1(floats(record, Record<W>::kScale)[t]), acc[t]);
+    const f32x16 input_scale = set1(floats(record, Record<W>::kScale)[t]);
+    for (int r = 0; r < R; ++r) acc.v[r][t] = fma(to_float(dot.v[r][t]), scale[r] * input_scale, acc.v[r][t]);
   }
+}
+
+// acc += scale * (code - zero) · x over one block, or half of one (which = 1, 2) with a scale of its own.
+template <int kBits, int kZero, int R, int W, int which>
+HELEXA_INLINE void add_symmetric(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R], const uint8_t* record,
+                                 Sums<R, W>& acc) {
+  const int32_t* negative_sum = ints(record, which == 3   ? Record<W>::kNegativeSum
+                                             : which == 1 ? Record<W>::kNegativeSum16
+                                                          : Record<W>::kNegativeSum16 + 4 * W);
+  Dots<R, W> dot;
+  HELEXA_UNROLL
+  for (int t = 0; t < W; ++t) {
+    for (int r = 0; r < R; ++r) dot.v[r][t] = start_dot<log2_of(kZero)>(negative_sum + t);
+  }
+  dot_block<kBits, R, W, which>(codes, apart, record, dot);
+  add_scaled<R, W>(dot, scale, record, acc);
 }
 
 // acc += (scale * code + offset) · x over one block.
-template <int kBits, int W>
-HELEXA_INLINE void add_affine_block(const uint8_t* codes, f32x16 scale, f32x16 offset, const uint8_t* record, f32x16 (&acc)[W]) {
-  i32x16 dot[W];
-  HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) dot[t] = zero_dot();
-  dot_block<kBits, W>(codes, record, dot);
+template <int kBits, int R, int W>
+HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R], const f32x16 (&offset)[R],
+                              const uint8_t* record, Sums<R, W>& acc) {
+  Dots<R, W> dot;
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
-    acc[t] = fma(to_float(dot[t]), scale * set1(floats(record, Record<W>::kScale)[t]), acc[t]);
-    acc[t] = fma(offset, set1(floats(record, Record<W>::kSum)[t]), acc[t]);
+    for (int r = 0; r < R; ++r) dot.v[r][t] = zero_dot();
+  }
+  dot_block<kBits, R, W>(codes, apart, record, dot);
+  add_scaled<R, W>(dot, scale, record, acc);
+  HELEXA_UNROLL
+  for (int t = 0; t < W; ++t) {
+    const f32x16 input_sum = set1(floats(record, Record<W>::kSum)[t]);
+    for (int r = 0; r < R; ++r) acc.v[r][t] = fma(offset[r], input_sum, acc.v[r][t]);
   }
 }
 
-// Half a block (column quads 4 * half .. 4 * half + 3) with a scale of its own.
-template <int kBits, int kZero, int half, int W>
-HELEXA_INLINE void add_half_block(const uint8_t* codes, f32x16 scale, const uint8_t* record, f32x16 (&acc)[W]) {
-  i32x16 dot[W];
-  HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) {
-    dot[t] = start_dot<log2_of(kZero)>(ints(record, Record<W>::kNegativeSum16) + half * W + t);
-  }
-  if constexpr (half == 0) {
-    dot_quad<kBits, W>(low_quad<kBits, 0>(codes, load_bytes(codes)), record, 0, dot);
-    dot_quad<kBits, W>(low_quad<kBits, 1>(codes, load_bytes(codes + 64)), record, 1, dot);
-    dot_quad<kBits, W>(low_quad<kBits, 2>(codes, load_bytes(codes + 128)), record, 2, dot);
-    dot_quad<kBits, W>(low_quad<kBits, 3>(codes, load_bytes(codes + 192)), record, 3, dot);
-  } else {
-    dot_quad<kBits, W>(high_quad<kBits, 0>(codes, load_bytes(codes)), record, 4, dot);
-    dot_quad<kBits, W>(high_quad<kBits, 1>(codes, load_bytes(codes + 64)), record, 5, dot);
-    dot_quad<kBits, W>(high_quad<kBits, 2>(codes, load_bytes(codes + 128)), record, 6, dot);
-    dot_quad<kBits, W>(high_quad<kBits, 3>(codes, load_bytes(codes + 192)), record, 7, dot);
-  }
-  HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) {
-    acc[t] = fma(to_float(dot[t]), scale * set1(floats(record, Record<W>::kScale)[t]), acc[t]);
-  }
-}
-
-HELEXA_INLINE f32x16 load_scale_f16(const uint8_t* p) { return load(reinterpret_cast<const f16*>(p)); }
-
-// acc += unit · x over one repeating unit of the packed layout.
-template <class F, int W>
-HELEXA_INLINE void add_unit(const uint8_t* unit, const uint8_t* records, f32x16 (&acc)[W]) {
-  const f32x16 d = load_scale_f16(unit);
+// acc += unit · x over one repeating unit of the packed layout, for R tiles.
+template <class F, int R, int W>
+HELEXA_INLINE void add_unit(const uint8_t* unit, int64_t apart, const uint8_t* records, Sums<R, W>& acc) {
+  f32x16 d[R], scale[R], offset[R];
+  for (int r = 0; r < R; ++r) d[r] = load_scale_f16(unit + r * apart);
   if constexpr (F::kScales == Scales::kSymmetric) {
-    add_symmetric_block<F::kBits, F::kZero, W>(unit + 32, d, records, acc);
+    add_symmetric<F::kBits, F::kZero, R, W, 3>(unit + 32, apart, d, records, acc);
   } else if constexpr (F::kScales == Scales::kAffine) {
-    add_affine_block<F::kBits, W>(unit + 64, d, load_scale_f16(unit + 32), records, acc);
+    for (int r = 0; r < R; ++r) offset[r] = load_scale_f16(unit + r * apart + 32);
+    add_affine<F::kBits, R, W>(unit + 64, apart, d, offset, records, acc);
   } else if constexpr (F::kScales == Scales::kSuperMin) {
-    const f32x16 minus_dmin = load_scale_f16(unit + 32) * set1(-1.0f);
+    f32x16 minus_dmin[R];
+    for (int r = 0; r < R; ++r) minus_dmin[r] = load_scale_f16(unit + r * apart + 32) * set1(-1.0f);
     for (int b = 0; b < 8; ++b) {
-      const f32x16 scale = d * load_scale_u8(unit + 64 + 16 * b);
-      const f32x16 offset = minus_dmin * load_scale_u8(unit + 192 + 16 * b);
-      add_affine_block<F::kBits, W>(unit + codes_offset<F>(b), scale, offset, records + b * Record<W>::kBytes, acc);
+      for (int r = 0; r < R; ++r) {
+        scale[r] = d[r] * load_scale_u8(unit + r * apart + 64 + 16 * b);
+        offset[r] = minus_dmin[r] * load_scale_u8(unit + r * apart + 192 + 16 * b);
+      }
+      add_affine<F::kBits, R, W>(unit + codes_offset<F>(b), apart, scale, offset, records + b * Record<W>::kBytes, acc);
     }
   } else {
     for (int b = 0; b < 8; ++b) {
       const uint8_t* record = records + b * Record<W>::kBytes;
       const uint8_t* codes = unit + codes_offset<F>(b);
-      add_half_block<F::kBits, F::kZero, 0, W>(codes, d * load_scale_i8(unit + 32 + 32 * b), record, acc);
-      add_half_block<F::kBits, F::kZero, 1, W>(codes, d * load_scale_i8(unit + 48 + 32 * b), record, acc);
+      for (int r = 0; r < R; ++r) scale[r] = d[r] * load_scale_i8(unit + r * apart + 32 + 32 * b);
+      add_symmetric<F::kBits, F::kZero, R, W, 1>(codes, apart, scale, record, acc);
+      for (int r = 0; r < R; ++r) scale[r] = d[r] * load_scale_i8(unit + r * apart + 48 + 32 * b);
+      add_symmetric<F::kBits, F::kZero, R, W, 2>(codes, apart, scale, record, acc);
     }
   }
 }
 
-HELEXA_INLINE void store_rows(f32x16 value, const TileCall& c, float* out) {
-  if (c.num_rows == 16 && c.bias == nullptr) return store(out, value);
-  float lanes[16];
+// Stores the rows of tile r that exist.
+HELEXA_INLINE void store_rows(f32x16 value, const TileCall& c, int r, float* out) {
+  const int rows = std::min(kTileRows, c.num_rows - kTileRows * r);
+  out += kTileRows * r;
+  if (rows == kTileRows && c.bias == nullptr) return store(out, value);
+  float lanes[kTileRows];
   store(lanes, value);
-  for (int r = 0; r < c.num_rows; ++r) out[r] = lanes[r] + (c.bias == nullptr ? 0.0f : c.bias[r]);
+  for (int i = 0; i < rows; ++i) out[i] = lanes[i] + (c.bias == nullptr ? 0.0f : c.bias[kTileRows * r + i]);
 }
 
-template <class F, int W>
-void tile_times_group(const TileCall& c, const uint8_t* records, int64_t first_token) {
-  f32x16 acc[W];
+template <class F, int R, int W>
+void tiles_times_group(const TileCall& c, const uint8_t* records, int64_t first_token) {
+  Sums<R, W> acc;
   HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) acc[t] = zero();
-  const int64_t units = c.cols / unit_cols<F>();
+  for (int t = 0; t < W; ++t) {
+    for (int r = 0; r < R; ++r) acc.v[r][t] = zero();
+  }
+  const int64_t units = c.cols / unit_cols<F>(), apart = units * unit_bytes<F>();
   constexpr int kRecordBytes = F::kBlockSize / 32 * Record<W>::kBytes;
-  for (int64_t u = 0; u < units; ++u) add_unit<F, W>(c.tile + u * unit_bytes<F>(), records + u * kRecordBytes, acc);
+  for (int64_t u = 0; u < units; ++u) {
+    add_unit<F, R, W>(c.tile + u * unit_bytes<F>(), apart, records + u * kRecordBytes, acc);
+  }
   const int64_t tokens = std::min<int64_t>(W, c.num_tokens - first_token);
-  for (int64_t t = 0; t < tokens; ++t) store_rows(acc[t], c, c.out + (first_token + t) * c.out_stride);
+  HELEXA_UNROLL
+  for (int t = 0; t < W; ++t) {
+    if (t >= tokens) break;
+    for (int r = 0; r < R; ++r) store_rows(acc.v[r][t], c, r, c.out + (first_token + t) * c.out_stride);
+  }
 }
 
-template <class F>
-void quantized_tile(const TileCall& c) {
+template <class F, int R>
+void quantized_tiles(const TileCall& c) {
   const int64_t blocks = c.cols / 32;
   const uint8_t* records = c.quantized;
   for (int64_t first = 0; first < c.num_tokens;) {
     const int width = token_group_width(c.num_tokens - first);
     switch (width) {
-      case 1: tile_times_group<F, 1>(c, records, first); break;
-      case 2: tile_times_group<F, 2>(c, records, first); break;
+      case 1: tiles_times_group<F, R, 1>(c, records, first); break;
+      case 2: tiles_times_group<F, R, 2>(c, records, first); break;
 #if defined(HELEXA_AVX512)
-      case 4: tile_times_group<F, 4>(c, records, first); break;
-      case 8: tile_times_group<F, 8>(c, records, first); break;
-      case 12: tile_times_group<F, 12>(c, records, first); break;
+      case 4: tiles_times_group<F, R, 4>(c, records, first); break;
+      case 6: tiles_times_group<F, R, 6>(c, records, first); break;
 #endif
     }
     records += blocks * group_record_bytes(width);
@@ -216,7 +251,7 @@ void plain_tokens(const TileCall& c, int64_t first) {
     for (int t = 0; t < W; ++t) acc[t] = fma(w, set1(x[t * c.cols + k]), acc[t]);
   }
   HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) store_rows(acc[t], c, c.out + (first + t) * c.out_stride);
+  for (int t = 0; t < W; ++t) store_rows(acc[t], c, 0, c.out + (first + t) * c.out_stride);
 }
 
 template <class F>
@@ -226,46 +261,29 @@ void plain_tile(const TileCall& c) {
   for (; first < c.num_tokens; ++first) plain_tokens<F, 1>(c, first);
 }
 
-// Rounds to the nearest integer, ties to even, by adding 1.5 * 2^23: the integer is then in the low bits.
-HELEXA_INLINE int32_t round_to_int(float x) {
-  const float shifted = x + 12582912.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  return bits - 0x4b400000;
-}
-
 void quantize_block(const float* x, int token, int width, uint8_t* record) {
-  float most = 0.0f, poison = 0.0f;
-  for (int i = 0; i < 32; ++i) {
-    most = std::max(most, std::fabs(x[i]));
-    poison += x[i] * 0.0f;  // NaN if any input is NaN or infinite: it must not turn into a harmless code
-  }
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  const f32x16 low = load(x), high = load(x + 16);
+  const float most = reduce_max(max(max(low, zero() - low), max(high, zero() - high)));
+  const f32x16 inverse = set1(most > 0.0f ? 127.0f / most : 0.0f);
   int8_t* codes = reinterpret_cast<int8_t*>(record) + 32 * token;
-  int32_t sums[2] = {0, 0};
-  for (int half = 0; half < 2; ++half) {
-    int32_t sum = 0;
-    for (int i = 16 * half; i < 16 * half + 16; ++i) {
-      const int32_t code = round_to_int(x[i] * inverse);
-      codes[i] = static_cast<int8_t>(code);
-      sum += code;
-    }
-    sums[half] = sum;
-  }
+  const int32_t low_sum = reduce_add(store_rounded(codes, low * inverse));
+  const int32_t high_sum = reduce_add(store_rounded(codes + 16, high * inverse));
+  // NaN if any input is NaN or infinite: it must not turn into a harmless code.
+  const float poison = reduce_add((low + high) * zero());
   const float scale = most / 127.0f + poison;
   float* scales = reinterpret_cast<float*>(record + 32 * width);
   int32_t* negative = reinterpret_cast<int32_t*>(record + 40 * width);
   scales[token] = scale;
-  scales[width + token] = scale * static_cast<float>(sums[0] + sums[1]);
-  negative[token] = -(sums[0] + sums[1]);
-  negative[width + token] = -sums[0];
-  negative[2 * width + token] = -sums[1];
+  scales[width + token] = scale * static_cast<float>(low_sum + high_sum);
+  negative[token] = -(low_sum + high_sum);
+  negative[width + token] = -low_sum;
+  negative[2 * width + token] = -high_sum;
 }
 
 }  // namespace
 
 int token_group_width(int64_t remaining) {
-  for (const int width : {1, 2, 4, 8}) {
+  for (const int width : {1, 2, 4}) {
     if (width >= kMaxWidth || remaining <= width) return std::min(width, kMaxWidth);
   }
   return kMaxWidth;
@@ -281,13 +299,23 @@ void quantize_group(const float* x, int64_t num_tokens, int width, int64_t cols,
   }
 }
 
-void quant_matmul_tile(const TileCall& call) {
+int max_tiles() { return kMaxTiles; }
+
+void quant_matmul_tiles(const TileCall& call) {
   with_format(static_cast<Format>(call.format), [&](auto f) {
     using F = decltype(f);
     if constexpr (F::kScales == Scales::kPlain) {
-      plain_tile<F>(call);
+      TileCall one = call;
+      for (; one.num_rows > 0; one.num_rows -= kTileRows) {
+        plain_tile<F>(one);
+        one.tile += one.cols * unit_bytes<F>();
+        one.out += kTileRows;
+        if (one.bias != nullptr) one.bias += kTileRows;
+      }
+    } else if (kMaxTiles > 1 && call.num_rows > kTileRows) {
+      quantized_tiles<F, kMaxTiles>(call);
     } else {
-      quantized_tile<F>(call);
+      quantized_tiles<F, 1>(call);
     }
   });
 }
