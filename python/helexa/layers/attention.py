@@ -1,0 +1,62 @@
+"""Causal self-attention with grouped key/value heads over a paged cache."""
+
+from torch import Tensor
+
+from helexa import ops
+from helexa.layers.linear import Linear, Scope
+from helexa.layers.norm import RMSNorm
+from helexa.layers.step import Step
+
+
+class Attention:
+    """o_proj(attention(q, cache)); q, k and v come from one matmul, k and v go to the cache of `layer_index`."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        layer_index: int,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rope_interleaved: bool,
+        bias: bool,
+        qk_norm_eps: float | None,
+    ):
+        self.layer_index = layer_index
+        self.num_heads = num_heads
+        self.scale = scale
+        self.rope_interleaved = rope_interleaved
+        rows = {
+            "q_proj": num_heads * head_dim,
+            "k_proj": num_kv_heads * head_dim,
+            "v_proj": num_kv_heads * head_dim,
+        }
+        self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm.load(scope / "q_norm", head_dim, qk_norm_eps)
+            self.k_norm = RMSNorm.load(scope / "k_norm", head_dim, qk_norm_eps)
+        self.o_proj = Linear.load(scope, num_heads * head_dim, {"o_proj": hidden_size})
+
+    def __call__(self, x: Tensor, rope: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
+        """The output of the given rows of x [T, hidden_size]; keys and values of all T rows are appended."""
+        k_cache, v_cache = step.k_cache[self.layer_index], step.v_cache[self.layer_index]
+        q = ops.rope_append(
+            self.qkv_proj(x),  # [T, (H + 2·Hkv)·D]
+            rope,
+            step.slots,
+            k_cache,
+            v_cache,
+            num_heads=self.num_heads,
+            q_norm=self.q_norm and self.q_norm.weight,
+            k_norm=self.k_norm and self.k_norm.weight,
+            eps=self.q_norm.eps if self.q_norm else 0.0,
+            interleaved=self.rope_interleaved,
+        )  # [T, H, D]
+        out = ops.attention(
+            q, k_cache, v_cache, step.page_table, step.query_start, step.kv_lengths, self.scale
+        )
+        return self.o_proj(out.flatten(1)[rows])

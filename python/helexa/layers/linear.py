@@ -1,0 +1,105 @@
+"""Matrices of a file, and the names under which models ask for them.
+
+This is the only place that knows of quantization: a weight stays packed in the format of its file.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from helexa import ops
+from helexa.errors import InvalidFile
+
+
+class TensorSource(Protocol):
+    """Where the tensors of a model come from: weights.load.GGUFWeights, or a dict of arrays in a test."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def linear(self, name: str) -> ops.PackedWeight:
+        """The matrix `name`, packed for the kernels."""
+
+    def vector(self, name: str) -> Tensor:
+        """The tensor `name` as float32."""
+
+
+class Scope:
+    """The tensors below one sub-module; `scope / "mlp"` is the scope of a child.
+
+    Parameters are asked for by their names in HuggingFace checkpoints.  `names` translates them to those of the
+    file, without `.weight` or `.bias` and with `{}` for the number of the layer.  Every shape is checked; a misfit
+    raises InvalidFile with the name in the file.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str], path: str = ""):
+        self.source = source
+        self.names = names
+        self.path = path
+
+    def __truediv__(self, name: str | int) -> "Scope":
+        return Scope(self.source, self.names, f"{self.path}.{name}" if self.path else str(name))
+
+    def __contains__(self, parameter: str) -> bool:
+        return self.file_name(parameter) in self.source
+
+    def file_name(self, parameter: str) -> str:
+        """The file's name of a parameter of this sub-module: `q_proj.bias` -> `blk.3.attn_q.bias`."""
+        module, _, kind = f"{self.path}.{parameter}".lstrip(".").rpartition(".")
+        layer = re.search(r"(?<=\.)\d+(?=\.)", module)
+        if layer is None:
+            return f"{self.names[module]}.{kind}"
+        pattern = module[: layer.start()] + "{}" + module[layer.end() :]
+        return f"{self.names[pattern].format(layer.group())}.{kind}"
+
+    def matrix(self, module: str, rows: int, cols: int) -> ops.PackedWeight:
+        """The weight of a linear or embedding module."""
+        name = self._require(f"{module}.weight", (rows, cols))
+        weight = self.source.linear(name)
+        _check_shape(name, (weight.rows, weight.cols), (rows, cols))
+        return weight
+
+    def vector(self, parameter: str, size: int) -> Tensor:
+        """A norm's weight or a bias, float32 [size]."""
+        name = self._require(parameter, (size,))
+        vector = self.source.vector(name)
+        _check_shape(name, tuple(vector.shape), (size,))
+        return vector
+
+    def _require(self, parameter: str, shape: tuple[int, ...]) -> str:
+        name = self.file_name(parameter)
+        if name not in self.source:
+            raise InvalidFile(f"tensor {name!r} is missing; expected one of shape {list(shape)}")
+        return name
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise InvalidFile(f"tensor {name!r} has shape {list(found)}, expected {list(expected)}")
+
+
+class Linear:
+    """x·Wᵀ + b; of several weights that share the input x, the outputs stand side by side."""
+
+    def __init__(self, weights: Sequence[ops.PackedWeight], biases: Sequence[Tensor | None] | None = None):
+        self.weights = list(weights)
+        self.biases = list(biases) if biases is not None and any(b is not None for b in biases) else None
+
+    @classmethod
+    def load(
+        cls, scope: Scope, in_features: int, out_features: Mapping[str, int], *, bias: bool = False
+    ) -> "Linear":
+        """The modules that `out_features` names, as one layer.
+
+        A bias is used where the file has one; with `bias` it must have all of them.
+        """
+        weights = [scope.matrix(module, rows, in_features) for module, rows in out_features.items()]
+        biases = [
+            scope.vector(f"{module}.bias", rows) if bias or f"{module}.bias" in scope else None
+            for module, rows in out_features.items()
+        ]
+        return cls(weights, biases)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.quant_matmul(x, self.weights, self.biases)  # [T, in] -> [T, sum of out]

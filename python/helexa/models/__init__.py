@@ -1,0 +1,46 @@
+"""Language models, one file per family; importing a family waits until a file needs it."""
+
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from helexa.layers.linear import TensorSource
+from helexa.layers.step import PAGE_TOKENS, Step
+from helexa.models.config import ModelConfig, config_from_gguf
+
+__all__ = ["MODELS", "Model", "ModelConfig", "build_model", "config_from_gguf", "kv_cache_shapes"]
+
+MODELS = {
+    "llama": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen2": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen3": "helexa.models.decoder:DecoderForCausalLM",
+}
+
+
+class Model(Protocol):
+    """What every model offers.  It holds weights and no state of any request."""
+
+    config: ModelConfig
+
+    def __call__(self, step: Step) -> Tensor:
+        """Logits [R, vocab_size] float32 of step.logits_rows; capturable."""
+
+
+def build_model(config: ModelConfig, source: TensorSource) -> Model:
+    """The model of config.model_type with the weights of `source`.
+
+    Raises InvalidFile, which names the tensor, for one that is missing or has another shape than config says.
+    """
+    module, _, name = MODELS[config.model_type].partition(":")
+    model: Model = getattr(import_module(module), name)(config, source)
+    return model
+
+
+def kv_cache_shapes(config: ModelConfig, num_pages: int) -> list[tuple[int, int, int, int]]:
+    """The shape of each tensor of Step.k_cache: [num_pages, kv heads, PAGE_TOKENS, head_dim].
+
+    There is one per attention layer, in their order; those of Step.v_cache are the same.
+    """
+    shape = (num_pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
+    return [shape] * config.num_hidden_layers
