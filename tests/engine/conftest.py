@@ -67,12 +67,12 @@ class Greedy:
         return Sampled(int(logits.argmax()), None, [])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def history_model():
     return HistoryModel
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def greedy():
     return Greedy()
 
