@@ -9,9 +9,13 @@
 #include "core/cpu.h"
 #include "core/graph.h"
 #include "core/parallel.h"
+#include "ops/attention.h"
 #include "ops/embedding.h"
 #include "ops/pack.h"
 #include "ops/quant_matmul.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/silu_mul.h"
 
 namespace py = pybind11;
 namespace helexa {
@@ -71,6 +75,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_cpu", cpu(&pack_cpu));
   m.def("embedding_cpu", cpu(&embedding_cpu));
   m.def("quant_matmul_cpu", cpu(&quant_matmul_cpu));
+  m.def("rms_norm_cpu", cpu(&rms_norm_cpu));
+  m.def("silu_mul_cpu", cpu(&silu_mul_cpu));
+  m.def("rope_table_cpu", cpu(&rope_table_cpu));
+  m.def("rope_append_cpu", cpu(&rope_append_cpu));
+  m.def("attention_cpu", cpu(&attention_cpu));
 
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;

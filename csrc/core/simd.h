@@ -101,7 +101,8 @@ HELEXA_INLINE f32x16 reduce_add_each(const f32x16 (&a)[16]) {
   HELEXA_UNROLL
   for (int i = 0; i < 4; ++i) {
     const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    quads[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
   // Each 128-bit part of quads[i] holds partial sums of a[4i .. 4i + 3].
   const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
@@ -109,6 +110,39 @@ HELEXA_INLINE f32x16 reduce_add_each(const f32x16 (&a)[16]) {
   const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
                                     _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+}
+
+// Lane j of a[i] and lane i of a[j] change places.
+HELEXA_INLINE void transpose(f32x16 (&a)[16]) {
+  __m512 t[16];
+  HELEXA_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  // a[4g + c] then holds in its 128-bit part p lane 4p + c of the rows 4g .. 4g + 3.
+  HELEXA_UNROLL
+  for (int i = 0; i < 16; i += 4) {
+    HELEXA_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const __m512d x = _mm512_castps_pd(t[i + c]), y = _mm512_castps_pd(t[i + c + 2]);
+      a[i + 2 * c].v = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      a[i + 2 * c + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+  HELEXA_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low_even = _mm512_shuffle_f32x4(a[c].v, a[c + 4].v, 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(a[c].v, a[c + 4].v, 0xdd);
+    const __m512 high_even = _mm512_shuffle_f32x4(a[c + 8].v, a[c + 12].v, 0x88);
+    const __m512 high_odd = _mm512_shuffle_f32x4(a[c + 8].v, a[c + 12].v, 0xdd);
+    t[c] = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+    t[c + 4] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    t[c + 8] = _mm512_shuffle_f32x4(low_even, high_even, 0xdd);
+    t[c + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+  }
+  HELEXA_UNROLL
+  for (int i = 0; i < 16; ++i) a[i].v = t[i];
 }
 
 #elif defined(HELEXA_ISA_avx2)
@@ -150,15 +184,27 @@ HELEXA_INLINE void store(bf16* p, f32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-HELEXA_INLINE f32x16 operator+(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-HELEXA_INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
-HELEXA_INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
-HELEXA_INLINE f32x16 operator/(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+HELEXA_INLINE f32x16 operator+(f32x16 a, f32x16 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+HELEXA_INLINE f32x16 operator-(f32x16 a, f32x16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+HELEXA_INLINE f32x16 operator*(f32x16 a, f32x16 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+HELEXA_INLINE f32x16 operator/(f32x16 a, f32x16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 HELEXA_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-HELEXA_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-HELEXA_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+HELEXA_INLINE f32x16 max(f32x16 a, f32x16 b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+HELEXA_INLINE f32x16 min(f32x16 a, f32x16 b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
 HELEXA_INLINE f32x16 select_le(f32x16 key, f32x16 limit, f32x16 a, f32x16 b) {
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(key.lo, limit.lo, _CMP_LE_OQ)),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(key.hi, limit.hi, _CMP_LE_OQ))};
@@ -169,7 +215,8 @@ HELEXA_INLINE f32x16 round(f32x16 a) {
 }
 HELEXA_INLINE __m256 power_of_two(__m256 n) {
   const __m256 clamped = _mm256_max_ps(n, _mm256_set1_ps(-127.0f));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23));
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127)), 23));
 }
 HELEXA_INLINE f32x16 scale_by_power(f32x16 a, f32x16 n) {
   return {_mm256_mul_ps(a.lo, power_of_two(n.lo)), _mm256_mul_ps(a.hi, power_of_two(n.hi))};
@@ -203,9 +250,9 @@ struct f32x16 {
   float v[16];
 };
 
-#define HELEXA_EACH_LANE(expression)                          \
-  f32x16 result;                                              \
-  for (int i = 0; i < 16; ++i) result.v[i] = (expression);    \
+#define HELEXA_EACH_LANE(expression)                       \
+  f32x16 result;                                           \
+  for (int i = 0; i < 16; ++i) result.v[i] = (expression); \
   return result
 
 HELEXA_INLINE f32x16 set1(float x) { HELEXA_EACH_LANE(x); }
@@ -234,7 +281,9 @@ HELEXA_INLINE f32x16 round(f32x16 a) {
   HELEXA_EACH_LANE((a.v[i] + 12582912.0f) - 12582912.0f);
 }
 HELEXA_INLINE f32x16 scale_by_power(f32x16 a, f32x16 n) {
-  HELEXA_EACH_LANE(a.v[i] * bits_to_float(static_cast<uint32_t>(static_cast<int>(n.v[i] > -127.0f ? n.v[i] : -127.0f) + 127) << 23));
+  HELEXA_EACH_LANE(
+      a.v[i] * bits_to_float(
+                   static_cast<uint32_t>(static_cast<int>(n.v[i] > -127.0f ? n.v[i] : -127.0f) + 127) << 23));
 }
 HELEXA_INLINE float reduce_add(f32x16 a) {
   for (int width = 8; width > 0; width /= 2) {
@@ -250,6 +299,18 @@ HELEXA_INLINE float reduce_max(f32x16 a) {
 HELEXA_INLINE f32x16 reduce_add_each(const f32x16 (&a)[16]) { HELEXA_EACH_LANE(reduce_add(a[i])); }
 #undef HELEXA_EACH_LANE
 
+#endif
+
+#if !defined(HELEXA_AVX512)
+HELEXA_INLINE void transpose(f32x16 (&a)[16]) {
+  float rows[16][16];
+  for (int i = 0; i < 16; ++i) store(rows[i], a[i]);
+  for (int i = 0; i < 16; ++i) {
+    float column[16];
+    for (int j = 0; j < 16; ++j) column[j] = rows[j][i];
+    a[i] = load(column);
+  }
+}
 #endif
 
 // --- the same for every instruction set ---------------------------------------------------------------------------------

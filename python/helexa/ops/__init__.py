@@ -5,6 +5,7 @@ thread, as a CUDA stream does.
 """
 
 from helexa._C import cpu_isa, num_threads, set_num_threads
+from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.graph import CpuGraph
 from helexa.ops.pack import (
@@ -16,11 +17,17 @@ from helexa.ops.pack import (
     packed_nbytes,
 )
 from helexa.ops.quant_matmul import quant_matmul, quant_matmul_reference
+from helexa.ops.rms_norm import rms_norm, rms_norm_reference
+from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
+from helexa.ops.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
+    "PAGE_TOKENS",
     "TILE_ROWS",
     "CpuGraph",
     "PackedWeight",
+    "attention",
+    "attention_reference",
     "cpu_isa",
     "embedding",
     "embedding_reference",
@@ -31,5 +38,13 @@ __all__ = [
     "packed_nbytes",
     "quant_matmul",
     "quant_matmul_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope_append",
+    "rope_append_reference",
+    "rope_table",
+    "rope_table_reference",
     "set_num_threads",
+    "silu_mul",
+    "silu_mul_reference",
 ]

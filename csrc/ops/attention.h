@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu.h"
+
+namespace helexa {
+
+constexpr int64_t kPageTokens = 256;
+
+// Causal attention over a paged cache, softmax(q k^T * scale) v, where query head h reads the keys of kv head
+// h / (num_heads / num_kv_heads).  q, out [T, num_heads, head_dim] float32; caches [pages, num_kv_heads, 256, head_dim] of
+// cache_dtype; page_table [num_sequences, max_pages]; the queries of sequence s are rows query_start[s] .. query_start[s + 1] of
+// q and stand at the last positions of its kv_lengths[s].  A query without keys gives zeros.  out may be q.
+void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int cache_dtype,
+                   const int32_t* page_table, const int32_t* query_start, const int32_t* kv_lengths,
+                   float* out, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
+                   int64_t num_kv_heads, int64_t head_dim, float scale);
+
+// What one thread does at once: a block of query rows of one sequence and kv head over a range of the sequence's keys.  A row
+// is one query head of one token; rows go token by token, with the `group` heads that share the kv head next to each other.
+struct AttentionTask {
+  const float* q;          // of the first row
+  int64_t q_token_stride;  // values from a token's heads to the next token's; out has the same layout
+  int64_t num_rows, group, head_dim;
+  int64_t first_position;  // of the first row's token
+  const int32_t* pages;    // the sequence's row of the page table
+  const void* k;           // caches at this kv head of page 0
+  const void* v;
+  int cache_dtype;
+  bool use_bf16_pairs;  // bfloat16 arithmetic: AVX512-BF16 is there, and the caches are bfloat16
+  int64_t page_stride;  // values from a page to the next
+  int64_t first_key, end_key;
+  float scale;
+  float* out;      // final result of the first row, or null if partial results are wanted:
+  float* partial;  // [num_rows, head_dim + 2]: sum of v weighted by 2^(score - max), max, sum of the weights
+};
+
+// Memory that one task needs, in bytes; aligned to 64 by the caller.
+HELEXA_ISA_KERNEL(int64_t, attention_scratch_bytes, int64_t num_rows, int64_t head_dim)
+HELEXA_ISA_KERNEL(void, attention_task, const AttentionTask& task, uint8_t* scratch)
+// Joins the partial results of one row over all ranges of keys, which lie partial_stride apart.
+HELEXA_ISA_KERNEL(void, attention_combine, const float* partial, int64_t partial_stride, int64_t num_splits,
+                  int64_t head_dim, float* out)
+
+}  // namespace helexa

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// Flash attention (Dao et al. 2022) with query rows in the vector lanes.  A panel holds 64 query rows side by side, transposed:
+//
+//   scores[key][row] = K[key][:] . Q[row][:]          one K value is broadcast and meets 16 rows in each vector
+//   max, sum, exp                                     down the key axis: no step of the softmax crosses lanes
+//   O[dim][row] += V[key][dim] . weights[key][row]    the same product, with V's values broadcast
+//
+// so K and V are read as they lie in the cache, and rows of different tokens and of all heads of a group share a panel.  With
+// bfloat16 caches and AVX512-BF16 both products multiply pairs along their inner axis: two keys or two dims in each 32-bit cell.
+#include "ops/attention.h"
+
+#include "core/simd.h"
+
+namespace helexa {
+namespace HELEXA_ISA {
+namespace {
+
+constexpr int64_t kPanelRows = 64;
+// Keys whose scores are held at once: scores, weights and the panel's queries share the first-level cache.
+constexpr int64_t kTileKeys = 64;
+// Stands for minus infinity where a difference of two such values must be a number.
+constexpr float kLowest = -1e30f;
+constexpr float kLog2E = 1.44269504f;
+
+#if defined(HELEXA_AVX512)
+constexpr int kMaxVectors = 4;
+#else
+constexpr int kMaxVectors = 1;
+#endif
+
+// Rows of a broadcast operand that meet N vectors at once: enough sums to cover the latency of fma, few enough for the registers.
+template <int N>
+constexpr int kBlock = kMaxVectors == 1 ? 4
+                       : N == 1         ? 16
+                       : N == 2         ? 8
+                                        : 4;
+constexpr int64_t kMaxBlock = 16;
+
+struct Singles {
+  static constexpr int64_t kValues = 1;  // per cell
+  HELEXA_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) { return fma(a, b, sum); }
+};
+
+#if defined(HELEXA_ISA_avx512vnni)
+// The two instructions of AVX512-BF16.  They are written as assembly, since this copy of the kernel must also run where
+// they do not exist and so is compiled without them.
+struct Bf16Pairs {
+  static constexpr int64_t kValues = 2;
+  HELEXA_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+    return sum;
+  }
+};
+
+HELEXA_INLINE __m512i to_bf16(f32x16 low, f32x16 high) {
+  __m512i packed;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(packed) : "v"(low.v), "v"(high.v));
+  return packed;
+}
+#endif
+
+HELEXA_INLINE f32x16 broadcast(const float* p) {
+  float value;
+  std::memcpy(&value, p, sizeof value);  // p may point at a pair of bfloat16
+  return set1(value);
+}
+
+// c[m][row] = sum over k of a[m * a_row + k * a_step] b[k][row], plus c[m][row] * scale[row] if kAdd, for M rows of `a` and N
+// vectors of b's and c's rows, which are kPanelRows apart.
+template <class Cells, int M, int N, bool kAdd>
+HELEXA_INLINE void multiply_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                  int64_t depth, const float* scale, float* c) {
+  f32x16 sums[M][N];
+  HELEXA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    HELEXA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      sums[m][n] = kAdd ? load(c + m * kPanelRows + 16 * n) * load(scale + 16 * n) : zero();
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += kPanelRows) {
+    f32x16 rows[N];
+    HELEXA_UNROLL
+    for (int n = 0; n < N; ++n) rows[n] = load(b + 16 * n);
+    HELEXA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const f32x16 value = broadcast(a + m * a_row);
+      HELEXA_UNROLL
+      for (int n = 0; n < N; ++n) sums[m][n] = Cells::multiply_add(value, rows[n], sums[m][n]);
+    }
+  }
+  HELEXA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    HELEXA_UNROLL
+    for (int n = 0; n < N; ++n) store(c + m * kPanelRows + 16 * n, sums[m][n]);
+  }
+}
+
+template <class Cells, int N, bool kAdd>
+void multiply_vectors(const float* a, int64_t a_row, int64_t a_step, int64_t num_m, const float* b,
+                      int64_t depth, const float* scale, float* c) {
+  int64_t m = 0;
+  for (; m + kBlock<N> <= num_m; m += kBlock<N>) {
+    multiply_block<Cells, kBlock<N>, N, kAdd>(a + m * a_row, a_row, a_step, b, depth, scale,
+                                              c + m * kPanelRows);
+  }
+  for (; m < num_m; ++m)
+    multiply_block<Cells, 1, N, kAdd>(a + m * a_row, a_row, a_step, b, depth, scale, c + m * kPanelRows);
+}
+
+template <class Cells, bool kAdd>
+void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t num_m, const float* b, int64_t depth,
+              const float* scale, float* c, int64_t num_vectors) {
+#if defined(HELEXA_AVX512)
+  switch (num_vectors) {
+    case 1: return multiply_vectors<Cells, 1, kAdd>(a, a_row, a_step, num_m, b, depth, scale, c);
+    case 2: return multiply_vectors<Cells, 2, kAdd>(a, a_row, a_step, num_m, b, depth, scale, c);
+    case 3: return multiply_vectors<Cells, 3, kAdd>(a, a_row, a_step, num_m, b, depth, scale, c);
+    default: return multiply_vectors<Cells, 4, kAdd>(a, a_row, a_step, num_m, b, depth, scale, c);
+  }
+#else
+  for (int64_t n = 0; n < num_vectors; ++n) {
+    multiply_vectors<Cells, 1, kAdd>(a, a_row, a_step, num_m, b + 16 * n, depth, scale + 16 * n, c + 16 * n);
+  }
+#endif
+}
+
+// The running state of one panel's softmax, and its queries.
+struct Panel {
+  float* queries;  // [cells of head_dim][kPanelRows]
+  float* out;      // [head_dim][kPanelRows]
+  float* max;      // [kPanelRows] each from here
+  float* sum;
+  float* position;  // of the row's token
+  float* scale;     // of `out` before the next tile is added
+  int64_t num_rows, num_vectors;
+  int64_t first_position, last_position;
+};
+
+// Turns scores of sixteen rows into weights 2^(score - max) and moves max, sum and scale on.  In pairs, `weights` gets two
+// keys to a cell, with a zero behind an odd number of keys.
+template <class Cells, bool kMasked>
+void softmax_rows(float* scores, int64_t num_keys, int64_t first_key, const Panel& panel, int64_t lane,
+                  float* weights) {
+  const f32x16 old_max = load(panel.max + lane);
+  const f32x16 position = load(panel.position + lane);
+  f32x16 best = old_max;
+  for (int64_t j = 0; j < num_keys; ++j) {
+    f32x16 score = load(scores + j * kPanelRows + lane);
+    if constexpr (kMasked) {
+      score = select_le(set1(static_cast<float>(first_key + j)), position, score, set1(-__builtin_inff()));
+      store(scores + j * kPanelRows + lane, score);
+    }
+    best = max(best, score);
+  }
+  f32x16 sum = zero();
+  if constexpr (Cells::kValues == 1) {
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const f32x16 weight = exp2(load(scores + j * kPanelRows + lane) - best);
+      sum += weight;
+      store(weights + j * kPanelRows + lane, weight);
+    }
+  } else {
+#if defined(HELEXA_ISA_avx512vnni)
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t j = 0; j < num_keys; j += 2) {
+      const float* pair = scores + j * kPanelRows + lane;
+      const f32x16 even = exp2(load(pair) - best);
+      const f32x16 odd = j + 1 < num_keys ? exp2(load(pair + kPanelRows) - best) : zero();
+      sum += even + odd;
+      const __m512i cells = _mm512_permutexvar_epi16(interleave, to_bf16(even, odd));
+      store(weights + j / 2 * kPanelRows + lane, f32x16{_mm512_castsi512_ps(cells)});
+    }
+#endif
+  }
+  const f32x16 scale = exp2(old_max - best);
+  store(panel.scale + lane, scale);
+  store(panel.sum + lane, fma(load(panel.sum + lane), scale, sum));
+  store(panel.max + lane, best);
+}
+
+// Loads up to sixteen cells of a scaled query row, from dim `first`.
+template <class Cells>
+HELEXA_INLINE f32x16 load_query_cells(const float* row, int64_t first, int64_t head_dim, float scale) {
+  const f32x16 factor = set1(scale);
+  if constexpr (Cells::kValues == 1) {
+    return (head_dim - first < 16 ? load_n(row + first, head_dim - first) : load(row + first)) * factor;
+  } else {
+#if defined(HELEXA_ISA_avx512vnni)
+    const f32x16 high = first + 16 < head_dim ? load(row + first + 16) : zero();
+    return {_mm512_castsi512_ps(to_bf16(load(row + first) * factor, high * factor))};
+#endif
+  }
+}
+
+template <class Cells>
+void load_queries(const AttentionTask& task, int64_t first_row, const Panel& panel) {
+  const int64_t num_cells = task.head_dim / Cells::kValues;
+  for (int64_t lane = 0; lane < 16 * panel.num_vectors; lane += 16) {
+    for (int64_t cell = 0; cell < num_cells; cell += 16) {
+      f32x16 block[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t row = first_row + lane + i;
+        const float* q = task.q + row / task.group * task.q_token_stride + row % task.group * task.head_dim;
+        block[i] = lane + i < panel.num_rows
+                       ? load_query_cells<Cells>(q, cell * Cells::kValues, task.head_dim, task.scale * kLog2E)
+                       : zero();
+      }
+      transpose(block);
+      float* to = panel.queries + cell * kPanelRows + lane;
+      for (int64_t i = 0; i < 16 && cell + i < num_cells; ++i) store(to + i * kPanelRows, block[i]);
+    }
+  }
+}
+
+void store_results(const AttentionTask& task, int64_t first_row, const Panel& panel) {
+  const int64_t D = task.head_dim;
+  for (int64_t lane = 0; lane < panel.num_rows; lane += 16) {
+    const int64_t num_rows = panel.num_rows - lane < 16 ? panel.num_rows - lane : 16;
+    float factors[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const float sum = panel.sum[lane + i];
+      factors[i] = task.out == nullptr ? 1.0f : sum > 0.0f ? 1.0f / sum : sum;
+    }
+    const f32x16 factor = load(factors);
+    for (int64_t d = 0; d < D; d += 16) {
+      const int64_t num_dims = D - d < 16 ? D - d : 16;
+      f32x16 block[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        block[i] = i < num_dims ? load(panel.out + (d + i) * kPanelRows + lane) * factor : zero();
+      }
+      transpose(block);
+      for (int64_t i = 0; i < num_rows; ++i) {
+        const int64_t row = first_row + lane + i;
+        float* to = task.out == nullptr
+                        ? task.partial + row * (D + 2)
+                        : task.out + row / task.group * task.q_token_stride + row % task.group * D;
+        num_dims == 16 ? store(to + d, block[i]) : store_n(to + d, block[i], num_dims);
+      }
+    }
+    if (task.out != nullptr) continue;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      float* tail = task.partial + (first_row + lane + i) * (D + 2) + D;
+      tail[0] = panel.max[lane + i];
+      tail[1] = panel.sum[lane + i];
+    }
+  }
+}
+
+template <class T>
+void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(to + i, load(from + i));
+  if (i < count) store_n(to + i, load_n(from + i, count - i), count - i);
+}
+
+const float* as_floats(const void* cache, int dtype, int64_t offset, int64_t count, float* buffer) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kF16: widen(static_cast<const f16*>(cache) + offset, count, buffer); return buffer;
+    case DType::kBF16: widen(static_cast<const bf16*>(cache) + offset, count, buffer); return buffer;
+    default: return static_cast<const float*>(cache) + offset;
+  }
+}
+
+// Memory of one task, cut into its parts.
+struct Scratch {
+  uint8_t* next;
+  float* floats(int64_t count) {
+    float* result = reinterpret_cast<float*>(next);
+    next += (count * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    return result;
+  }
+};
+
+template <class Cells>
+struct PageOperands;
+
+template <>
+struct PageOperands<Singles> {
+  const float* k;
+  const float* v;
+
+  // Keys are read in whole blocks, so a few rows behind the range come along; they lie in the page, and their scores are dropped.
+  PageOperands(const AttentionTask& task, int64_t offset, int64_t num_keys, float* k_buffer,
+               float* v_buffer) {
+    const int64_t padded = (num_keys + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
+    k = as_floats(task.k, task.cache_dtype, offset, padded * task.head_dim, k_buffer);
+    v = as_floats(task.v, task.cache_dtype, offset, num_keys * task.head_dim, v_buffer);
+  }
+};
+
+#if defined(HELEXA_ISA_avx512vnni)
+template <>
+struct PageOperands<Bf16Pairs> {
+  const float* k;
+  const float* v;
+
+  // Pairs along the dims are in the cache as they are; pairs of keys have to be made.
+  PageOperands(const AttentionTask& task, int64_t offset, int64_t num_keys, float*, float* v_buffer) {
+    k = reinterpret_cast<const float*>(static_cast<const bf16*>(task.k) + offset);
+    v = v_buffer;
+    const bf16* rows = static_cast<const bf16*>(task.v) + offset;
+    for (int64_t j = 0; j < num_keys; j += 2, rows += 2 * task.head_dim) {
+      for (int64_t d = 0; d < task.head_dim; d += 16) {
+        const __m512i even =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + d)));
+        const __m512i odd =
+            j + 1 < num_keys ? _mm512_castps_si512(load(rows + task.head_dim + d).v) : _mm512_setzero_si512();
+        _mm512_storeu_si512(v_buffer + j / 2 * task.head_dim + d, _mm512_or_si512(even, odd));
+      }
+    }
+  }
+};
+#endif
+
+template <class Cells>
+void attend(const AttentionTask& task, uint8_t* memory) {
+  const int64_t D = task.head_dim;
+  const int64_t num_cells = D / Cells::kValues;
+  const int64_t num_panels = (task.num_rows + kPanelRows - 1) / kPanelRows;
+  Scratch scratch{memory};
+  float* scores = scratch.floats(kTileKeys * kPanelRows);
+  float* weights = Cells::kValues == 1 ? scores : scratch.floats(kTileKeys / 2 * kPanelRows);
+  float* k_buffer = scratch.floats(kPageTokens * D);
+  float* v_buffer = scratch.floats(kPageTokens * D);
+  const Scratch after_buffers = scratch;
+
+  auto panel_at = [&](int64_t index) {
+    Scratch part = after_buffers;
+    part.next += index * (2 * D + 4) * kPanelRows * static_cast<int64_t>(sizeof(float));
+    Panel panel;
+    panel.queries = part.floats(D * kPanelRows);
+    panel.out = part.floats(D * kPanelRows);
+    panel.max = part.floats(kPanelRows);
+    panel.sum = part.floats(kPanelRows);
+    panel.position = part.floats(kPanelRows);
+    panel.scale = part.floats(kPanelRows);
+    const int64_t first_row = index * kPanelRows;
+    panel.num_rows = task.num_rows - first_row < kPanelRows ? task.num_rows - first_row : kPanelRows;
+    panel.num_vectors = (panel.num_rows + 15) / 16;
+    panel.first_position = task.first_position + first_row / task.group;
+    panel.last_position = task.first_position + (first_row + panel.num_rows - 1) / task.group;
+    return panel;
+  };
+
+  for (int64_t p = 0; p < num_panels; ++p) {
+    const Panel panel = panel_at(p);
+    load_queries<Cells>(task, p * kPanelRows, panel);
+    std::memset(panel.out, 0, static_cast<size_t>(D * kPanelRows) * sizeof(float));
+    for (int64_t i = 0; i < kPanelRows; ++i) {
+      panel.max[i] = kLowest;
+      panel.sum[i] = 0.0f;
+      panel.position[i] = static_cast<float>(task.first_position + (p * kPanelRows + i) / task.group);
+    }
+  }
+
+  int64_t page_end;
+  for (int64_t page_key = task.first_key; page_key < task.end_key; page_key = page_end) {
+    page_end = (page_key / kPageTokens + 1) * kPageTokens;
+    if (page_end > task.end_key) page_end = task.end_key;
+    const int64_t offset = task.pages[page_key / kPageTokens] * task.page_stride + page_key % kPageTokens * D;
+    const PageOperands<Cells> page(task, offset, page_end - page_key, k_buffer, v_buffer);
+    for (int64_t p = 0; p < num_panels; ++p) {
+      const Panel panel = panel_at(p);
+      const int64_t end = panel.last_position + 1 < page_end ? panel.last_position + 1 : page_end;
+      for (int64_t key = page_key; key < end; key += kTileKeys) {
+        const int64_t num_keys = end - key < kTileKeys ? end - key : kTileKeys;
+        const int64_t in_page = key - page_key;
+        const int64_t padded = (num_keys + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
+        multiply<Cells, false>(page.k + in_page * num_cells, num_cells, 1, padded, panel.queries, num_cells,
+                               panel.scale, scores, panel.num_vectors);
+        const bool masked = key + num_keys - 1 > panel.first_position;
+        for (int64_t lane = 0; lane < 16 * panel.num_vectors; lane += 16) {
+          if (masked) {
+            softmax_rows<Cells, true>(scores, num_keys, key, panel, lane, weights);
+          } else {
+            softmax_rows<Cells, false>(scores, num_keys, key, panel, lane, weights);
+          }
+        }
+        multiply<Cells, true>(page.v + in_page / Cells::kValues * D, 1, D, D, weights,
+                              (num_keys + Cells::kValues - 1) / Cells::kValues, panel.scale, panel.out,
+                              panel.num_vectors);
+      }
+    }
+  }
+
+  for (int64_t p = 0; p < num_panels; ++p) store_results(task, p * kPanelRows, panel_at(p));
+}
+
+}  // namespace
+
+int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
+  const int64_t num_panels = (num_rows + kPanelRows - 1) / kPanelRows;
+  const int64_t shared = 2 * kTileKeys * kPanelRows + 2 * kPageTokens * head_dim;
+  return (shared + num_panels * (2 * head_dim + 4) * kPanelRows) * static_cast<int64_t>(sizeof(float));
+}
+
+void attention_task(const AttentionTask& task, uint8_t* scratch) {
+#if defined(HELEXA_ISA_avx512vnni)
+  if (task.use_bf16_pairs) return attend<Bf16Pairs>(task, scratch);
+#endif
+  attend<Singles>(task, scratch);
+}
+
+void attention_combine(const float* partial, int64_t partial_stride, int64_t num_splits, int64_t head_dim,
+                       float* out) {
+  float best = kLowest;
+  for (int64_t s = 0; s < num_splits; ++s) {
+    const float split_max = partial[s * partial_stride + head_dim];
+    best = split_max > best ? split_max : best;
+  }
+  float sum = 0.0f;
+  std::memset(out, 0, static_cast<size_t>(head_dim) * sizeof(float));
+  for (int64_t s = 0; s < num_splits; ++s, partial += partial_stride) {
+    float factor[16];
+    store(factor, exp2(set1(partial[head_dim] - best)));
+    sum += partial[head_dim + 1] * factor[0];
+    for (int64_t d = 0; d < head_dim; ++d) out[d] += partial[d] * factor[0];
+  }
+  const float inverse = sum > 0.0f ? 1.0f / sum : sum;
+  for (int64_t d = 0; d < head_dim; ++d) out[d] *= inverse;
+}
+
+}  // namespace HELEXA_ISA
+}  // namespace helexa

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu.h"
+
+namespace helexa {
+
+// out[t, i] = silu(g) * u, silu(g) = g / (1 + e^-g), for g = gate_up[t, i] and u = gate_up[t, width + i];
+// gate_up [num_tokens, 2 * width], out [num_tokens, width], no overlap.
+void silu_mul_cpu(const float* gate_up, float* out, int64_t num_tokens, int64_t width);
+
+HELEXA_ISA_KERNEL(void, silu_mul_rows, const float* gate_up, float* out, int64_t num_tokens, int64_t width)
+
+}  // namespace helexa

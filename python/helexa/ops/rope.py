@@ -1,0 +1,149 @@
+"""Rotary position embedding (Su et al. 2021), with the norms per head of Qwen3 and cache append."""
+
+import torch
+from torch import Tensor
+
+from helexa import _C
+from helexa.ops.attention import PAGE_TOKENS, check_cache
+from helexa.ops.rms_norm import rms_norm_reference
+from helexa.ops.tensor import check, dtype_id
+
+_MAX_HEAD_DIM = 512  # csrc/ops/rope.h
+
+
+def rope_table(
+    positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0, *, out: Tensor | None = None
+) -> Tensor:
+    """(cos, sin) of positions[t] · inv_freq[i] (a float32 product), times magnitude: [T, R/2, 2] float32.
+
+    positions: [T] int32.   inv_freq: [R/2] float32.
+    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    """
+    check(
+        positions.ndim == 1 and positions.dtype == torch.int32 and positions.is_contiguous(),
+        f"rope_table: positions {tuple(positions.shape)} {positions.dtype} is not a contiguous [T] int32",
+    )
+    check(
+        inv_freq.ndim == 1 and inv_freq.dtype == torch.float32 and inv_freq.is_contiguous(),
+        f"rope_table: inv_freq {tuple(inv_freq.shape)} {inv_freq.dtype} is not a contiguous [R/2] float32",
+    )
+    shape = (positions.shape[0], inv_freq.shape[0], 2)
+    out = torch.empty(shape, dtype=torch.float32) if out is None else out
+    check(
+        out.shape == shape and out.dtype == torch.float32 and out.is_contiguous(),
+        f"rope_table: out {tuple(out.shape)} {out.dtype} is not a contiguous {shape} float32",
+    )
+    _C.rope_table_cpu(positions.data_ptr(), inv_freq.data_ptr(), out.data_ptr(), *shape[:2], magnitude)
+    return out
+
+
+def rope_table_reference(positions: Tensor, inv_freq: Tensor, magnitude: float = 1.0) -> Tensor:
+    """The same in torch."""
+    angles = positions.float()[:, None] * inv_freq
+    return torch.stack([angles.cos(), angles.sin()], dim=-1) * magnitude
+
+
+def rope_append(
+    qkv: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    interleaved: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The queries of qkv, normed and rotated: [T, H, D] float32; keys and values go to the cache.
+
+    qkv: [T, (H + 2 Hkv) · D] float32.   table: [T, R/2, 2] of `rope_table`, R ≤ D: the first R values of a
+    head are rotated, in pairs (i, i + R/2), or (2i, 2i + 1) if interleaved.
+    slots: [T] int32, page · 256 + offset; a negative one is not written.
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
+    q_norm, k_norm: [D] float32 weights of a norm per head.
+    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    """
+    num_tokens, num_pairs = table.shape[:2]
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    check_cache("rope_append", k_cache, v_cache, head_dim)
+    check(head_dim <= _MAX_HEAD_DIM, f"rope_append: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
+    check(
+        2 * num_pairs <= head_dim,
+        f"rope_append: the table rotates {2 * num_pairs} values of heads of {head_dim}",
+    )
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.float32) if out is None else out
+    for name, tensor, shape in (
+        ("qkv", qkv, (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)),
+        ("table", table, (num_tokens, num_pairs, 2)),
+        ("out", out, (num_tokens, num_heads, head_dim)),
+        ("q_norm", q_norm, (head_dim,)),
+        ("k_norm", k_norm, (head_dim,)),
+    ):
+        fits = tensor is None or (
+            tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        )
+        check(fits, f"rope_append: {name} is not a contiguous {shape} float32")
+    check(
+        slots.shape == (num_tokens,) and slots.dtype == torch.int32 and slots.is_contiguous(),
+        f"rope_append: slots {tuple(slots.shape)} {slots.dtype} is not a contiguous [{num_tokens}] int32",
+    )
+    _C.rope_append_cpu(
+        qkv.data_ptr(),
+        table.data_ptr(),
+        slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        dtype_id(k_cache),
+        out.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(),
+        eps,
+        num_tokens,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        num_pairs,
+        interleaved,
+    )
+    return out
+
+
+def rope_append_reference(
+    qkv: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    interleaved: bool,
+) -> Tensor:
+    """The same in torch."""
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q = q.clone() if q_norm is None else rms_norm_reference(q, q_norm, eps)
+    k = k.clone() if k_norm is None else rms_norm_reference(k, k_norm, eps)
+    _rotate(q, table, interleaved)
+    _rotate(k, table, interleaved)
+    written = slots >= 0
+    page, offset = slots[written].long() // PAGE_TOKENS, slots[written].long() % PAGE_TOKENS
+    k_cache[page, :, offset] = k[written].to(k_cache.dtype)
+    v_cache[page, :, offset] = v[written].to(v_cache.dtype)
+    return q
+
+
+def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> None:
+    num_rotated = 2 * table.shape[1]
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]  # [T, 1, R/2]
+    if interleaved:
+        a, b = x[..., 0:num_rotated:2].clone(), x[..., 1:num_rotated:2].clone()
+        x[..., 0:num_rotated:2], x[..., 1:num_rotated:2] = a * cos - b * sin, b * cos + a * sin
+    else:
+        a, b = x[..., :num_rotated].clone().chunk(2, dim=-1)
+        x[..., :num_rotated] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
