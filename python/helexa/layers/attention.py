@@ -4,12 +4,11 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.layers.linear import Linear, Scope
-from helexa.layers.norm import RMSNorm
 from helexa.layers.step import Step
 
 
 class Attention:
-    """o_proj(attention(q, cache)); q, k and v come from one matmul, k and v go to the cache of `layer_index`."""
+    """o_proj(attention(q, cache)); q, k and v come from one matmul, k and v go to the layer's cache."""
 
     def __init__(
         self,
@@ -23,7 +22,8 @@ class Attention:
         scale: float,
         rope_interleaved: bool,
         bias: bool,
-        qk_norm_eps: float | None,
+        qk_norm: bool,
+        eps: float,
     ):
         self.layer_index = layer_index
         self.num_heads = num_heads
@@ -35,10 +35,11 @@ class Attention:
             "v_proj": num_kv_heads * head_dim,
         }
         self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
+        self.eps = eps
         self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm.load(scope / "q_norm", head_dim, qk_norm_eps)
-            self.k_norm = RMSNorm.load(scope / "k_norm", head_dim, qk_norm_eps)
+        if qk_norm:
+            self.q_norm = scope.vector("q_norm.weight", head_dim)
+            self.k_norm = scope.vector("k_norm.weight", head_dim)
         self.o_proj = Linear.load(scope, num_heads * head_dim, {"o_proj": hidden_size})
 
     def __call__(self, x: Tensor, rope: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
@@ -51,9 +52,9 @@ class Attention:
             k_cache,
             v_cache,
             num_heads=self.num_heads,
-            q_norm=self.q_norm and self.q_norm.weight,
-            k_norm=self.k_norm and self.k_norm.weight,
-            eps=self.q_norm.eps if self.q_norm else 0.0,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
             interleaved=self.rope_interleaved,
         )  # [T, H, D]
         out = ops.attention(

@@ -28,9 +28,9 @@ class TensorSource(Protocol):
 class Scope:
     """The tensors below one sub-module; `scope / "mlp"` is the scope of a child.
 
-    Parameters are asked for by their names in HuggingFace checkpoints.  `names` translates them to those of the
-    file, without `.weight` or `.bias` and with `{}` for the number of the layer.  Every shape is checked; a misfit
-    raises InvalidFile with the name in the file.
+    Parameters are asked for by their names in HuggingFace checkpoints.  `names` translates them to those of
+    the file, without `.weight` or `.bias` and with `{}` for the number of the layer.  Every shape is
+    checked; a misfit raises InvalidFile with the name in the file.
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str], path: str = ""):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from helexa import ops
+from helexa.errors import InvalidFile
+from helexa.layers.linear import Scope
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ class RotaryEmbedding:
         frequency_factors: Tensor | None = None,
     ):
         self.inv_freq, self.magnitude = inverse_frequencies(rotary_dim, theta, scaling, frequency_factors)
+
+    @classmethod
+    def load(
+        cls, scope: Scope, rotary_dim: int, theta: float, scaling: RopeScaling | None
+    ) -> "RotaryEmbedding":
+        """With the file's frequency factors, if it has them."""
+        factors = None
+        if "rope_factors.weight" in scope:
+            factors = scope.vector("rope_factors.weight", rotary_dim // 2)
+            if not bool((factors > 0).all()):
+                name = scope.file_name("rope_factors.weight")
+                raise InvalidFile(
+                    f"tensor {name!r} has {factors.min():g} among its values, expected positive ones"
+                )
+        return cls(rotary_dim, theta, scaling, factors)
 
     def __call__(self, positions: Tensor) -> Tensor:
         return ops.rope_table(positions, self.inv_freq, self.magnitude)

@@ -13,9 +13,9 @@ __all__ = ["PAGE_TOKENS", "Step"]
 class Step:
     """T tokens of S sequences: prefill chunks and decode steps in any mixture, each sequence's side by side.
 
-    Keys and values of all T tokens are appended before a layer attends, so `kv_lengths` counts them too.  Entries
-    of `page_table` beyond a sequence's length are never read.  A captured forward reads these tensors anew at each
-    replay; their shapes, the caches and `logits_rows` are fixed by the capture.
+    Keys and values of all T tokens are appended before a layer attends, so `kv_lengths` counts them too.
+    Entries of `page_table` beyond a sequence's length are never read.  A captured forward reads these
+    tensors anew at each replay; their shapes, the caches and `logits_rows` are fixed by the capture.
     """
 
     token_ids: Tensor  # [T] int32

@@ -195,7 +195,7 @@ def _vocab_size(keys: _Keys, tensors: Mapping[str, HasShape]) -> int:
 
 
 def _rope_scaling(keys: _Keys, context: int) -> RopeScaling | None:
-    """What `rope.scaling.*` says; a factor without a type is linear, as files were before the type existed."""
+    """What `rope.scaling.*` says; a factor without a type is linear, as in files from before the type."""
     legacy_factor = keys.number("rope.scale_linear", 1.0)
     factor = keys.number("rope.scaling.factor", legacy_factor) or 1.0
     rope_type = keys.get("rope.scaling.type", "linear")

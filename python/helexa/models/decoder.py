@@ -1,6 +1,6 @@
 """The dense decoder of llama, qwen2 and qwen3.
 
-They differ only in what ModelConfig says: how rotary pairs are laid out, biases of q, k and v, norms of q and k.
+They differ only in what ModelConfig says: the layout of rotary pairs, biases of q, k and v, norms of q and k.
 Follows `modeling_llama.py`, `modeling_qwen2.py` and `modeling_qwen3.py` of transformers.
 """
 
@@ -32,7 +32,8 @@ class DecoderLayer:
             scale=config.attention_scale,
             rope_interleaved=config.rope_interleaved,
             bias=config.attention_bias,
-            qk_norm_eps=eps if config.qk_norm else None,
+            qk_norm=config.qk_norm,
+            eps=eps,
         )
         self.post_attention_layernorm = RMSNorm.load(scope / "post_attention_layernorm", hidden_size, eps)
         self.mlp = MLP(scope / "mlp", hidden_size, config.intermediate_size)
@@ -58,10 +59,9 @@ class Decoder:
     def __init__(self, config: ModelConfig, scope: Scope):
         size = config.hidden_size
         self.embed_tokens = Embedding(scope.matrix("embed_tokens", config.vocab_size, size))
-        factors = None
-        if "rope_factors.weight" in scope:
-            factors = scope.vector("rope_factors.weight", config.rotary_dim // 2)
-        self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rope_theta, config.rope_scaling, factors)
+        self.rotary_emb = RotaryEmbedding.load(
+            scope, config.rotary_dim, config.rope_theta, config.rope_scaling
+        )
         self.layers = [DecoderLayer(config, scope / "layers" / i, i) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm.load(scope / "norm", size, config.rms_norm_eps)
 
