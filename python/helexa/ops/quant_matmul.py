@@ -29,7 +29,10 @@ def quant_matmul(
     biases = [None] * len(weights) if biases is None else biases
     views = []
     for weight, bias in zip(weights, biases, strict=True):
-        check(weight.cols == cols, f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x {tuple(x.shape)}")
+        check(
+            weight.cols == cols,
+            f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x {tuple(x.shape)}",
+        )
         check(
             bias is None or (bias.shape == (weight.rows,) and bias.dtype == torch.float32),
             f"quant_matmul: a bias is not [{weight.rows}] float32",
@@ -46,7 +49,9 @@ def quant_matmul(
     total = sum(weight.rows for weight in weights)
     out = torch.empty(num_tokens, total) if out is None else out
     check(
-        out.shape == (num_tokens, total) and out.is_contiguous() and out.data_ptr() != x.data_ptr(),
+        out.shape == (num_tokens, total)
+        and out.is_contiguous()
+        and (num_tokens == 0 or out.data_ptr() != x.data_ptr()),
         f"quant_matmul: out {tuple(out.shape)} is not a contiguous [{num_tokens}, {total}] of its own",
     )
     _C.quant_matmul_cpu(x.data_ptr(), num_tokens, views, out.data_ptr())
