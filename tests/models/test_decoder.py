@@ -1,0 +1,316 @@
+"""Golden parity with transformers, and the same numbers from every way to run a sequence."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helexa import ops
+from helexa.layers.step import PAGE_TOKENS, Step
+from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
+from helexa.weights.gguf import open_gguf
+from helexa.weights.load import GGUFWeights
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(json.loads((GOLDEN / "manifest.json").read_text())["cases"])
+TOLERANCE = 1e-4  # of the root mean square; transformers and these kernels differ by about 1e-6
+
+
+@dataclass
+class Golden:
+    """A tiny model's file and what transformers computed with it."""
+
+    config: ModelConfig
+    weights: GGUFWeights
+    token_ids: Tensor  # [T] int32
+    hidden: Tensor  # [layers, T, hidden_size], the output of each layer
+    logits: Tensor  # [T, vocab_size]
+
+    def build(self, **changes: Any) -> Model:
+        """The model, with changes to its configuration."""
+        return build_model(replace(self.config, **changes), self.weights)
+
+
+class Caches:
+    """KV caches of a few sequences on scattered pages.  All starts as NaN, so that reading too far shows."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_sequences: int = 1,
+        pages_each: int = 2,
+        dtype: torch.dtype = torch.float32,
+    ):
+        num_pages = num_sequences * pages_each + 1  # the first page belongs to nobody
+        shapes = kv_cache_shapes(config, num_pages)
+        self.k = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
+        self.v = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
+        order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1)) + 1
+        self.pages = order.to(torch.int32).reshape(num_sequences, pages_each)
+        self.lengths = [0] * num_sequences
+
+    def step(self, parts: dict[int, Tensor], logits_rows: slice | None = None) -> Step:
+        """The step that appends `parts`, sequence -> token ids; by default all rows want logits."""
+        token_ids, positions, slots, starts = [], [], [], [0]
+        for sequence, tokens in parts.items():
+            position = torch.arange(len(tokens), dtype=torch.int32) + self.lengths[sequence]
+            page = self.pages[sequence][(position // PAGE_TOKENS).long()]
+            token_ids.append(tokens.to(torch.int32))
+            positions.append(position)
+            slots.append(page * PAGE_TOKENS + position % PAGE_TOKENS)
+            starts.append(starts[-1] + len(tokens))
+            self.lengths[sequence] += len(tokens)
+        return Step(
+            token_ids=torch.cat(token_ids),
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            kv_lengths=torch.tensor([self.lengths[sequence] for sequence in parts], dtype=torch.int32),
+            page_table=self.pages[list(parts)].contiguous(),
+            k_cache=self.k,
+            v_cache=self.v,
+            logits_rows=slice(0, starts[-1]) if logits_rows is None else logits_rows,
+        )
+
+
+def run(model: Model, token_ids: Tensor, chunk: int | None = None) -> Tensor:
+    """Logits [T, vocab_size] of one sequence, in one step or in steps of `chunk` tokens."""
+    caches = Caches(model.config)
+    return torch.cat([model(caches.step({0: part})) for part in token_ids.split(chunk or len(token_ids))])
+
+
+def error_ratio(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; NaN and infinities count as infinite."""
+    difference = (found.double() - expected.double()).square().mean().sqrt()
+    ratio = float(difference / expected.double().square().mean().sqrt())
+    return ratio if np.isfinite(ratio) else float("inf")
+
+
+def load(path: Path) -> tuple[ModelConfig, GGUFWeights]:
+    file = open_gguf(path)
+    return config_from_gguf(file.metadata, file.tensors), GGUFWeights(file)
+
+
+@cache
+def golden(case: str) -> Golden:
+    arrays = np.load(GOLDEN / f"{case}.npz")
+    config, weights = load(GOLDEN / f"{case}.gguf")
+    return Golden(config, weights, **{name: torch.from_numpy(arrays[name]) for name in arrays})
+
+
+class Recorder:
+    """Stands in for a layer and keeps what the layer returned."""
+
+    def __init__(self, layer: Callable[..., tuple[Tensor, Tensor]]):
+        self.layer = layer
+        self.output: Tensor | None = None
+
+    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.layer(*args)
+        self.output = hidden + residual
+        return hidden, residual
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_of_every_layer_and_logits_are_those_of_transformers(case):
+    expected = golden(case)
+    model = expected.build()
+    model.model.layers = [Recorder(layer) for layer in model.model.layers]
+    logits = run(model, expected.token_ids)
+    for layer, hidden in zip(model.model.layers, expected.hidden, strict=True):
+        assert error_ratio(layer.output, hidden) < TOLERANCE
+    assert error_ratio(logits, expected.logits) < TOLERANCE
+    assert expected.weights.unused() == []
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_in_chunks_equals_prefill_at_once(case, chunk):
+    expected = golden(case)
+    if chunk == 1 and len(expected.token_ids) > 256:
+        chunk = 129  # crosses the page border within a step
+    assert error_ratio(run(expected.build(), expected.token_ids, chunk), expected.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_after_prefill_continues_the_sequence(case):
+    expected = golden(case)
+    model, caches = expected.build(), Caches(expected.config)
+    start = len(expected.token_ids) - 50  # decode crosses the page border of the long cases
+    model(caches.step({0: expected.token_ids[:start]}))
+    for position in range(start, len(expected.token_ids)):
+        logits = model(caches.step({0: expected.token_ids[position : position + 1]}))
+        assert error_ratio(logits[0], expected.logits[position]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sequences_of_different_lengths_decode_together_as_alone(case):
+    expected = golden(case)
+    model, caches = expected.build(), Caches(expected.config, num_sequences=3)
+    streams = {0: expected.token_ids, 1: expected.token_ids.flip(0), 2: expected.token_ids.roll(11)}
+    alone = {sequence: run(model, tokens) for sequence, tokens in streams.items()}
+    lengths = {0: 3, 1: 33, 2: len(expected.token_ids) - 8}
+    for sequence, length in lengths.items():
+        model(caches.step({sequence: streams[sequence][:length]}, slice(0, 0)))
+    for offset in range(8):
+        logits = model(caches.step({s: streams[s][n + offset : n + offset + 1] for s, n in lengths.items()}))
+        for row, (sequence, length) in enumerate(lengths.items()):
+            assert error_ratio(logits[row], alone[sequence][length + offset]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_and_decode_may_share_a_step(case):
+    expected = golden(case)
+    model, caches = expected.build(), Caches(expected.config, num_sequences=2)
+    tokens, other = expected.token_ids, expected.token_ids.flip(0)
+    model(caches.step({0: tokens[:20], 1: other[:9]}))
+    logits = model(caches.step({1: other[9:40], 0: tokens[20:21]}, slice(30, 32)))
+    assert error_ratio(logits[0], run(model, other)[39]) < TOLERANCE
+    assert error_ratio(logits[1], expected.logits[20]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_forward_repeats_the_eager_one_with_new_inputs(case):
+    expected = golden(case)
+    model, caches, graph = expected.build(), Caches(expected.config), ops.CpuGraph()
+    start = len(expected.token_ids) - 50
+    model(caches.step({0: expected.token_ids[:start]}, slice(0, 0)))
+    eager = Caches(expected.config)
+    model(eager.step({0: expected.token_ids[:start]}, slice(0, 0)))
+    step = caches.step({0: expected.token_ids[start : start + 1]})
+    with graph.capture():
+        logits = model(step)
+    for position in range(start, len(expected.token_ids)):
+        token = expected.token_ids[position : position + 1]
+        now = eager.step({0: token})
+        for name in ("token_ids", "positions", "kv_lengths"):
+            getattr(step, name).copy_(getattr(now, name))
+        step.slots.copy_(caches.pages[0][position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
+        graph.replay()
+        assert torch.equal(logits, model(now))
+        assert error_ratio(logits[0], expected.logits[position]) < TOLERANCE
+
+
+def test_rows_without_logits_cost_no_head_and_change_no_cache():
+    expected = golden("qwen3")
+    model, everything, nothing = expected.build(), Caches(expected.config), Caches(expected.config)
+    model(everything.step({0: expected.token_ids}))
+    assert model(nothing.step({0: expected.token_ids}, slice(0, 0))).shape == (0, expected.config.vocab_size)
+    last = model(Caches(expected.config).step({0: expected.token_ids}, slice(69, 70)))
+    assert error_ratio(last, expected.logits[69:]) < TOLERANCE
+    for with_logits, without in zip(everything.k + everything.v, nothing.k + nothing.v, strict=True):
+        torch.testing.assert_close(with_logits, without, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_a_half_precision_cache_costs_little(dtype, tolerance):
+    expected = golden("qwen3_yarn_tied_two_pages")
+    logits = expected.build()(Caches(expected.config, dtype=dtype).step({0: expected.token_ids}))
+    assert 1e-6 < error_ratio(logits, expected.logits) < tolerance
+
+
+def test_a_tied_head_shares_the_packed_embedding():
+    tied, untied = golden("qwen2_tied").build(), golden("qwen2_yarn").build()
+    assert tied.lm_head.weights[0] is tied.model.embed_tokens.weight
+    assert untied.lm_head.weights[0] is not untied.model.embed_tokens.weight
+
+
+# What follows shows that the golden cases see each detail: a model with it wrong is far off.
+
+
+class Without:
+    """A source that hides some tensors."""
+
+    def __init__(self, source: GGUFWeights, hidden: str):
+        self.source, self.hidden = source, hidden
+
+    def __contains__(self, name: str) -> bool:
+        return self.hidden not in name and name in self.source
+
+    def linear(self, name: str) -> ops.PackedWeight:
+        return self.source.linear(name)
+
+    def vector(self, name: str) -> Tensor:
+        return self.source.vector(name)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("llama", {"rope_interleaved": False}),
+        ("qwen2_tied", {"rope_interleaved": True}),
+        ("qwen3", {"rope_interleaved": True}),
+        ("qwen3", {"qk_norm": False}),
+        ("qwen3", {"attention_scale": 1 / 8}),
+        ("qwen3", {"rms_norm_eps": 1e-2}),
+        ("qwen3", {"rope_theta": 20000.0}),
+        ("llama", {"rotary_dim": 14}),
+        ("qwen2_yarn", {"rope_scaling": None}),
+        ("qwen3_yarn_tied_two_pages", {"rope_scaling": None}),
+        ("llama_linear_rope_two_pages", {"rope_scaling": None}),
+    ],
+)
+def test_a_wrong_configuration_is_noticed(case, changes):
+    expected = golden(case)
+    assert error_ratio(run(expected.build(**changes), expected.token_ids), expected.logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["qwen2_yarn", "qwen3_yarn_tied_two_pages"])
+@pytest.mark.parametrize(
+    "change",
+    [{"attention_factor": 1.0}, {"extrapolation_factor": 0.0}, {"beta_fast": 64.0, "beta_slow": 4.0}],
+)
+def test_each_parameter_of_yarn_is_noticed(case, change):
+    expected = golden(case)
+    model = expected.build(rope_scaling=replace(expected.config.rope_scaling, **change))
+    assert error_ratio(run(model, expected.token_ids), expected.logits) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "hidden"),
+    [
+        ("qwen2_tied", "attn_k.bias"),
+        ("qwen2_tied", "attn_q.bias"),
+        ("qwen2_yarn", "attn_v.bias"),
+        ("llama_llama3_rope_tied_biased", "attn_q.bias"),
+        ("llama_llama3_rope_tied_biased", "attn_output.bias"),
+        ("llama_llama3_rope_tied_biased", "ffn_gate.bias"),
+        ("llama_llama3_rope_tied_biased", "ffn_down.bias"),
+        ("llama_llama3_rope_tied_biased", "rope_freqs"),
+    ],
+)
+def test_a_forgotten_tensor_is_noticed(case, hidden):
+    expected = golden(case)
+    config = replace(expected.config, attention_bias=False)
+    model = build_model(config, Without(expected.weights, hidden))
+    assert error_ratio(run(model, expected.token_ids), expected.logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_yarn_tied_two_pages"])
+def test_a_wrong_assignment_of_query_heads_to_key_heads_is_noticed(case, monkeypatch):
+    expected = golden(case)
+    groups = expected.config.num_key_value_heads
+    heads = torch.arange(expected.config.num_attention_heads).reshape(groups, -1).T.flatten()
+
+    attention = ops.attention
+
+    def interleaved_groups(q, *args, **keywords):
+        out = torch.empty_like(q)
+        out[:, heads] = attention(q[:, heads].contiguous(), *args, **keywords)
+        return out
+
+    monkeypatch.setattr(ops, "attention", interleaved_groups)
+    assert error_ratio(run(expected.build(), expected.token_ids), expected.logits) > 100 * TOLERANCE
+
+
+def test_attention_to_what_comes_later_is_noticed():
+    expected = golden("qwen2_tied")
+    logits = run(expected.build(), expected.token_ids.flip(0)).flip(0)
+    assert error_ratio(logits, expected.logits) > 100 * TOLERANCE
