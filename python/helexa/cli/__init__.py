@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from helexa import __version__
+from helexa.cli import bench, chat, load, perplexity, status
 from helexa.errors import HelexaError
 
 app = typer.Typer(
@@ -35,6 +36,10 @@ def _options(
     ] = False,
 ) -> None:
     """Serve open-weight language models on your own machines."""
+
+
+for _command in (status.status, load.load, load.unload, chat.chat, bench.bench, perplexity.perplexity):
+    app.command()(_command)
 
 
 def main() -> None:

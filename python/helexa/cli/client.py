@@ -1,6 +1,6 @@
 """HTTP for the commands that talk to a running gateway or neuron: JSON in and out, and server-sent events."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Annotated, Any, Self
 
@@ -42,7 +42,7 @@ class Client:
         """The JSON answer of POST."""
         return orjson.loads(b"".join([chunk async for chunk in self._send("POST", path, body)]))
 
-    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The data of each event until `[DONE]`. Raises the error that an event carries."""
         parser = sse.Parser()
         async for chunk in self._send("POST", path, body):
@@ -54,7 +54,7 @@ class Client:
                     raise parse_error(502, event.data.encode())
                 yield data
 
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[bytes]:
+    async def _send(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncGenerator[bytes, None]:
         try:
             async with self._session.request(method, self.url + path, json=body) as response:
                 if response.status >= 400:

@@ -145,7 +145,12 @@ async def _supervise(folder: Path, model: str, port: int, neuron_port: int) -> N
     """Runs until a signal, or until a child dies: then HelexaError says which and why."""
     console = Console(stderr=True)
     deaths: list[HelexaError] = []
-    children = Children(lambda error: (deaths.append(error), work.cancel())[0])
+
+    def on_death(error: HelexaError) -> None:
+        deaths.append(error)
+        work.cancel()
+
+    children = Children(on_death)
     work = asyncio.create_task(_bring_up(children, folder, model, port, neuron_port, console))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
