@@ -1,1 +1,16 @@
 """The inference engine: loads a model and serves token ids, text and logits from it. Imports torch."""
+
+from helexa.engine.engine import Engine, EngineOptions, EngineStats
+from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
+from helexa.engine.stream import Delta, TokenLogprob, Usage
+
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "SamplingDefaults",
+    "SamplingParams",
+    "TokenLogprob",
+    "Usage",
+]

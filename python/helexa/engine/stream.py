@@ -113,6 +113,8 @@ class Answer:
     ):
         self._sequence = sequence
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        # Models may have more tokens than their vocabulary; the surplus has no text.
+        self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
         self._stop = StopStrings(stop)
         self._has_logprobs = logprobs
         self._num_tokens = 0
@@ -132,7 +134,7 @@ class Answer:
             token_ids.append(event.token_id)
             if logprobs is not None and event.logprob is not None:
                 logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top))
-            if self._detokenizer is not None:
+            if self._detokenizer is not None and event.token_id < self._vocab_size:
                 piece, hit = self._stop.push(self._detokenizer.push(event.token_id))
                 text += piece
                 if hit is not None:
