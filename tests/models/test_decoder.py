@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from helexa import ops
 from helexa.layers.step import PAGE_TOKENS, Step
 from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
+from helexa.quant import FORMATS
 from helexa.weights.gguf import open_gguf
 from helexa.weights.load import GGUFWeights
 
@@ -314,3 +316,85 @@ def test_attention_to_what_comes_later_is_noticed():
     expected = golden("qwen2_tied")
     logits = run(expected.build(), expected.token_ids.flip(0)).flip(0)
     assert error_ratio(logits, expected.logits) > 100 * TOLERANCE
+
+
+# Quantized weights: the same model with each format, against float32 weights of the same values.
+
+K_SCALES = {"q4_k": (2.4e-4, 1.8e-3), "q5_k": (1.2e-4, 1.8e-3), "q6_k": (4.8e-5,)}  # values of spread 1/16
+COMPANION = {
+    "q4_k": "q6_k",
+    "f32": "bf16",
+    "f16": "f32",
+    "bf16": "f16",
+}  # of attn_v, to mix formats in a matmul
+SIZE = 256
+
+
+def encode(format: str, values: np.ndarray) -> np.ndarray:
+    """Rows in a format: those given or, where gguf has no encoder, random blocks of about the same spread."""
+    if format not in K_SCALES:
+        return gguf.quants.quantize(values, gguf.GGMLQuantizationType[format.upper()])
+    block = FORMATS[format]
+    seed = int(np.abs(values[0, 0]) * 1e6)
+    blocks = np.random.default_rng(seed).integers(0, 256, (values.size // SIZE, block.block_bytes), np.uint8)
+    scales = np.array(K_SCALES[format], np.float16).view(np.uint8)
+    at = slice(0, len(scales)) if len(scales) == 4 else slice(208, 210)
+    blocks[:, at] = scales
+    return blocks.reshape(len(values), -1)
+
+
+def write_model(path: Path, format: str, *, decoded: bool) -> None:
+    """A qwen3 with matrices of one format but for attn_v; decoded to float32 if asked for."""
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_context_length(512)
+    writer.add_embedding_length(SIZE)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(2 * SIZE)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    rng = np.random.default_rng(3)
+
+    def vector(name: str, size: int) -> None:
+        writer.add_tensor(f"{name}.weight", (1 + 0.1 * rng.standard_normal(size)).astype(np.float32))
+
+    def matrix(name: str, rows: int, cols: int = SIZE, format: str = format) -> None:
+        data = encode(format, (rng.standard_normal((rows, cols)) / 16).astype(np.float32))
+        kind = gguf.GGMLQuantizationType[format.upper()]
+        if decoded:
+            data, kind = gguf.quants.dequantize(data, kind), gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+
+    matrix("token_embd", 100)
+    vector("output_norm", SIZE)
+    for layer in ("blk.0", "blk.1"):
+        vector(f"{layer}.attn_norm", SIZE)
+        vector(f"{layer}.attn_q_norm", SIZE // 4)
+        vector(f"{layer}.attn_k_norm", SIZE // 4)
+        matrix(f"{layer}.attn_q", SIZE)
+        matrix(f"{layer}.attn_k", SIZE // 2)
+        matrix(f"{layer}.attn_v", SIZE // 2, format=COMPANION.get(format, "q8_0"))
+        matrix(f"{layer}.attn_output", SIZE)
+        vector(f"{layer}.ffn_norm", SIZE)
+        matrix(f"{layer}.ffn_gate", 2 * SIZE)
+        matrix(f"{layer}.ffn_up", 2 * SIZE)
+        matrix(f"{layer}.ffn_down", SIZE, 2 * SIZE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_quantized_weights_give_the_logits_of_their_values(format, tmp_path):
+    token_ids = torch.arange(40, dtype=torch.int32) * 37 % 100
+    logits = {}
+    for decoded in (False, True):
+        write_model(tmp_path / "model.gguf", format, decoded=decoded)
+        model = build_model(*load(tmp_path / "model.gguf"))
+        logits[decoded] = run(model, token_ids, chunk=None if decoded else 33)
+    # Inputs of quantized matrices are rounded to 8 bits; float formats see them as they are.
+    assert error_ratio(logits[False], logits[True]) < (
+        TOLERANCE if format in ("f32", "f16", "bf16") else 0.04
+    )
+    assert logits[True].std() > 0.3

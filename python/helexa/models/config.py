@@ -34,6 +34,7 @@ REFUSED_KEYS = (
     "rope.scaling.yarn_log_multiplier",
 )
 LARGEST = 1 << 20  # of any size but the context's; keeps a damaged file from asking for absurd amounts
+LARGEST_HEAD = 512  # of the kernels
 
 
 class HasShape(Protocol):
@@ -94,7 +95,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
         )
     if "attention.key_length" not in keys and hidden_size % num_heads:
         raise keys.invalid("attention.head_count", num_heads, f"a divisor of embedding_length {hidden_size}")
-    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
+    head_dim = keys.integer("attention.key_length", hidden_size // num_heads, most=LARGEST_HEAD)
     if keys.integer("attention.value_length", head_dim) != head_dim:
         raise keys.unsupported("attention.value_length", f"the {head_dim} of attention.key_length")
     rotary_dim = keys.integer("rope.dimension_count", head_dim)
