@@ -13,9 +13,10 @@ import hypercorn.asyncio
 import hypercorn.config
 import pytest
 
-from helexa.gateway.app import Gateway, create_app, create_metrics_app, running
+from helexa.gateway.app import create_app, create_metrics_app
 from helexa.gateway.catalogue import Catalogue, ModelEntry
 from helexa.gateway.config import GatewayConfig, GatewaySection, NeuronEntry
+from helexa.gateway.gateway import Gateway, running
 
 MIB = 2**20
 
@@ -247,7 +248,7 @@ MakeSite = Callable[..., Awaitable[Site]]
 
 @pytest.fixture
 async def make_site() -> AsyncIterator[MakeSite]:
-    """Starts a site: `await make_site(neuron, …, catalogue=…, endpoints=…, settings=…)`; all of it ends with the test."""
+    """`await make_site(neuron, …, catalogue=…, endpoints=…, **settings)`: a site until the test ends."""
     async with AsyncExitStack() as stack:
 
         async def make(

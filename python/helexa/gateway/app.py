@@ -5,12 +5,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-import aiohttp
 import hypercorn.asyncio
 import hypercorn.config
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -23,78 +19,23 @@ from starlette.routing import Route
 from helexa import __version__
 from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
 from helexa.gateway import listing
-from helexa.gateway.auth import Keys
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
-from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.gateway import Gateway, running
 from helexa.gateway.handlers import Inference, request_id_of
-from helexa.gateway.loader import Loader
-from helexa.gateway.metrics import Metrics
-from helexa.gateway.poller import Poller
-from helexa.gateway.upstream import Dispatcher
 from helexa.log import fields
 from helexa.settings import log_settings
 from helexa.wire.errors import error_bytes, error_headers, internal_error
 
 logger = logging.getLogger(__name__)
 
+CUT_S = 2.0  # for the last words of streams that are cut
 INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions")
-FIRST_POLL_S = 2.0
-
-
-@dataclass(frozen=True)
-class Gateway:
-    """The parts that the routes share, alive within `running`."""
-
-    config: GatewayConfig
-    catalogue: Catalogue
-    fleet: Fleet
-    metrics: Metrics
-    poller: Poller
-    loader: Loader
-    dispatcher: Dispatcher
-
-
-@asynccontextmanager
-async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[Gateway]:
-    """A gateway whose neurons have been asked once and are polled until the end."""
-    nodes = [Node(neuron.name, neuron.endpoint.rstrip("/")) for neuron in config.neurons]
-    fleet = Fleet({node.name: node for node in nodes})
-    metrics = Metrics(fleet)
-    async with aiohttp.ClientSession(connector=_connector(), auto_decompress=False) as session:
-        poller = Poller(fleet, session, config.gateway.poll_interval_s)
-        loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
-        dispatcher = Dispatcher(config, catalogue, fleet, session, poller, loader, metrics)
-        polling = asyncio.create_task(poller.run(), name="poller")
-        try:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(poller.first_round(), FIRST_POLL_S)
-            yield Gateway(config, catalogue, fleet, metrics, poller, loader, dispatcher)
-        finally:
-            polling.cancel()
-            await asyncio.gather(polling, return_exceptions=True)
-            await loader.close()
-
-
-def _connector() -> aiohttp.TCPConnector:
-    """No limit on connections: a neuron's queue decides. A host that vanished is noticed in half a minute."""
-
-    def socket_of(address: Any) -> socket.socket:
-        family, kind, protocol, _, _ = address
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, option):
-                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        return made
-
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0, socket_factory=socket_of)
 
 
 def create_app(gateway: Gateway) -> Starlette:
     """The API as an ASGI application."""
-    keys = Keys(gateway.config)
-    fleet, catalogue = gateway.fleet, gateway.catalogue
+    keys, fleet, catalogue = gateway.keys, gateway.fleet, gateway.catalogue
     started = int(time.time())
 
     async def root(_: Request) -> Response:
@@ -115,22 +56,7 @@ def create_app(gateway: Gateway) -> Starlette:
         keys.check(request.headers)
         return JSONResponse(listing.fleet_report(fleet, catalogue))
 
-    inference = [
-        Route(
-            path,
-            Inference(
-                path,
-                gateway.dispatcher,
-                fleet,
-                catalogue,
-                keys,
-                gateway.metrics,
-                gateway.config.gateway.max_body_bytes,
-            ),
-            methods=["POST"],
-        )
-        for path in INFERENCE_PATHS
-    ]
+    inference = [Route(path, Inference(path, gateway), methods=["POST"]) for path in INFERENCE_PATHS]
     routes = [
         *inference,
         Route("/v1/models", models),
@@ -194,24 +120,29 @@ async def serve(
     """
     log_settings(config)
     stopping = stop or asyncio.Event()
+    grace_s = config.gateway.shutdown_grace_s
     with _listener(config.gateway.listen) as api, _listener(config.gateway.metrics_listen) as metrics:
-        async with AsyncExitStack() as stack:
-            gateway = await stack.enter_async_context(running(config, catalogue))
-            loop = asyncio.get_running_loop()
+        urls = _url(api), _url(metrics)
+        async with running(config, catalogue) as gateway:
             if stop is None:
                 for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.add_signal_handler(number, stopping.set)
+                    asyncio.get_running_loop().add_signal_handler(number, stopping.set)
             if on_ready:
-                on_ready(_url(api), _url(metrics))
-            logger.info(
-                "listening", extra=fields(api=_url(api), metrics=_url(metrics), neurons=len(config.neurons))
-            )
-            grace_s = config.gateway.shutdown_grace_s
+                on_ready(*urls)
+            logger.info("listening", extra=fields(api=urls[0], metrics=urls[1], neurons=len(config.neurons)))
             await asyncio.gather(
-                _run(create_app(gateway), api, stopping, grace_s),
-                _run(create_metrics_app(gateway), metrics, stopping, grace_s),
+                _run(create_app(gateway), api, stopping, grace_s + CUT_S),
+                _run(create_metrics_app(gateway), metrics, stopping, grace_s + CUT_S),
+                _drain(gateway, stopping, grace_s),
             )
-    logger.info("stopped")
+    logger.info("stopped", extra=fields())
+
+
+async def _drain(gateway: Gateway, stop: asyncio.Event, grace_s: float) -> None:
+    """After `stop`, lets requests end for `grace_s` and then ends those that are left with an error."""
+    await stop.wait()
+    logger.info("stopping", extra=fields(running=len(gateway.relays), grace_s=grace_s))
+    await gateway.relays.drain(grace_s)
 
 
 def _listener(address: str) -> socket.socket:
@@ -235,6 +166,7 @@ async def _run(app: Starlette, listener: socket.socket, stop: asyncio.Event, gra
     settings = hypercorn.config.Config()
     settings.bind = [f"fd://{listener.detach()}"]
     settings.errorlog = logging.getLogger("hypercorn.error")
+    settings.errorlog.setLevel(logging.WARNING)
     settings.accesslog = None
     settings.include_server_header = False
     settings.keep_alive_timeout = 75.0

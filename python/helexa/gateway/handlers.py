@@ -5,19 +5,17 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
 
 from helexa.errors import HelexaError, PayloadTooLarge
-from helexa.gateway.auth import Keys
-from helexa.gateway.catalogue import Catalogue
-from helexa.gateway.fleet import Fleet
-from helexa.gateway.metrics import Meter, Metrics
+from helexa.gateway.gateway import Gateway
+from helexa.gateway.metrics import Meter
 from helexa.gateway.proxy import Reply, Send, relay
-from helexa.gateway.upstream import Call, Dispatcher
+from helexa.gateway.upstream import Call
 from helexa.log import fields
 from helexa.wire.body import decode
 
@@ -47,38 +45,27 @@ class _Head(msgspec.Struct):
 class Inference:
     """The ASGI endpoint of one generating route."""
 
-    def __init__(
-        self,
-        path: str,
-        dispatcher: Dispatcher,
-        fleet: Fleet,
-        catalogue: Catalogue,
-        keys: Keys,
-        metrics: Metrics,
-        max_body_bytes: int,
-    ):
+    def __init__(self, path: str, gateway: Gateway):
         self._path = path
-        self._dispatcher = dispatcher
-        self._fleet = fleet
-        self._catalogue = catalogue
-        self._keys = keys
-        self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = request_id_of(scope, headers)
-        meter = Meter(self._metrics, "", time.perf_counter())
+        meter = Meter(self._gateway.metrics, "", time.perf_counter())
         reply = Reply(send, request_id)
         try:
-            self._keys.check(headers)
-            call = self._parse(
-                await read_body(receive, headers, self._max_body_bytes), headers, request_id, meter
-            )
-            if not await _unless_gone(receive, relay(self._dispatcher, call, reply)):
+            self._gateway.keys.check(headers)
+            body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
+            call = self._parse(body, headers, request_id, meter)
+            serving = self._gateway.relays.start(relay(self._gateway.dispatcher, call, reply), reply)
+            if not await _unless_gone(receive, serving):
                 meter.code = "client_closed_request"
         except HelexaError as error:
             meter.code = error.code
+            raise
+        except Exception:
+            meter.code = HelexaError.code
             raise
         finally:
             meter.end()
@@ -86,12 +73,11 @@ class Inference:
 
     def _parse(self, body: bytes, headers: Headers, request_id: str, meter: Meter) -> Call:
         head = decode(body, _Head)
-        model = self._catalogue.resolve(head.model)
+        catalogue, nodes = self._gateway.catalogue, self._gateway.fleet.nodes.values()
+        model = catalogue.resolve(head.model)
         if model != head.model:
             body = _rename(body, model)
-        if model in self._catalogue.models or any(
-            model in node.models for node in self._fleet.nodes.values()
-        ):
+        if model in catalogue.models or any(model in node.models for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
         return Call(self._path, model, body, _forwarded(headers, request_id), head.stream is True, meter)
 
@@ -124,9 +110,8 @@ def request_id_of(scope: Scope, headers: Headers) -> str:
     return known
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Whether `work` could end before the client left, which cancels it."""
-    task = asyncio.ensure_future(work)
+async def _unless_gone(receive: Receive, task: asyncio.Task[None]) -> bool:
+    """Whether the task could end before the client left, which cancels it."""
     watcher = asyncio.create_task(_gone(receive))
     watcher.add_done_callback(lambda _: task.cancel())
     try:

@@ -8,13 +8,13 @@ event, a finish and [DONE].
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
 
 import aiohttp
 import orjson
 
-from helexa.errors import HelexaError, UpstreamClosed, UpstreamTimeout
+from helexa.errors import HelexaError, ShuttingDown, UpstreamClosed, UpstreamTimeout
 from helexa.gateway.upstream import Call, Dispatcher, Upstream
 from helexa.wire import sse
 from helexa.wire.errors import error_body, internal_error, parse_error
@@ -44,6 +44,7 @@ class Reply:
         self._send = send
         self._request_id = request_id
         self.started = False
+        self.cut: HelexaError | None = None  # why we end it before its time
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started = True
@@ -52,6 +53,31 @@ class Reply:
 
     async def write(self, block: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": block, "more_body": more})
+
+
+class Relays:
+    """The requests being served, so that a shutdown can end them with a word instead of silence."""
+
+    def __init__(self) -> None:
+        self._running: dict[asyncio.Task[None], Reply] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, work: Coroutine[Any, Any, None], reply: Reply) -> asyncio.Task[None]:
+        """Runs `work`, which answers through `reply`, as a task."""
+        task = asyncio.ensure_future(work)
+        self._running[task] = reply
+        task.add_done_callback(self._running.pop)
+        return task
+
+    async def drain(self, grace_s: float) -> None:
+        """Returns when all have ended; ends them with an error after `grace_s`."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=grace_s)
+        for task, reply in list(self._running.items()):
+            reply.cut = ShuttingDown("the gateway is shutting down")
+            task.cancel()
 
 
 async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
@@ -68,6 +94,10 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
                 await _pass_stream(upstream, call, reply)
         except HelexaError as error:
             failure = error
+        except asyncio.CancelledError:
+            if reply.cut is None:
+                raise
+            failure = reply.cut
         except Exception:
             logger.exception("relay_crashed")
             failure = internal_error()

@@ -53,12 +53,11 @@ def choose(
 
 
 def _under_way(fleet: Fleet, model: str, avoid: Collection[str]) -> str | None:
-    own = fleet.loading.get(model)
-    if own is not None and own not in avoid and fleet.nodes[own].routable:
-        return own
+    """The node where the model is being loaded, by this gateway or by somebody else."""
     for node in fleet.routable():
         info = node.models.get(model)
-        if info is not None and info.status == "loading" and node.name not in avoid:
+        is_loading = fleet.loading.get(model) == node.name or (info is not None and info.status == "loading")
+        if is_loading and node.name not in avoid and (node.name, model) not in fleet.failed:
             return node.name
     return None
 

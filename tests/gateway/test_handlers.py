@@ -1,0 +1,110 @@
+"""What the gateway reads of a request, passes on and refuses."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.timeout(60)
+
+CHAT = "/v1/chat/completions"
+
+
+async def post(site, body, path=CHAT, **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with site.client.post(site.url + path, data=content, headers=headers) as response:
+        return response.status, await response.json(), response.headers
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"{", 400, "malformed_json", None),
+        (b"", 400, "malformed_json", None),
+        (b"\xff\xfe", 400, "malformed_json", None),
+        (b"[1]", 400, "invalid_parameter", None),
+        ({"messages": []}, 400, "missing_model_field", "model"),
+        ({"model": None}, 400, "invalid_parameter", "model"),
+        ({"model": 7}, 400, "invalid_parameter", "model"),
+        ({"model": "tiny", "stream": "yes"}, 400, "invalid_parameter", "stream"),
+        ({"model": "other"}, 404, "model_not_found", "model"),
+    ],
+)
+async def test_what_the_gateway_refuses_itself(make_site, neuron, path, body, status, code, param):
+    site = await make_site(neuron)
+    given, answer, headers = await post(site, body, path)
+    error = answer["error"]
+    assert (given, error["code"], error["param"], error["type"]) == (
+        status,
+        code,
+        param,
+        "invalid_request_error",
+    )
+    assert headers["x-request-id"].startswith("req_")
+    assert neuron.requests == []
+
+
+async def test_a_body_over_the_limit_is_refused_before_and_while_it_is_read(make_site, neuron):
+    site = await make_site(neuron, max_body_bytes=1000)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 2000}]}
+    status, answer, _ = await post(site, body)
+    assert (status, answer["error"]["code"]) == (413, "payload_too_large")
+
+    async def chunks():
+        for _ in range(20):
+            yield b" " * 100
+
+    async with site.client.post(site.url + CHAT, data=chunks()) as response:
+        assert response.status == 413
+    assert neuron.requests == []
+
+
+async def test_an_alias_is_replaced_and_nothing_else_of_the_body_touched(make_site, neuron, catalogue):
+    site = await make_site(neuron, catalogue=catalogue(small="tiny"))
+    body = b'{"seed": 18446744073709551617, "model": "small", "temperature": 1e-1, "x": [ 1.50 ]}'
+    assert (await post(site, body))[0] == 200
+    assert neuron.requests[0] == {
+        "seed": 18446744073709551617,
+        "model": "tiny",
+        "temperature": 0.1,
+        "x": [1.5],
+    }
+
+
+async def test_headers_pass_both_ways_but_for_secrets_and_identities(make_site, neuron):
+    site = await make_site(neuron)
+    sent = {
+        "authorization": "Bearer secret-key",
+        "x-api-key": "secret-key",
+        "cookie": "a=b",
+        "x-helexa-account-id": "somebody",
+        "x-request-id": "client-7",
+        "x-include-thinking": "1",
+        "user-agent": "editor/1",
+    }
+    _, _, got = await post(site, {"model": "tiny"}, **sent)
+    assert got["x-request-id"] == "client-7"
+    (seen,) = neuron.headers
+    assert seen["x-request-id"] == "client-7"
+    assert seen["x-include-thinking"] == "1"
+    assert seen["user-agent"] == "editor/1"
+    assert seen["accept-encoding"] == "identity"
+    assert "secret" not in str(seen)
+    assert not {"authorization", "x-api-key", "cookie", "x-helexa-account-id"} & set(seen)
+
+
+@pytest.mark.parametrize("given", ["", "with space", "x" * 200, "a\tb"])
+async def test_a_request_id_that_is_no_plain_word_is_replaced(make_site, neuron, given):
+    site = await make_site(neuron)
+    _, _, got = await post(site, {"model": "tiny"}, **{"x-request-id": given})
+    assert got["x-request-id"].startswith("req_")
+    assert neuron.headers[0]["x-request-id"] == got["x-request-id"]
+
+
+async def test_half_characters_in_a_text_are_left_to_the_neuron(make_site, neuron):
+    site = await make_site(neuron)
+    status, _, _ = await post(
+        site, b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d"}]}'
+    )
+    assert status == 200
+    assert neuron.requests[0]["messages"][0]["content"] == "\ud83d"

@@ -1,0 +1,74 @@
+"""How the gateway learns of its neurons."""
+
+import pytest
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def test_the_first_poll_is_over_when_the_gateway_begins(make_site, make_neuron):
+    site = await make_site(make_neuron("a"), make_neuron("b", total_bytes=5))
+    first, second = site.gateway.fleet.nodes.values()
+    assert first.routable
+    assert second.routable
+    assert list(first.models) == ["a"]
+    assert second.devices[0].total_bytes == 5
+
+
+async def test_a_node_is_down_after_three_failures_and_up_after_one_success(make_site, neuron):
+    site = await make_site(neuron, poll_interval_s=60)
+    node, poller = site.gateway.fleet.nodes["n0"], site.gateway.poller
+    endpoint, node.endpoint = node.endpoint, "http://127.0.0.1:1"
+    for expected in (True, True, False, False):
+        assert not await poller.poll(node)
+        assert node.healthy is expected
+    assert "Connect" in node.error
+    node.endpoint = endpoint
+    assert await poller.poll(node)
+    assert (node.healthy, node.failures, node.error) == (True, 0, None)
+
+
+@pytest.mark.parametrize("answer", [(200, "{}"), (200, "not json"), (500, "{}")])
+async def test_an_answer_that_makes_no_sense_is_a_failure(make_site, neuron, monkeypatch, answer):
+    site = await make_site(neuron, poll_interval_s=60)
+    monkeypatch.setattr(type(neuron), "health", lambda self, _: answer[1] if answer[0] == 200 else 1 / 0)
+    node = site.gateway.fleet.nodes["n0"]
+    assert not await site.gateway.poller.poll(node)
+    assert node.failures == 1
+
+
+async def test_a_suspect_gets_no_requests_until_a_poll_made_at_once_has_cleared_it(
+    make_site, neuron, eventually
+):
+    site = await make_site(neuron, poll_interval_s=60)
+    node = site.gateway.fleet.nodes["n0"]
+    site.gateway.poller.suspect(node)
+    assert not node.routable
+    await eventually(lambda: node.routable)
+
+
+async def test_models_that_come_and_go_are_seen(make_site, neuron, eventually):
+    site = await make_site(neuron, poll_interval_s=0.02)
+    node = site.gateway.fleet.nodes["n0"]
+    neuron.hold("second")
+    await eventually(lambda: "second" in node.models)
+    del neuron.models["tiny"]
+    await eventually(lambda: "tiny" not in node.models)
+
+
+async def test_hardware_is_asked_for_again_after_a_restart(make_site, neuron, monkeypatch):
+    site = await make_site(neuron, poll_interval_s=60)
+    node = site.gateway.fleet.nodes["n0"]
+    neuron.total_bytes = 77
+    await site.poll()
+    assert node.discovery.cpu.memory_total_bytes == 1000 * 2**20
+    health = neuron.health(None) | {"uptime_s": 1.0}
+    monkeypatch.setattr(type(neuron), "health", lambda self, _: health)
+    await site.poll()
+    assert node.discovery.cpu.memory_total_bytes == 77
+
+
+async def test_a_neuron_that_is_down_does_not_hold_up_the_start(make_site, neuron):
+    site = await make_site(neuron, endpoints=("http://127.0.0.1:1",))
+    assert site.gateway.fleet.nodes["n0"].healthy
+    assert not site.gateway.fleet.nodes["x0"].healthy
+    assert (await site.chat())[0] == 200
