@@ -65,3 +65,8 @@ class _ViewsOnly(TorchDispatchMode):
         if name not in _VIEWS:
             raise RuntimeError(f"{name} computes with torch while a CPU graph is captured: a replay would not repeat it")
         return call(*args, **(kwargs or {}))
+
+
+# torch wraps the method such that its first call imports torch._dynamo, which takes seconds and serves nothing here.
+_dispatch: Any = _ViewsOnly.__torch_dispatch__
+_ViewsOnly.__torch_dispatch__ = getattr(_dispatch, "__wrapped__", _dispatch)  # type: ignore[method-assign]
