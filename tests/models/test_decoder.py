@@ -107,6 +107,12 @@ def golden(case: str) -> Golden:
     return Golden(config, weights, **{name: torch.from_numpy(arrays[name]) for name in arrays})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def closed_files():
+    yield
+    golden.cache_clear()
+
+
 class Recorder:
     """Stands in for a layer and keeps what the layer returned."""
 
@@ -216,6 +222,16 @@ def test_a_half_precision_cache_costs_little(dtype, tolerance):
     expected = golden("qwen3_yarn_tied_two_pages")
     logits = expected.build()(Caches(expected.config, dtype=dtype).step({0: expected.token_ids}))
     assert 1e-6 < error_ratio(logits, expected.logits) < tolerance
+
+
+def test_a_partly_rotated_head_is_one_whose_other_pairs_stand_still():
+    expected = golden("llama")  # its pairs are neighbours, so the first 10 values of a head are 5 pairs
+    partly, wholly = expected.build(rotary_dim=10), expected.build()
+    frequencies = partly.model.rotary_emb.inv_freq
+    wholly.model.rotary_emb.inv_freq = torch.cat([frequencies, torch.zeros(3)])
+    token_ids = expected.token_ids
+    assert error_ratio(run(partly, token_ids), run(wholly, token_ids)) < 1e-6
+    assert error_ratio(run(partly, token_ids), expected.logits) > 100 * TOLERANCE
 
 
 def test_a_tied_head_shares_the_packed_embedding():
