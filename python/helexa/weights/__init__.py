@@ -1,0 +1,1 @@
+"""Reading weight files: headers, metadata, and tensors packed for the kernels."""

@@ -1,0 +1,396 @@
+"""GGUF files, versions 2 and 3, little endian, read through one memory mapping.
+
+A header is parsed in one pass that trusts nothing: each length and count is checked against the bytes left
+before anything is allocated for it, and a file that breaks a rule is refused with the place, what was found
+and what was expected. Arrays of strings (a vocabulary has 150,000) are only measured and decoded on demand.
+Source: the GGUF specification in the ggml repository, docs/gguf.md.
+"""
+
+import math
+import mmap
+import os
+import stat
+import struct
+from array import array
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, Self, overload
+
+import numpy as np
+
+from helexa.errors import InvalidFile, UnsupportedModel
+from helexa.quant import FORMATS
+
+_FORMAT_OF_TYPE = {fmt.ggml_type: fmt for fmt in FORMATS.values()}
+_OTHER_TYPES = {  # named when a well-formed file is refused
+    9: "q8_1", 10: "q2_k", 11: "q3_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
+    20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64",
+    28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+}  # fmt: skip
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_DTYPES = {
+    kind: np.dtype(code)
+    for kind, code in enumerate(
+        ["u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8"]
+    )
+    if code
+}
+
+# Far beyond any real header, and low enough that a hostile one is refused within about a second.
+_MAX_ENTRIES = 1 << 17
+_MAX_ARRAY_ITEMS = 1 << 21
+_MAX_STRING_BYTES = 1 << 24
+_MAX_NAME_BYTES = 1 << 10
+_MAX_DIMENSIONS = 4
+# The least that one of each can take: two lengths, a type and a byte; name, dimension, type and offset.
+_KEY_BYTES, _TENSOR_BYTES = 13, 32
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor. shape: outermost first, so a matrix is (rows, cols).   offset: from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    offset: int
+    nbytes: int
+
+
+class StringArray(Sequence[str]):
+    """An array of strings in a header, decoded when first asked for; InvalidFile if one is not UTF-8."""
+
+    def __init__(self, raw: bytes, ends: Sequence[int], label: str):
+        """raw: items as in the file, an 8-byte length before each.   ends: end of each item in raw."""
+        self._raw, self._ends, self._label = raw, ends, label
+        self._items: list[str] | None = None
+
+    def tolist(self) -> list[str]:
+        """All strings; the same list at each call."""
+        if self._items is None:
+            raw, start, items = self._raw, 0, []
+            try:
+                for end in self._ends:
+                    items.append(raw[start + 8 : end].decode())
+                    start = end
+            except UnicodeDecodeError as error:
+                found = f"item {len(items)} of {self._label} is {error.object[:40]!r}"
+                raise InvalidFile(f"{found}, expected UTF-8") from None
+            self._items, self._raw = items, b""
+        return self._items
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self.tolist()[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def __repr__(self) -> str:
+        return f"<StringArray of {len(self)}: {self._label}>"
+
+
+class GGUFFile:
+    """An open file. It stays readable when its path is deleted or replaced.
+
+    metadata: by key, an int, float, bool, str, numpy array or StringArray.   tensors: by name, in file order.
+    """
+
+    def __init__(self, path: Path):
+        """Raises InvalidFile or UnsupportedModel."""
+        self.path = path
+        self._descriptor, self.nbytes = _open_regular(path)
+        self._map: mmap.mmap | None = None
+        try:
+            self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
+            self.metadata, self.tensors = _parse(self._map, path.name)
+        except BaseException:
+            self.close()
+            raise
+        self.architecture: str = self.metadata["general.architecture"]
+
+    def data(self, name: str) -> memoryview:
+        """The bytes of a tensor, read-only and not copied; they stay valid after close().
+
+        Raises KeyError for an unknown name, ValueError once closed, InvalidFile if the file has been cut.
+        """
+        mapped, info = self._open_map(), self.tensors[name]
+        end, size = info.offset + info.nbytes, os.fstat(self._descriptor).st_size
+        if size < end:  # touching the mapping there would kill the process
+            found = f"a file cut to {size} bytes while open"
+            raise InvalidFile(f"{self.path.name}: found {found}, expected tensor {name!r} up to byte {end}")
+        return memoryview(mapped)[info.offset : end]
+
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Asks the system to read a range of the file soon; does not wait. ValueError once closed."""
+        self._open_map()
+        os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Takes a range's pages out of this process; reading them again only takes time.
+
+        A page that the range begins but does not end stays, so ranges in file order release each page once.
+        Raises ValueError once closed.
+        """
+        mapped = self._open_map()
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(offset + nbytes, self.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def close(self) -> None:
+        """Closes the file; what a view of data() refers to lives as long as the view. May be called again."""
+        if self._descriptor < 0:
+            return
+        os.close(self._descriptor)
+        mapped, self._descriptor, self._map = self._map, -1, None
+        if mapped is not None:
+            with suppress(BufferError):  # a view is alive; the mapping goes with the last of them
+                mapped.close()
+
+    def _open_map(self) -> mmap.mmap:
+        if self._map is None:
+            raise ValueError(f"{self.path.name} is closed")
+        return self._map
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """The file at `path`, its header parsed and checked; raises InvalidFile or UnsupportedModel."""
+    return GGUFFile(Path(path))
+
+
+def _open_regular(path: Path) -> tuple[int, int]:
+    """A descriptor and the size of a non-empty regular file; InvalidFile for anything else."""
+    try:
+        # Without O_NONBLOCK opening a named pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise InvalidFile(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size:
+        return descriptor, status.st_size
+    os.close(descriptor)
+    found = "an empty file" if stat.S_ISREG(status.st_mode) else "a directory or device"
+    raise InvalidFile(f"{path}: found {found}, expected a GGUF file")
+
+
+class _Cursor:
+    """A position in the header. Each read checks first that its bytes exist; a refusal names the offset."""
+
+    def __init__(self, data: mmap.mmap, name: str):
+        self.data, self.file_name = data, name
+        self.position, self.end = 0, len(data)
+
+    def refuse(self, offset: int, found: str, expected: str) -> NoReturn:
+        raise InvalidFile(f"{self.file_name}: at byte {offset}: found {found}, expected {expected}")
+
+    def skip(self, nbytes: int, what: str) -> int:
+        """Moves over nbytes and returns where they start."""
+        start, left = self.position, self.end - self.position
+        if nbytes > left:
+            self.refuse(start, f"the end of the file after {left} bytes", f"{nbytes} bytes of {what}")
+        self.position = start + nbytes
+        return start
+
+    def u32(self, what: str) -> int:
+        value: int = _U32.unpack_from(self.data, self.skip(4, what))[0]
+        return value
+
+    def u64(self, what: str) -> int:
+        value: int = _U64.unpack_from(self.data, self.skip(8, what))[0]
+        return value
+
+    def count(self, what: str, item_bytes: int, most: int) -> int:
+        """A number of items of at least item_bytes each; refused unless all can lie in the bytes left."""
+        start, value = self.position, self.u64(f"the number of {what}")
+        left = self.end - self.position
+        if value * item_bytes > left:
+            self.refuse(start, f"{value} {what}", f"at most {left // item_bytes} in the {left} bytes left")
+        if value > most:
+            self.refuse(start, f"{value} {what}", f"at most {most}")
+        return value
+
+    def name(self, what: str) -> str:
+        start, name = self.position, self.text(f"a {what}", _MAX_NAME_BYTES)
+        return name or self.refuse(start, f"an empty {what}", "a name")
+
+    def text(self, what: str, most: int, errors: str = "strict") -> str:
+        length = self.count(f"bytes in {what}", 1, most)
+        start = self.skip(length, what)
+        raw = self.data[start : start + length]
+        try:
+            return raw.decode("utf-8", errors)
+        except UnicodeDecodeError:
+            self.refuse(start, f"{what} {raw[:40]!r}", "UTF-8")
+
+    def value(self, key: str) -> Any:
+        start, kind = self.position, self.u32(f"the type of {key!r}")
+        if kind == _STRING:
+            # What someone wrote into a description does not decide whether a model loads.
+            return self.text(key, _MAX_STRING_BYTES, errors="replace")
+        if kind == _ARRAY:
+            return self.array(key)
+        if kind not in _DTYPES:
+            self.refuse(start, f"value type {kind} of {key!r}", "0 to 12")
+        return self.numbers(kind, 1, key).item()
+
+    def array(self, key: str) -> Any:
+        start, kind = self.position, self.u32(f"the item type of {key!r}")
+        if kind == _STRING:
+            return self.strings(key)
+        if kind not in _DTYPES:
+            found = "nested arrays" if kind == _ARRAY else f"items of type {kind}"
+            self.refuse(start, f"{found} in {key!r}", "numbers, booleans or strings")
+        return self.numbers(
+            kind, self.count(f"items in {key!r}", _DTYPES[kind].itemsize, _MAX_ARRAY_ITEMS), key
+        )
+
+    def numbers(self, kind: int, count: int, key: str) -> np.ndarray[Any, Any]:
+        dtype = _DTYPES[kind]
+        start = self.skip(count * dtype.itemsize, f"the value of {key!r}")
+        values = np.frombuffer(self.data, dtype, count, start).copy()
+        if kind != _BOOL:
+            return values
+        if count and values.max() > 1:
+            self.refuse(start + int(values.argmax()), f"boolean {values.max()} in {key!r}", "0 or 1")
+        return values.astype(bool)
+
+    def strings(self, key: str) -> StringArray:
+        count = self.count(f"strings in {key!r}", 8, _MAX_ARRAY_ITEMS)
+        start = position = self.position
+        data, length_at, ends = self.data, _U64.unpack_from, array("Q")
+        try:
+            # The one loop per vocabulary entry; what it may run past is checked once, below.
+            for _ in range(count):
+                position += 8 + length_at(data, position)[0]
+                ends.append(position - start)
+        except (struct.error, OverflowError):
+            position = self.end + 1
+        if position > self.end:
+            index = bisect(ends, self.end - start)
+            last = start + (ends[index - 1] if index else 0)
+            self.refuse(
+                last, f"string {index} of {key!r} beyond the end", f"it in the {self.end - last} bytes left"
+            )
+        self.position = position
+        return StringArray(data[start:position], ends, f"{key!r} in {self.file_name}")
+
+
+def _parse(data: mmap.mmap, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    cursor = _Cursor(data, name)
+    _check_version(cursor)
+    num_tensors = cursor.count("tensors", _TENSOR_BYTES, _MAX_ENTRIES)
+    num_keys = cursor.count("metadata keys", _KEY_BYTES, _MAX_ENTRIES)
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        start, key = cursor.position, cursor.name("metadata key")
+        if key in metadata:
+            cursor.refuse(start, f"metadata key {key!r} again", "each key once")
+        metadata[key] = cursor.value(key)
+    _check_metadata(metadata, name)
+    tensors: dict[str, TensorInfo] = {}
+    alignment = metadata.get("general.alignment", 32)
+    for _ in range(num_tensors):
+        start, info = cursor.position, _tensor_info(cursor, alignment)
+        if info.name in tensors:
+            cursor.refuse(start, f"tensor {info.name!r} again", "each name once")
+        tensors[info.name] = info
+    return metadata, _place(tensors, -(-cursor.position // alignment) * alignment, cursor)
+
+
+def _check_version(cursor: _Cursor) -> None:
+    magic = cursor.data[cursor.skip(4, "the magic b'GGUF'") : cursor.position]
+    if magic != b"GGUF":
+        cursor.refuse(0, f"{magic!r}", "b'GGUF', with which every GGUF file begins")
+    version = cursor.u32("the version")
+    if version in (2, 3):
+        return
+    if version and version & 0xFFFF == 0:
+        raise UnsupportedModel(
+            f"{cursor.file_name}: found a big-endian GGUF file, expected a little-endian one"
+        )
+    raise UnsupportedModel(f"{cursor.file_name}: found GGUF version {version}, expected 2 or 3")
+
+
+def _check_metadata(metadata: dict[str, Any], name: str) -> None:
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise InvalidFile(
+            f"{name}: found general.architecture {architecture!r}, expected an architecture's name"
+        )
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise InvalidFile(f"{name}: found general.alignment {alignment!r}, expected a power of two")
+    num_parts = metadata.get("split.count", 0)
+    if type(num_parts) is int and num_parts > 1:
+        raise UnsupportedModel(
+            f"{name}: found one of {num_parts} parts of a model, expected it whole in one file"
+        )
+
+
+def _tensor_info(cursor: _Cursor, alignment: int) -> TensorInfo:
+    """The next entry of the tensor table; its offset is still relative to the data section."""
+    name = cursor.name("tensor name")
+    start, num_dimensions = cursor.position, cursor.u32(f"the number of dimensions of {name!r}")
+    if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+        cursor.refuse(start, f"{num_dimensions} dimensions of tensor {name!r}", f"1 to {_MAX_DIMENSIONS}")
+    shape = tuple(cursor.u64(f"the shape of {name!r}") for _ in range(num_dimensions))[::-1]
+    kind = cursor.u32(f"the type of {name!r}")
+    offset = cursor.u64(f"the offset of {name!r}")
+    if kind not in _FORMAT_OF_TYPE:
+        label = f" ({_OTHER_TYPES[kind]})" if kind in _OTHER_TYPES else ""
+        found = f"tensor {name!r} of type {kind}{label}"
+        raise UnsupportedModel(f"{cursor.file_name}: found {found}, expected one of {', '.join(FORMATS)}")
+    fmt = _FORMAT_OF_TYPE[kind]
+    if min(shape) == 0:
+        cursor.refuse(start, f"the empty shape {shape} of tensor {name!r}", "at least 1 in each dimension")
+    if shape[-1] % fmt.block_size:
+        expected = f"whole blocks of the {fmt.block_size} values of {fmt.name}"
+        cursor.refuse(start, f"{shape[-1]} columns in tensor {name!r}", expected)
+    if offset % alignment:
+        cursor.refuse(
+            cursor.position - 8, f"offset {offset} of tensor {name!r}", f"a multiple of {alignment}"
+        )
+    return TensorInfo(name, shape, fmt.name, offset, fmt.nbytes(math.prod(shape)))
+
+
+def _place(tensors: dict[str, TensorInfo], data_start: int, cursor: _Cursor) -> dict[str, TensorInfo]:
+    """The tensors with offsets from the file's start, once all are known to lie inside it and apart."""
+    placed = {name: replace(info, offset=data_start + info.offset) for name, info in tensors.items()}
+    last_name, last_end = "", data_start
+    for info in sorted(placed.values(), key=lambda info: info.offset):
+        end = info.offset + info.nbytes
+        if end > cursor.end:
+            found = f"tensor {info.name!r}, {info.format} {list(info.shape)}, up to byte {end}"
+            raise InvalidFile(
+                f"{cursor.file_name}: found {found}, expected at most the file's {cursor.end} bytes"
+            )
+        if info.offset < last_end:
+            found = f"tensor {info.name!r} at byte {info.offset}"
+            raise InvalidFile(
+                f"{cursor.file_name}: found {found}, expected it after {last_name!r}, from {last_end} on"
+            )
+        last_name, last_end = info.name, end
+    return placed

@@ -1,0 +1,107 @@
+"""The tensors of a GGUF file as models ask for them: matrices packed for the kernels, vectors as float32.
+
+A matrix is packed slice by slice from the mapped file into its final place, and the slice's pages leave the
+process at once, so that loading needs hardly more memory than the weights themselves.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from helexa import ops
+from helexa.errors import InvalidFile, OutOfMemory
+from helexa.quant import FORMATS
+from helexa.weights.gguf import GGUFFile, TensorInfo
+
+logger = logging.getLogger(__name__)
+
+_SLICE_BYTES = 16 << 20
+_FLOATS = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far loading is. phase: header, weights or ready.   percent: of the tensors' bytes."""
+
+    phase: str
+    percent: float
+
+
+class GGUFWeights:
+    """What models take their weights from; each tensor is converted once and then shared.
+
+    progress is called on the calling thread: phase header at once, phase weights after each slice; it is the
+    caller who knows when the model is ready.
+    """
+
+    def __init__(self, file: GGUFFile, *, progress: Callable[[LoadProgress], None] | None = None):
+        self.file = file
+        self._progress = progress or (lambda progress: None)
+        self._matrices: dict[str, ops.PackedWeight] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
+        self._progress(LoadProgress("header", 0.0))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.file.tensors
+
+    def linear(self, name: str) -> ops.PackedWeight:
+        """The matrix `name`, packed; InvalidFile if missing or no matrix, OutOfMemory if it does not fit."""
+        if name not in self._matrices:
+            self._matrices[name] = self._pack(self._find(name, 2))
+        return self._matrices[name]
+
+    def vector(self, name: str) -> torch.Tensor:
+        """The vector `name`, float32; InvalidFile if missing, no vector or not of a float format."""
+        if name not in self._vectors:
+            info = self._find(name, 1)
+            if info.format not in _FLOATS:
+                raise self._misfit(info, f"one of {', '.join(_FLOATS)}")
+            values = FORMATS[info.format].dequantize(self.file.data(name))
+            self._vectors[name] = torch.from_numpy(values)
+            self._advance(info.nbytes)
+        return self._vectors[name]
+
+    def unused(self) -> list[str]:
+        """The tensors that nobody asked for, in file order."""
+        return [
+            name for name in self.file.tensors if name not in self._matrices and name not in self._vectors
+        ]
+
+    def _find(self, name: str, num_dimensions: int) -> TensorInfo:
+        info = self.file.tensors.get(name)
+        if info is None:
+            found = f"no tensor {name!r} among {len(self.file.tensors)}"
+            raise InvalidFile(f"{self.file.path.name}: found {found}, expected one")
+        if len(info.shape) != num_dimensions:
+            raise self._misfit(info, "a matrix" if num_dimensions == 2 else "a vector")
+        return info
+
+    def _misfit(self, info: TensorInfo, expected: str) -> InvalidFile:
+        found = f"tensor {info.name!r}, {info.format} {list(info.shape)}"
+        return InvalidFile(f"{self.file.path.name}: found {found}, expected {expected}")
+
+    def _pack(self, info: TensorInfo) -> ops.PackedWeight:
+        rows, cols = info.shape
+        try:
+            weight = ops.empty_packed(info.format, rows, cols)
+        except (OSError, MemoryError) as error:
+            needed = ops.packed_nbytes(info.format, rows, cols)
+            raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
+        source, row_bytes = self.file.data(info.name), info.nbytes // rows
+        step = max(_SLICE_BYTES // row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
+        for first in range(0, rows, step):
+            num_rows = min(step, rows - first)
+            start, nbytes = first * row_bytes, num_rows * row_bytes
+            # The next slice is on its way while this one is packed; it may lie in the next tensor.
+            self.file.prefetch(info.offset + start + nbytes, _SLICE_BYTES)
+            ops.pack_rows(info.format, source[start : start + nbytes], first, num_rows, weight)
+            self.file.release(info.offset + start, nbytes)
+            self._advance(nbytes)
+        return weight
+
+    def _advance(self, nbytes: int) -> None:
+        self._done_bytes += nbytes
+        self._progress(LoadProgress("weights", 100 * self._done_bytes / self._all_bytes))
