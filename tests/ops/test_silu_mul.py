@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from helexa import ops
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "width"), [(1, 1), (1, 63), (1, 3072), (2, 1536), (63, 1000), (300, 160)]
+)
+def test_it_equals_the_reference(isa, num_tokens, width, assert_close, poisoned):
+    gate_up = torch.randn(num_tokens, 2 * width) * 4
+    out = ops.silu_mul(gate_up, out=poisoned(num_tokens, width))
+    assert_close("silu_mul", ops.silu_mul_reference(gate_up.double()).float(), out, 1e-6)
+
+
+def test_each_value_is_accurate_over_the_whole_range_of_the_gate(isa):
+    gate = torch.linspace(-80, 80, 4001)
+    out = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)])[None])[0]
+    expected = torch.nn.functional.silu(gate.double())
+    assert ((out - expected).abs() <= 4e-7 * expected.abs()).all()
+
+
+def test_large_gates_give_no_nan(isa):
+    gate = torch.tensor([-1e30, -1e4, -200.0, 200.0, 1e4, 1e30])
+    out = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)])[None])[0]
+    assert torch.allclose(out, gate.clamp(min=0.0), rtol=1e-6, atol=1e-6)
+
+
+def test_swapped_halves_are_noticed(assert_close):
+    gate_up = torch.randn(4, 64)
+    swapped = torch.cat(gate_up.chunk(2, dim=-1)[::-1], dim=-1)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_close("swapped", ops.silu_mul_reference(gate_up), ops.silu_mul(swapped), 1e-2)
+
+
+def test_a_replay_equals_the_eager_call(isa):
+    gate_up, graph = torch.randn(3, 72), ops.CpuGraph()
+    with graph.capture():
+        out = ops.silu_mul(gate_up)
+    gate_up.copy_(torch.randn(3, 72))
+    graph.replay()
+    assert torch.equal(out, ops.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "out"),
+    [
+        (torch.zeros(2, 7), None),
+        (torch.zeros(2, 8).half(), None),
+        (torch.zeros(8, 2).t(), None),
+        (torch.zeros(2, 8), torch.zeros(2, 8)),
+        (torch.zeros(2, 8), torch.zeros(4, 2).t()),
+    ],
+)
+def test_what_does_not_fit_is_refused(gate_up, out):
+    with pytest.raises(ValueError, match="silu_mul"):
+        ops.silu_mul(gate_up, out=out)
