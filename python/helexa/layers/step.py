@@ -20,7 +20,7 @@ class Step:
 
     token_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int32, counted from the start of the token's sequence
-    slots: Tensor  # [T] int32, where the token's key and value go: page · PAGE_TOKENS + offset
+    slots: Tensor  # [T] int32, page · PAGE_TOKENS + offset of the key and value; a negative one is not kept
     query_start: Tensor  # [S + 1] int32, sequence s owns the rows from query_start[s] to query_start[s + 1]
     kv_lengths: Tensor  # [S] int32, tokens in the cache of each sequence
     page_table: Tensor  # [S, max_pages] int32, the pages of each sequence in order
