@@ -69,7 +69,7 @@ def pack_rows(format: str, raw: object, first_row: int, num_rows: int, weight: P
     expected = num_rows * (weight.cols // layout.block_size) * layout.block_bytes
     check(format == weight.format, f"rows of {format} cannot go into a {weight.format} matrix")
     check(first_row % TILE_ROWS == 0, f"first_row {first_row} is no multiple of {TILE_ROWS}")
-    check(0 <= first_row and first_row + num_rows <= weight.rows, f"row {first_row + num_rows} is beyond {weight.rows}")
+    check(first_row >= 0 and first_row + num_rows <= weight.rows, f"row {first_row + num_rows} is beyond {weight.rows}")
     check(view.nbytes == expected, f"{num_rows} rows of {format} take {expected} bytes, got {view.nbytes}")
     _C.pack_cpu(
         FORMAT_IDS[format], view.ctypes.data, first_row, num_rows, weight.cols, weight.data.data_ptr()
@@ -84,7 +84,7 @@ def pack_weight(format: str, raw: object, rows: int, cols: int) -> PackedWeight:
 
 
 def _anonymous_memory(nbytes: int) -> Tensor:
-    memory = mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
