@@ -90,6 +90,19 @@ def test_progress_counts_bytes_and_ends_at_100_percent(write_gguf, monkeypatch):
     assert percents[-1] == 100
 
 
+def test_every_part_of_the_file_is_asked_for_once_and_ahead(write_gguf, monkeypatch):
+    monkeypatch.setattr(load, "_SLICE_BYTES", 4096)
+    file = open_gguf(write_gguf({f"m{i}": ("f32", (16, 160)) for i in range(9)}))
+    asked: list[int] = []
+    monkeypatch.setattr(file, "prefetch", lambda offset, nbytes: asked.append(offset))
+    weights = GGUFWeights(file)
+    for name, info in file.tensors.items():
+        weights.linear(name)
+        assert max(asked) > info.offset + 4096
+    assert len(asked) == len(set(asked))
+    assert set(range(4096, file.nbytes, 4096)) <= set(asked)
+
+
 def test_source_pages_leave_the_process_while_loading(write_gguf, monkeypatch):
     monkeypatch.setattr(load, "_SLICE_BYTES", 1 << 20)
     path = write_gguf({"m": np.zeros((4096, 4096), np.float32)})

@@ -73,8 +73,9 @@ class StringArray(Sequence[str]):
 
     def tolist(self) -> list[str]:
         """All strings; the same list at each call."""
+        raw = self._raw  # before the check, as another thread drops it once it has set the items
         if self._items is None:
-            raw, start, items = self._raw, 0, []
+            start, items = 0, []
             try:
                 for end in self._ends:
                     items.append(raw[start + 8 : end].decode())

@@ -41,6 +41,7 @@ class GGUFWeights:
         self._progress = progress or (lambda progress: None)
         self._matrices: dict[str, ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
+        self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
         self._progress(LoadProgress("header", 0.0))
 
@@ -95,12 +96,19 @@ class GGUFWeights:
         for first in range(0, rows, step):
             num_rows = min(step, rows - first)
             start, nbytes = first * row_bytes, num_rows * row_bytes
-            # The next slice is on its way while this one is packed; it may lie in the next tensor.
-            self.file.prefetch(info.offset + start + nbytes, _SLICE_BYTES)
+            self._read_ahead(info.offset + start)
             ops.pack_rows(info.format, source[start : start + nbytes], first, num_rows, weight)
             self.file.release(info.offset + start, nbytes)
             self._advance(nbytes)
         return weight
+
+    def _read_ahead(self, position: int) -> None:
+        """Has the system read the part of the file at `position` and two more, whatever they hold."""
+        first = position // _SLICE_BYTES
+        for part in range(first, first + 3):
+            if part not in self._requested:
+                self._requested.add(part)
+                self.file.prefetch(part * _SLICE_BYTES, _SLICE_BYTES)
 
     def _advance(self, nbytes: int) -> None:
         self._done_bytes += nbytes
