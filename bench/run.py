@@ -1,7 +1,9 @@
 """Times ops: `python bench/run.py op quant_matmul [--threads 2] [--device cpu]`.
 
-Runs the op's tests first and refuses to time a red op.  Each case of `bench/ops/bench_<op>.py` is a call with the bytes it must move
-and the operations it must do; the table gives the least and the median time over repetitions, GB/s with its share of the measured
+Runs the op's tests first and refuses to time a red op.  Each case of `bench/ops/bench_<op>.py` is a call with
+the bytes it must move
+and the operations it must do; the table gives the least and the median time over repetitions, GB/s with its
+share of the measured
 read bandwidth, and GFLOP/s.  The last line of the output is one JSON document.
 """
 
@@ -22,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Case:
-    """One timed call: `run` does the work once, moving `nbytes` and doing `operations` arithmetic operations."""
+    """One timed call: `run` does the work once, moving `nbytes` and doing `operations` arithmetic
+    operations."""
 
     name: str
     run: Callable[[], object]
@@ -59,7 +62,12 @@ def load_bench(op: str) -> ModuleType:
 def bench_op(op: str, threads: int, verify: bool) -> None:
     if verify:
         test = ROOT / "tests" / "ops" / f"test_{op}.py"
-        if subprocess.run([sys.executable, "-m", "pytest", "-q", "--no-header", str(test)], cwd=ROOT).returncode != 0:
+        if (
+            subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "--no-header", str(test)], cwd=ROOT
+            ).returncode
+            != 0
+        ):
             sys.exit(f"{op} fails its tests: nothing to time")
     from helexa import ops
     from helexa.cli.measure import read_bandwidth
@@ -99,7 +107,9 @@ def bench_op(op: str, threads: int, verify: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     op = commands.add_parser("op", help="time one op")
     op.add_argument("name")

@@ -1,23 +1,31 @@
-"""Shapes of a decode step (1..8 rows, weights larger than the last cache) and of a prompt chunk (512 rows)."""
+"""Shapes of a decode step (1..8 rows, weights larger than the last cache) and of a prompt chunk (512
+rows)."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from bench.run import Case
 
 from helexa import ops
 from helexa.quant import FORMATS
 
-from bench.run import Case
-
-SHAPES = {"q4_1": (1536, 576), "q8_0": (3072, 1024), "q4_k": (6144, 2048), "q5_k": (6144, 2048), "q6_k": (2048, 6144)}
+SHAPES = {
+    "q4_1": (1536, 576),
+    "q8_0": (3072, 1024),
+    "q4_k": (6144, 2048),
+    "q5_k": (6144, 2048),
+    "q6_k": (2048, 6144),
+}
 STREAM_BYTES = 256e6
 
 
 def weight(format: str, rows: int, cols: int) -> ops.PackedWeight:
     layout = FORMATS[format]
     shape = (rows, cols // layout.block_size * layout.block_bytes)
-    return ops.pack_weight(format, np.random.default_rng(0).integers(0, 60, shape, dtype=np.uint8), rows, cols)
+    return ops.pack_weight(
+        format, np.random.default_rng(0).integers(0, 60, shape, dtype=np.uint8), rows, cols
+    )
 
 
 def cases() -> Iterator[Case]:

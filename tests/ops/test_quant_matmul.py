@@ -32,7 +32,9 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.square().mean().sqrt())
 
 
-def run(x: torch.Tensor, weights: list[ops.PackedWeight], biases: list[torch.Tensor | None] | None = None) -> torch.Tensor:
+def run(
+    x: torch.Tensor, weights: list[ops.PackedWeight], biases: list[torch.Tensor | None] | None = None
+) -> torch.Tensor:
     out = torch.full((x.shape[0], sum(w.rows for w in weights)), float("nan"))
     return ops.quant_matmul(x, weights, biases, out=out)
 
@@ -57,7 +59,12 @@ def test_odd_sizes_equal_the_reference(rows: int, cols: int) -> None:
 
 def test_mixed_formats_and_biases_lie_side_by_side(isa: str) -> None:
     cols = 512
-    weights = [make("q4_k", 33, cols, 1), make("q6_k", 16, cols, 2), make("f32", 7, cols, 3), make("q5_0", 90, cols, 4)]
+    weights = [
+        make("q4_k", 33, cols, 1),
+        make("q6_k", 16, cols, 2),
+        make("f32", 7, cols, 3),
+        make("q5_0", 90, cols, 4),
+    ]
     biases = [torch.randn(33), None, torch.randn(7), torch.randn(90)]
     for tokens in (1, 4, 30):
         x = torch.randn(tokens, cols)
@@ -66,11 +73,16 @@ def test_mixed_formats_and_biases_lie_side_by_side(isa: str) -> None:
 
 @pytest.mark.parametrize("format", ["q4_0", "q4_1", "q5_1", "q8_0", "q4_k", "q6_k"])
 def test_extreme_codes_do_not_saturate(isa: str, format: str) -> None:
-    """All-ones codes against inputs whose int8 codes are all at their limit: 16-bit partial sums would overflow here."""
+    """All-ones codes against inputs whose int8 codes are all at their limit: 16-bit partial sums would
+    overflow here."""
     layout = FORMATS[format]
     raw = random_raw(format, 16, 512)
     blocks = raw.reshape(-1, layout.block_bytes).copy()
-    codes = slice(0, 192) if format == "q6_k" else slice(layout.block_bytes - (32 if format == "q8_0" else 16), None)
+    codes = (
+        slice(0, 192)
+        if format == "q6_k"
+        else slice(layout.block_bytes - (32 if format == "q8_0" else 16), None)
+    )
     blocks[:, codes] = 0x7F if format == "q8_0" else 0xFF
     weight = ops.pack_weight(format, blocks.reshape(16, -1), 16, 512)
     for sign in (1.0, -1.0):
@@ -121,7 +133,7 @@ def test_captured_equals_eager_for_new_values() -> None:
 def test_capture_refuses_what_a_replay_would_miss() -> None:
     x = torch.randn(2, 256)
     with pytest.raises(RuntimeError, match="computes with torch"), ops.CpuGraph().capture():
-        x + 1  # noqa: B018
+        x + 1
     assert len(_C.CpuGraph()) == 0
 
 
@@ -139,6 +151,26 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         ops.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+def test_thousands_of_small_steps_on_more_threads_than_cores_stay_exact() -> None:
+    """Helpers that come late, sleep or are taken off their core must neither skip nor repeat a range."""
+    weights = [make("q8_0", 256, 64, seed) for seed in range(4)]
+    x = torch.randn(1, 64)
+    expected = [ops.quant_matmul(x, [weight]) for weight in weights]
+    graph = ops.CpuGraph()
+    before = ops.num_threads()
+    try:
+        ops.set_num_threads(5)
+        with graph.capture():
+            outs = [ops.quant_matmul(x, [weight]) for weight in weights * 25]
+        for _ in range(20):
+            for out in outs:
+                out.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(out, expected[i % 4]) for i, out in enumerate(outs))
+    finally:
+        ops.set_num_threads(before)
 
 
 def test_a_wrong_zero_point_would_be_noticed() -> None:

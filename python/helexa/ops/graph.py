@@ -9,20 +9,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helexa import _C
 
-# What may touch tensors while a graph is captured: allocations and views compute nothing, so a replay misses nothing.
+# What may touch tensors while a graph is captured: allocations and views compute nothing that a replay could miss.
 _ALLOCATIONS = {"aten::empty", "aten::empty_strided", "aten::new_empty"}
 _VIEWS = {
-    "aten::view", "aten::_unsafe_view", "aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::unsqueeze",
-    "aten::squeeze", "aten::narrow", "aten::as_strided", "aten::alias", "aten::detach", "aten::expand", "aten::t",
-    "aten::transpose", "aten::permute", "aten::unbind", "aten::lift_fresh", "aten::_reshape_alias",
-}  # fmt: skip
+    f"aten::{name}"
+    for name in (
+        *("view", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh", "as_strided", "expand"),
+        *("slice", "select", "narrow", "split", "split_with_sizes", "unbind"),
+        *("squeeze", "unsqueeze", "t", "transpose", "permute"),
+    )
+}
 
 
 class CpuGraph:
     """Op calls with their addresses.
 
-    `with graph.capture(): out = model(step)` records the calls without running them; `replay()` runs them.  Tensors allocated
-    during the capture live as long as the graph.  Inputs are read at their captured addresses, so change them in place.
+    `with graph.capture(): out = model(step)` records the calls without running them; `replay()` runs them.
+    Tensors allocated during the capture live as long as the graph.  Inputs are read at their captured
+    addresses, so change them in place.
     """
 
     def __init__(self) -> None:
@@ -63,10 +67,13 @@ class _ViewsOnly(TorchDispatchMode):
             self._keep.append(out)
             return out
         if name not in _VIEWS:
-            raise RuntimeError(f"{name} computes with torch while a CPU graph is captured: a replay would not repeat it")
+            raise RuntimeError(
+                f"{name} computes with torch while a CPU graph is captured: a replay would not repeat it"
+            )
         return call(*args, **(kwargs or {}))
 
 
-# torch wraps the method such that its first call imports torch._dynamo, which takes seconds and serves nothing here.
+# torch wraps the method such that its first call imports torch._dynamo, which takes seconds and serves
+# nothing here.
 _dispatch: Any = _ViewsOnly.__torch_dispatch__
 _ViewsOnly.__torch_dispatch__ = getattr(_dispatch, "__wrapped__", _dispatch)  # type: ignore[method-assign]

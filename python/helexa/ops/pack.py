@@ -1,4 +1,5 @@
-"""Weight matrices in the kernels' layout (csrc/quant/packed.h): packed once at load, bit-exact, never unpacked as a whole."""
+"""Weight matrices in the kernels' layout (csrc/quant/packed.h): packed once at load, bit-exact, never
+unpacked as a whole."""
 
 import mmap
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ FORMAT_IDS = {  # csrc/quant/formats.def
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight matrix [rows, cols] of one format; `data` holds packed_nbytes(format, rows, cols) bytes (uint8, [nbytes])."""
+    """A weight matrix [rows, cols] of one format; `data` holds packed_nbytes(format, rows, cols) bytes
+    (uint8, [nbytes])."""
 
     format: str
     rows: int
@@ -46,7 +48,8 @@ class PackedWeight:
 
 
 def packed_nbytes(format: str, rows: int, cols: int) -> int:
-    """Bytes of a packed matrix; raises ValueError for an unknown format or a width that is no multiple of its block."""
+    """Bytes of a packed matrix; raises ValueError for an unknown format or a width that is no multiple of its
+    block."""
     check(format in FORMAT_IDS, f"weight format {format!r} is not one of {', '.join(FORMAT_IDS)}")
     block = FORMATS[format].block_size
     check(rows > 0 and cols > 0, f"a weight matrix of {rows} x {cols} is empty")
@@ -55,21 +58,26 @@ def packed_nbytes(format: str, rows: int, cols: int) -> int:
 
 
 def empty_packed(format: str, rows: int, cols: int) -> PackedWeight:
-    """A PackedWeight whose data is uninitialised anonymous memory, in huge pages where the system has them."""
+    """A PackedWeight whose data is uninitialised anonymous memory, in huge pages where the system has
+    them."""
     return PackedWeight(format, rows, cols, _anonymous_memory(packed_nbytes(format, rows, cols)))
 
 
 def pack_rows(format: str, raw: object, first_row: int, num_rows: int, weight: PackedWeight) -> None:
     """Packs rows [first_row, first_row + num_rows) from `raw`, a buffer in the file's layout, into `weight`.
 
-    Slices may be packed in any order; first_row must be a multiple of 16.  Raises ValueError if a size does not fit.
+    Slices may be packed in any order; first_row must be a multiple of 16.  Raises ValueError if a size does
+    not fit.
     """
     view = np.frombuffer(raw, dtype=np.uint8)  # type: ignore[call-overload]
     layout = FORMATS[format]
     expected = num_rows * (weight.cols // layout.block_size) * layout.block_bytes
     check(format == weight.format, f"rows of {format} cannot go into a {weight.format} matrix")
     check(first_row % TILE_ROWS == 0, f"first_row {first_row} is no multiple of {TILE_ROWS}")
-    check(first_row >= 0 and first_row + num_rows <= weight.rows, f"row {first_row + num_rows} is beyond {weight.rows}")
+    check(
+        first_row >= 0 and first_row + num_rows <= weight.rows,
+        f"row {first_row + num_rows} is beyond {weight.rows}",
+    )
     check(view.nbytes == expected, f"{num_rows} rows of {format} take {expected} bytes, got {view.nbytes}")
     _C.pack_cpu(
         FORMAT_IDS[format], view.ctypes.data, first_row, num_rows, weight.cols, weight.data.data_ptr()
@@ -88,4 +96,3 @@ def _anonymous_memory(nbytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
-

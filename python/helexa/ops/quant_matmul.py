@@ -19,10 +19,13 @@ def quant_matmul(
 ) -> Tensor:
     """[x · w₀ᵀ + b₀ | x · w₁ᵀ + b₁ | …] for weights that share the input x.
 
-    x: [T, K] float32, contiguous.   weights: [Nᵢ, K] each, of any formats.   biases: [Nᵢ] float32 or None each.
+    x: [T, K] float32, contiguous.   weights: [Nᵢ, K] each, of any formats.   biases: [Nᵢ] float32 or None
+    each.
     out: [T, ΣNᵢ] float32, not x.
-    Quantized formats see x rounded to int8 with one scale per 32 columns (absmax / 127) and sum in float32; float formats
-    compute in float32.  Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    Quantized formats see x rounded to int8 with one scale per 32 columns (absmax / 127) and sum in float32;
+    float formats
+    compute in float32.  Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only
+    `out`.
     """
     num_tokens, cols = x.shape
     check(x.dtype == torch.float32 and x.is_contiguous(), "quant_matmul: x must be contiguous float32")
@@ -59,7 +62,8 @@ def quant_matmul(
 
 
 def quantize_input_reference(x: Tensor) -> Tensor:
-    """x as the integer kernels see it: [T, K] rounded to int8 multiples of absmax / 127 per 32 columns (float64)."""
+    """x as the integer kernels see it: [T, K] rounded to int8 multiples of absmax / 127 per 32 columns
+    (float64)."""
     blocks = x.reshape(x.shape[0], -1, 32)
     most = blocks.abs().amax(-1, keepdim=True)
     # torch computes scalar / tensor as a product with the reciprocal, which rounds twice.

@@ -1,0 +1,80 @@
+"""The compiled core: csrc/bindings.cpp, entry by entry.  Addresses, dtype ids and streams are integers."""
+
+from collections.abc import Sequence
+
+has_cuda: bool
+
+class CpuGraph:
+    def begin_capture(self) -> None: ...
+    def end_capture(self) -> None: ...
+    def replay(self) -> None: ...
+    def __len__(self) -> int: ...
+
+class WeightView:
+    def __init__(self, format: int, packed: int, rows: int, cols: int, bias: int) -> None: ...
+
+def cpu_isa() -> str: ...
+def limit_isa(highest: int) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(num_threads: int) -> None: ...
+def packed_bytes(format: int, rows: int, cols: int) -> int: ...
+def pack_cpu(format: int, raw: int, first_row: int, num_rows: int, cols: int, packed: int, /) -> None: ...
+def embedding_cpu(
+    token_ids: int, num_tokens: int, format: int, packed: int, rows: int, cols: int, out: int, /
+) -> None: ...
+def quant_matmul_cpu(x: int, num_tokens: int, weights: Sequence[WeightView], out: int, /) -> None: ...
+def rms_norm_cpu(
+    x: int, weight: int, residual: int, out: int, num_tokens: int, width: int, eps: float, /
+) -> None: ...
+def rms_norm_cuda(
+    x: int,
+    weight: int,
+    residual: int,
+    out: int,
+    num_tokens: int,
+    width: int,
+    dtype: int,
+    eps: float,
+    stream: int,
+    /,
+) -> None: ...
+def silu_mul_cpu(gate_up: int, out: int, num_tokens: int, width: int, /) -> None: ...
+def rope_table_cpu(
+    positions: int, inv_freq: int, table: int, num_tokens: int, num_pairs: int, magnitude: float, /
+) -> None: ...
+def rope_append_cpu(
+    qkv: int,
+    table: int,
+    slots: int,
+    k_cache: int,
+    v_cache: int,
+    cache_dtype: int,
+    q_out: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pairs: int,
+    interleaved: bool,
+    /,
+) -> None: ...
+def attention_cpu(
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    cache_dtype: int,
+    page_table: int,
+    query_start: int,
+    kv_lengths: int,
+    out: int,
+    num_sequences: int,
+    max_pages: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    /,
+) -> None: ...
