@@ -1,4 +1,4 @@
-"""A model that proves its cache: it writes token ids into the pages and predicts from the whole history it reads back."""
+"""A model that proves its cache: it writes token ids into the pages and predicts from all it reads back."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def continuation(prompt: list[int], num_tokens: int, vocab_size: int) -> list[in
 
 @dataclass
 class HistoryModel:
-    """model(step) -> one-hot logits of next_token; raises AssertionError if a page does not hold what it should."""
+    """model(step) -> one-hot logits of next_token; AssertionError if a page is wrong."""
 
     vocab_size: int
     config: object = None

@@ -1,4 +1,4 @@
-"""Scheduler, runner and a model that reads its history back from the pages, in small pages and without threads."""
+"""Scheduler, runner and a model that reads its history back from the pages, without threads."""
 
 from collections import deque
 

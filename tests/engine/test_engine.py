@@ -1,4 +1,4 @@
-"""The engine from the outside: threads, event loops and text, over a model that reads its history back from the pages."""
+"""The engine from the outside: threads, event loops and text, over a model that proves its cache."""
 
 import asyncio
 import contextlib
@@ -268,7 +268,7 @@ async def test_a_slow_reader_gets_larger_pieces(engine, expected):
         if not pieces:
             await wait_until(lambda: engine.stats().in_flight == 0)
         pieces.append(delta)
-    assert sum((delta.token_ids for delta in pieces), []) == expected([1, 2], 60, VOCAB)
+    assert [token_id for delta in pieces for token_id in delta.token_ids] == expected([1, 2], 60, VOCAB)
     assert len(pieces) <= 2 + len(pieces[0].token_ids)
 
 
@@ -339,12 +339,11 @@ async def test_a_device_fault_reaches_everyone_and_refuses_the_next_at_once(engi
 async def test_text_before_a_fault_is_delivered(engine_of, history_model):
     model = history_model(VOCAB)
     engine = engine_of(model)
-    received = []
+    stream = engine.generate([1, 2], SamplingParams(temperature=0.0))
+    assert (await anext(stream)).token_ids
+    model.fail_with = RuntimeError("gone")
     with pytest.raises(DevicePoisoned):
-        async for delta in engine.generate([1, 2], SamplingParams(temperature=0.0)):
-            received.append(delta)
-            model.fail_with = RuntimeError("gone")
-    assert received
+        [delta async for delta in stream]
 
 
 async def test_closing_ends_streams_with_an_error_and_refuses_new_ones(engine_of, history_model):

@@ -317,7 +317,7 @@ def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
     sequences, cancels = [], {}
     steps = 0
     for start, length, tail, num_new, pause, cancel_after, namespace in arrivals:
-        prompt = ([0] + prompt_of(length, start) + tail)[: num_pages * PAGE - 1]
+        prompt = [0, *prompt_of(length, start), *tail][: num_pages * PAGE - 1]
         sequence = machine.add(prompt, num_new, namespace)
         sequences.append((prompt, sequence))
         if cancel_after is not None:

@@ -1,6 +1,7 @@
 """Keys and values of all sequences: one tensor of pages per layer, owned by the device thread.
 
-Memory is reserved when the cache is made and, on the CPU, committed by the system when a page is first written.
+Memory is reserved when the cache is made and, on the CPU, committed by the system when a page is first
+written.
 """
 
 import math
@@ -27,7 +28,7 @@ def kv_dtype(name: str) -> torch.dtype:
 
 
 def free_memory_bytes() -> int:
-    """What this process may still take without swapping: the system's estimate, or less if its group has a limit."""
+    """What this process may take without swapping: the system's estimate, or its group's limit if less."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
@@ -58,9 +59,9 @@ def plan_capacity(
 ) -> tuple[int, int]:
     """(number of pages, context in tokens) that fit the free memory.
 
-    By default the cache holds one full context or 8192 tokens for each sequence, whichever is more, in at most half of the
-    free memory, and a context that nobody asked for shrinks to that. Raises OutOfMemory, with the bytes, if what was asked
-    for does not fit.
+    By default the cache holds one full context or 8192 tokens for each sequence, whichever is more, in at
+    most half of the free memory, and a context that nobody asked for shrinks to that. Raises OutOfMemory,
+    with the bytes, if what was asked for does not fit.
     """
     context = min(model_context, max_context or model_context)
     if kv_cache_tokens is None:
@@ -74,8 +75,8 @@ def plan_capacity(
     needed = (num_pages + 1) * page_bytes  # one more as scratch
     if num_pages < 1 or needed > usable:
         raise OutOfMemory(
-            f"a KV cache of {max(num_pages, 1) * page_tokens} tokens needs {max(needed, 2 * page_bytes)} bytes, but only "
-            f"{usable} bytes of memory are free for it; ask for a smaller context or cache",
+            f"a KV cache of {max(num_pages, 1) * page_tokens} tokens needs {max(needed, 2 * page_bytes)} bytes, "
+            f"but only {usable} bytes of memory are free for it; ask for a smaller context or cache",
             needed_bytes=needed,
             free_bytes=usable,
         )

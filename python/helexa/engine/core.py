@@ -1,7 +1,8 @@
 """What happens on the device thread: scheduler, runner and samplers in one loop of steps.
 
-Each step is one job that queues the next, so whatever was posted in the meantime, such as a cancellation, takes effect before
-the next step. Only token ids and numbers leave, all those of one step in one batch for each event loop.
+Each step is one job that queues the next, so whatever was posted in the meantime, such as a cancellation,
+takes effect before the next step. Only token ids and numbers leave, all those of one step in one batch for
+each event loop.
 """
 
 import time
@@ -58,7 +59,7 @@ class LogitsReceiver:
 
 
 class EngineCore:
-    """Serves sequences until they finish; every method runs on the device thread, the counters may be read anywhere."""
+    """Serves sequences until they finish, on the device thread; the counters may be read anywhere."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """A loaded model that answers: token ids in, text and token ids out, as async streams.
 
-The engine owns one device worker. Its public methods may be called from any thread and never wait for the device, except
-`logits`, which returns a result, and `close`; `generate` runs on the caller's event loop.
+The engine owns one device worker. Its public methods may be called from any thread and never wait for the
+device, except `logits`, which returns a result, and `close`; `generate` runs on the caller's event loop.
 """
 
 import asyncio
@@ -43,6 +43,7 @@ from helexa.weights.load import GGUFWeights, LoadProgress
 
 logger = logging.getLogger(__name__)
 
+CLOSE_S = 10.0  # how long closing waits for the step under way
 Progress = Callable[[LoadProgress], None]
 
 
@@ -124,8 +125,9 @@ class Engine:
     def load(cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> Self:
         """The model of a GGUF file, ready to answer; `options` are the fields of EngineOptions.
 
-        progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a vocabulary has
-        no tokenizer and serves token ids. Raises InvalidFile, UnsupportedModel, InvalidParameter or OutOfMemory.
+        progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a
+        vocabulary has no tokenizer and serves token ids. Raises InvalidFile, UnsupportedModel,
+        InvalidParameter or OutOfMemory.
         """
         started_s = time.perf_counter()
         progress = progress or (lambda progress: None)
@@ -162,10 +164,11 @@ class Engine:
     async def generate(
         self, token_ids: Iterable[int], params: SamplingParams | None = None, *, namespace: str = ""
     ) -> AsyncGenerator[Delta, None]:
-        """The answer to the prompt, piece by piece; leaving the generator cancels and frees the pages before the next step.
+        """The answer to the prompt, piece by piece.
 
-        Prompts share cached prefixes only within one namespace. Raises ContextTooLong, InvalidParameter, ShuttingDown or, as
-        soon as the device has failed, DevicePoisoned.
+        Leaving the generator cancels the request and frees its pages before the next step. Prompts share
+        cached prefixes only within one namespace. Raises ContextTooLong, InvalidParameter, ShuttingDown or,
+        as soon as the device has failed, DevicePoisoned.
         """
         loop = asyncio.get_running_loop()
         stream = Stream(self._mailbox(loop), loop)
@@ -192,7 +195,7 @@ class Engine:
                 self._cancel(sequence)
 
     def logits(self, token_ids: Iterable[int]) -> npt.NDArray[np.float32]:
-        """Logits [T, V] float32 after each of the T tokens; waits for the device. Raises what `generate` raises."""
+        """Logits [T, V] float32 after each token; waits for the device and raises what `generate` raises."""
         tokens = self._checked(token_ids)
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
         receiver = LogitsReceiver(logits)
@@ -219,7 +222,7 @@ class Engine:
         )
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Refuses new requests, lets running ones go on for up to drain_s, ends the rest and frees the model's memory."""
+        """Refuses new requests, lets running ones go on for drain_s, ends the rest and frees the memory."""
         self._is_closing = True
         core = self._core
         deadline_s = time.monotonic() + drain_s
@@ -231,9 +234,10 @@ class Engine:
         ):
             time.sleep(0.01)
         if core is not None:
-            with contextlib.suppress(HelexaError):  # closed before, or poisoned: nothing runs any more
-                self._worker.post(core.close)
-        self._worker.close()
+            # Closed before or poisoned, nothing runs any more; a step that hangs must not hold up the exit.
+            with contextlib.suppress(HelexaError, TimeoutError):
+                self._worker.call(core.close).result(CLOSE_S)
+        self._worker.close(CLOSE_S)
         if core is not None:
             core.runner = None
 
@@ -274,7 +278,7 @@ class Engine:
         return EngineCore(runner, scheduler, pool, prefix, self._worker.post)
 
     def _checked(self, token_ids: Iterable[int]) -> list[int]:
-        """The token ids as a list of our own; raises InvalidParameter if there is none or one that the model does not have."""
+        """The token ids as a list; raises InvalidParameter for none or one beyond the vocabulary."""
         tokens = list(token_ids)
         if not tokens:
             raise InvalidParameter("the prompt is empty; expected at least one token", param="prompt")

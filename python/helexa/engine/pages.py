@@ -1,7 +1,8 @@
 """Who holds which page of the KV cache: exact counts, no tensors.
 
-A page is *used* while a sequence holds it, *cached* while only the prefix cache keeps it, and *free* otherwise; the three
-counts always sum to the size of the pool. Page 0 is the scratch page: it belongs to nobody, and padding rows write to it.
+A page is *used* while a sequence holds it, *cached* while only the prefix cache keeps it, and *free*
+otherwise; the three counts always sum to the size of the pool. Page 0 is the scratch page: it belongs to
+nobody, and padding rows write to it.
 """
 
 SCRATCH_PAGE = 0

@@ -1,9 +1,10 @@
 """A tree over token ids whose nodes are pages of the KV cache.
 
-The path from the root to a node spells the tokens whose keys and values its pages hold. Full pages are shared by
-reference. A page is valid up to the length of its node's tokens and only ever appended to, so whoever matches a part of it
-copies that part; pages that are not full are always leaves. Siblings may begin with the same tokens but none is a prefix of
-another. A node is a stable boundary: whatever else describes the state after its tokens may hang on it.
+The path from the root to a node spells the tokens whose keys and values its pages hold. Full pages are shared
+by reference. A page is valid up to the length of its node's tokens and only ever appended to, so whoever
+matches a part of it copies that part; pages that are not full are always leaves. Siblings may begin with the
+same tokens but none is a prefix of another. A node is a stable boundary: whatever else describes the state
+after its tokens may hang on it.
 """
 
 import heapq
@@ -27,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix: full pages to share, then maybe `num_partial` tokens of one more page to copy."""
+    """The longest cached prefix: full pages to share, then num_partial tokens of one more to copy."""
 
     nodes: list[Node]
     partial: Node | None = None
@@ -72,7 +73,7 @@ class PrefixCache:
         return None
 
     def insert(self, parent: Node, run: tuple[int, ...], page: int, namespace: str = "") -> Node:
-        """The node that holds `run` below `parent`: an older one that covers it, or one that now keeps `page`.
+        """The node that holds `run` below `parent`: an older one that covers it, or one that keeps `page`.
 
         A shorter node that `run` continues gives way to the new page.
         """
@@ -95,7 +96,7 @@ class PrefixCache:
         return node
 
     def evict(self, num_pages: int) -> int:
-        """Frees up to num_pages pages that no sequence holds, least recently used leaves first; returns how many."""
+        """Frees up to num_pages pages that nobody holds, oldest leaves first; returns how many."""
         heap = [(node.last_used, id(node), node) for node in self.nodes() if self._is_evictable(node)]
         heapq.heapify(heap)
         freed = 0

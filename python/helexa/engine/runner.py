@@ -1,7 +1,8 @@
-"""Turns plans into steps of the model: fills the step tensors, replays the captured decode, copies shared pages.
+"""Turns plans into steps of the model: fills the step tensors, runs prefill, replays the captured decode.
 
-A decode step reads tensors that never move, so it is captured once for each batch size; what changes is written in place.
-Prefill runs eagerly. Rows that pad a batch to its captured size compute one token in the scratch page.
+A decode step reads tensors that never move, so it is captured once for each batch size; what changes is
+written in place. Prefill runs eagerly. Rows that pad a batch to its captured size compute one token in the
+scratch page.
 """
 
 from collections.abc import Sequence as ListOf
@@ -52,7 +53,7 @@ class Runner:
         return logits
 
     def prefill(self, sequence: Sequence, num_tokens: int, *, all_logits: bool = False) -> Tensor:
-        """Logits [R, V] of the next num_tokens tokens: of all, or else of the last one if it ends the sequence, or none."""
+        """Logits [R, V] of the next num_tokens tokens: of all, or of the sequence's last one, or none."""
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         page_tokens = self.cache.page_tokens
         positions = np.arange(start, end, dtype=np.int32)

@@ -1,9 +1,10 @@
-"""Decides what the device does next: who is admitted, which tokens a step computes, who gives way. No tensors here.
+"""Decides what the device does next: who is admitted, what a step computes, who gives way. No tensors.
 
-Admission is first come, first served: pages for the whole prompt first, then a seat. A step is either one decode of every
-sequence that has one pending token, or one chunk of one prompt; while both wait they alternate, with smaller chunks, so that
-running streams go on. Several prompts take turns and pick up the pages that the others have completed in the meantime. When
-pages run out, unused cached prefixes go first, then the youngest sequence returns to the queue and is recomputed later.
+Admission is first come, first served: pages for the whole prompt first, then a seat. A step is either one
+decode of every sequence that has one pending token, or one chunk of one prompt; while both wait they
+alternate, with smaller chunks, so that running streams go on. Several prompts take turns and pick up the
+pages that the others have completed in the meantime. When pages run out, unused cached prefixes go first,
+then the youngest sequence returns to the queue and is recomputed later.
 """
 
 import time
@@ -38,8 +39,8 @@ class Plan:
 class Scheduler:
     """Pure decisions over sequences, pages and cached prefixes.
 
-    Call `next`, make the copies and call `copied`, run the plan and call `complete`; whoever cannot complete it removes its
-    sequences.
+    Call `next`, make the copies and call `copied`, run the plan and call `complete`; whoever cannot complete
+    it removes its sequences.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Scheduler:
         plan.copies = []
 
     def complete(self, plan: Plan) -> None:
-        """Notes that the plan has run: its tokens are in the cache, and full pages become visible to others."""
+        """Notes that the plan has run: its tokens are computed, and full pages become visible to others."""
         page_tokens = self._pool.page_tokens
         for sequence in plan.sequences:
             sequence.num_computed += plan.num_tokens
@@ -138,7 +139,7 @@ class Scheduler:
             self.running.append(sequence)
 
     def _take_pages(self, sequence: Sequence) -> bool:
-        """Gives the sequence pages for all its tokens, shared ones where it can; False if there are too few."""
+        """Gives the sequence pages for all its tokens, shared where possible; False if there are too few."""
         pool = self._pool
         match = self._match(sequence)
         num_fresh = pool.pages_for(len(sequence.token_ids)) - len(match.nodes)
@@ -248,7 +249,7 @@ class Scheduler:
             self._share(sequence, self._prefix.insert(sequence.node, run, page, sequence.namespace))
 
     def _publish_tail(self, sequence: Sequence) -> None:
-        """Puts the computed part of the last page into the prefix cache; the sequence may go on appending to it."""
+        """Puts the computed part of the last page into the cache; the sequence may append to it still."""
         start = sequence.depth * self._pool.page_tokens
         if self._prefix is None or not sequence.shares_pages or sequence.num_computed <= start:
             return

@@ -3,7 +3,7 @@
 import itertools
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,9 +24,10 @@ class Finished:
 
 
 class Receiver(Protocol):
-    """Where the events of a sequence go; `mailbox` is None if `receive` may be called on the device thread."""
+    """Where the events of a sequence go; without a mailbox, `receive` is called on the device thread."""
 
-    mailbox: "Mailbox | None"
+    @property
+    def mailbox(self) -> "Mailbox | None": ...
 
     def receive(self, event: "Sampled | Finished") -> None: ...
 
@@ -40,15 +41,15 @@ class Mailbox(Protocol):
 class RowSampler(Protocol):
     """Chooses the next token from one row of logits."""
 
-    def sample(self, logits: object, position: int) -> "Sampled": ...
+    def sample(self, logits: Any, position: int, /) -> "Sampled": ...
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Tokens whose first `num_computed` positions are in the KV cache, in `pages`.
 
-    Every token but the newest is computed before a new one is sampled, so a sequence with one pending token decodes and
-    one with more prefills; after a preemption the generated tokens are prefilled like a prompt.
+    Every token but the newest is computed before a new one is sampled, so a sequence with one pending token
+    decodes and one with more prefills; after a preemption the generated tokens are prefilled like a prompt.
     """
 
     token_ids: list[int]

@@ -80,7 +80,7 @@ class LoopMailbox:
 
 
 class Stream:
-    """The events of one sequence, in order; those that wait are taken together, so a slow reader gets larger pieces."""
+    """The events of one sequence, in order; those that wait are taken together."""
 
     def __init__(self, mailbox: LoopMailbox, loop: asyncio.AbstractEventLoop):
         self.mailbox = mailbox

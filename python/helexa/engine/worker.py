@@ -1,7 +1,8 @@
 """One thread that owns a device: jobs go in through one queue, plain values come out.
 
-A job that raises a HelexaError fails alone. Anything else is taken for a fault of the device, whose state nobody can vouch
-for any more: the worker is poisoned, answers every later job with DevicePoisoned at once, and stays so until it is closed.
+A job that raises a HelexaError fails alone. Anything else is taken for a fault of the device, whose state
+nobody can vouch for any more: the worker is poisoned, answers every later job with DevicePoisoned at once,
+and stays so until it is closed.
 """
 
 import logging
@@ -47,7 +48,7 @@ class DeviceWorker:
         return future
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """Runs what is queued, refuses what is new and ends the thread; False if it is still busy after timeout_s."""
+        """Runs what is queued, refuses what is new, ends the thread; False if it is busy after timeout_s."""
         with self._gate:
             if not self._is_closing:
                 self._is_closing = True
