@@ -1,7 +1,7 @@
 """The operations that models are made of: each checks its tensors and calls the extension.
 
-`<op>_reference` is an op's truth in tests.  Only this package (and helexa.parallel) knows the extension.  On the
-CPU an op runs on a pool of threads that belongs to the calling thread, as a CUDA stream does.
+`<op>_reference` is an op's truth in tests.  Only this package (and helexa.parallel) knows the extension.
+On the CPU an op runs on a pool of threads that belongs to the calling thread, as a CUDA stream does.
 """
 
 from helexa._C import cpu_isa, num_threads, set_num_threads

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helexa import _C
 
-# What may touch tensors while a graph is captured: allocations and views compute nothing that a replay could miss.
+# What may touch tensors during a capture: allocations and views compute nothing that a replay could miss.
 _ALLOCATIONS = {"aten::empty", "aten::empty_strided", "aten::new_empty"}
 _VIEWS = {
     f"aten::{name}"
