@@ -96,6 +96,12 @@ class ModelLoading(Unavailable):
     code = "model_loading"
 
 
+class LoadFailed(Unavailable):
+    """The last load of the model failed, and nobody has asked for another one since."""
+
+    code = "model_load_failed"
+
+
 class Overloaded(Unavailable):
     """The queue is full, or the wait for a seat was too long."""
 

@@ -1,7 +1,7 @@
 """Who may run on a model now, who waits, and who is sent away with the time to come back.
 
-First come, first served over a fixed number of seats, with a bounded queue. A waiter that is cancelled, because its
-client is gone, leaves at once. Everything happens on the event loop, so there is no lock.
+First come, first served over a fixed number of seats, with a bounded queue. A waiter that is cancelled, its
+client being gone, leaves at once. Everything happens on the event loop, so there is no lock.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class Admission:
 
     @asynccontextmanager
     async def seat(self, seats: int = 1) -> AsyncIterator[None]:
-        """Waits for `seats` seats (at most all of them) and holds them. Raises Overloaded, or what `close` said."""
+        """Waits for `seats` seats, at most all, and holds them. Raises Overloaded or the error of `close`."""
         seats = min(seats, self.max_in_flight)
         await self._acquire(seats)
         started = time.monotonic()
@@ -71,7 +71,7 @@ class Admission:
         return self._idle.is_set()
 
     def retry_after_s(self, ahead: int) -> float:
-        """When a seat can be expected by someone with `ahead` requests before them, from how long seats are held."""
+        """When someone with `ahead` requests before them can expect a seat, by how long seats are held."""
         mean = _FIRST_GUESS_S if self._mean_hold_s is None else self._mean_hold_s
         return min(max(1.0, mean * (ahead + 1) / self.max_in_flight), 600.0)
 
@@ -84,20 +84,15 @@ class Admission:
         if len(self._queue) >= self.max_queue_depth:
             self.rejected_queue_full += 1
             raise Overloaded(
-                f"{self.in_flight} requests are running and {len(self._queue)} waiting, which is all that is allowed",
+                f"{self.in_flight} seats are taken and {len(self._queue)} requests wait, which is the limit",
                 retry_after_s=self.retry_after_s(0),
             )
         waiter = _Waiter(seats)
         self._queue.append(waiter)
         try:
-            await asyncio.wait_for(waiter.granted, self.max_wait_s)
-        except TimeoutError:
-            self.rejected_timeout += 1
-            raise Overloaded(
-                f"no seat became free within {self.max_wait_s:g} s",
-                retry_after_s=self.retry_after_s(len(self._queue)),
-            ) from None
-        except asyncio.CancelledError:
+            async with asyncio.timeout(self.max_wait_s):
+                await waiter.granted
+        except (TimeoutError, asyncio.CancelledError) as reason:
             # The seat may have been granted in the same turn of the loop as the cancellation.
             if (
                 waiter.granted.done()
@@ -105,7 +100,13 @@ class Admission:
                 and waiter.granted.exception() is None
             ):
                 self._release(seats)
-            raise
+            if isinstance(reason, asyncio.CancelledError):
+                raise
+            self.rejected_timeout += 1
+            raise Overloaded(
+                f"no seat became free within {self.max_wait_s:g} s",
+                retry_after_s=self.retry_after_s(len(self._queue)),
+            ) from None
         finally:
             with suppress(ValueError):
                 self._queue.remove(waiter)

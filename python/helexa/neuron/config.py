@@ -1,6 +1,6 @@
 """neuron.toml as frozen data."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from helexa.settings import LogConfig
@@ -62,12 +62,12 @@ class EngineSection:
 
     @property
     def options(self) -> LoadOptions:
-        return LoadOptions(**{field.name: getattr(self, field.name) for field in fields(EngineSection)})
+        return LoadOptions(**{item.name: getattr(self, item.name) for item in fields(EngineSection)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry(EngineSection):
-    """[[models]]: a model that this neuron knows; `source` is a path or a name to resolve, by default the id."""
+    """[[models]]: a model known here; its `source`, a path or a name to resolve, is by default the id."""
 
     id: str
     source: str | None = None
@@ -86,7 +86,7 @@ class NeuronConfig:
     neuron: NeuronSection = NeuronSection()
     admission: AdmissionSection = AdmissionSection()
     engine: EngineSection = EngineSection()
-    log: LogConfig = LogConfig()
+    log: LogConfig = field(default_factory=LogConfig)
     models: tuple[ModelEntry, ...] = ()
 
     def __post_init__(self) -> None:

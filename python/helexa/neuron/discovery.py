@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pynvml
+import pynvml  # type: ignore[import-untyped]
 
 from helexa.wire.control import Cpu, Device, DeviceHealth, Discovery
 
@@ -67,17 +67,15 @@ def device_health() -> list[DeviceHealth]:
                         index=index,
                         memory_used_bytes=int(memory.used),
                         memory_free_bytes=int(memory.free),
-                        utilization_percent=_optional(
-                            lambda h=handle: pynvml.nvmlDeviceGetUtilizationRates(h).gpu
-                        ),
-                        temperature_c=_optional(lambda h=handle: pynvml.nvmlDeviceGetTemperature(h, 0)),
+                        utilization_percent=_optional(_utilization, handle),
+                        temperature_c=_optional(_temperature, handle),
                     )
                 )
     return found
 
 
 def _cuda_devices(proc: Path) -> tuple[list[Device], str | None, str | None, str | None]:
-    """Devices, driver version, CUDA version of the driver, and why there are none although a driver is there."""
+    """Devices, driver version, CUDA version, and why there are none although a driver is there."""
     try:
         with _nvml():
             driver = _text(pynvml.nvmlSystemGetDriverVersion())
@@ -122,9 +120,17 @@ def _nvml() -> Iterator[None]:
         pynvml.nvmlShutdown()
 
 
-def _optional(read: Callable[[], Any]) -> int | None:
+def _utilization(handle: Any) -> int:
+    return int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+
+
+def _temperature(handle: Any) -> int:
+    return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+
+
+def _optional(read: Callable[[Any], int], handle: Any) -> int | None:
     try:
-        return int(read())
+        return read(handle)
     except pynvml.NVMLError:
         return None
 

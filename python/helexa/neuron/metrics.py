@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,13 @@ class _LoadCollector(Collector):
             for load in loads:
                 gauge.add_metric([load.id], getattr(load, name))
             yield gauge
+        rejections = CounterMetricFamily(
+            "helexa_neuron_rejections", "Requests sent away by admission.", labels=["model", "reason"]
+        )
+        for load in loads:
+            rejections.add_metric([load.id, "queue_full"], load.rejected_queue_full)
+            rejections.add_metric([load.id, "wait_timeout"], load.rejected_timeout)
+        yield rejections
 
 
 class Metrics:
@@ -59,7 +66,6 @@ class Metrics:
         self.requests = counter("requests", "Generating requests.", "route")
         self.errors = counter("request_errors", "Generating requests that failed.", "code")
         self.cancelled = counter("requests_cancelled", "Generating requests whose client left.")
-        self.rejections = counter("rejections", "Requests sent away by admission.", "reason")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
         self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens taken from the prefix cache.")
         self.completion_tokens = counter("completion_tokens", "Generated tokens.")
@@ -72,8 +78,15 @@ class Metrics:
         self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _INTER_TOKEN_S)
         self.load_seconds = histogram("model_load_seconds", "Successful loads.", _LOAD_S)
 
-    def count_usage(self, model: str, usage: Usage) -> None:
-        """Adds the tokens of one finished request."""
+    def count_request(self, route: str, model: str, outcome: str, duration_s: float, usage: Usage) -> None:
+        """Adds one request that has ended; `outcome` is "ok", "cancelled" or the code of its error."""
+        self.requests.labels(model, route).inc()
+        if outcome == "cancelled":
+            self.cancelled.labels(model).inc()
+        elif outcome != "ok":
+            self.errors.labels(model, outcome).inc()
+        else:
+            self.duration.labels(model).observe(duration_s)
         self.prompt_tokens.labels(model).inc(usage.prompt_tokens)
         self.completion_tokens.labels(model).inc(usage.completion_tokens)
         if usage.prompt_tokens_details:

@@ -184,4 +184,6 @@ class UnloadRequest(Request, frozen=True):
 
 class UnloadReply(Answer, frozen=True):
     model_id: str
-    status: Literal["unloaded"] = "unloaded"
+    status: Literal["unloaded"] = msgspec.field(
+        default_factory=lambda: "unloaded"
+    )  # a factory: never omitted

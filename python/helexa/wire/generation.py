@@ -1,6 +1,5 @@
 """What chat and text completions share: a request's sampling fields, token usage, the reasons to finish."""
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -104,29 +103,6 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens_details: PromptTokensDetails | None = None
     completion_tokens_details: CompletionTokensDetails | None = None
     helexa_timing: Timing | None = None
-
-
-def total_usage(usages: Iterable[Usage]) -> Usage:
-    """The usage of a request from those of its choices: the prompt counts once, the longest times count."""
-    parts = list(usages)
-    first = parts[0]
-    timings = [part.helexa_timing for part in parts if part.helexa_timing]
-    completion = sum(part.completion_tokens for part in parts)
-    return Usage(
-        prompt_tokens=first.prompt_tokens,
-        completion_tokens=completion,
-        total_tokens=first.prompt_tokens + completion,
-        prompt_tokens_details=first.prompt_tokens_details,
-        completion_tokens_details=first.completion_tokens_details,
-        helexa_timing=Timing(
-            max(timing.prefill_ms for timing in timings),
-            max(timing.decode_ms for timing in timings),
-            max(timing.queue_ms for timing in timings),
-            timings[0].prefill_tokens,
-        )
-        if timings
-        else None,
-    )
 
 
 def encode(answer: Any) -> bytes:

@@ -1,0 +1,113 @@
+"""`helexa-neuron`: the daemon of one host, which holds models and answers for them."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from helexa import __version__
+from helexa.cli.local import need_engine
+from helexa.errors import ConfigError, HelexaError
+from helexa.log import configure_logging
+from helexa.neuron.config import NeuronConfig
+from helexa.settings import find_config, load_settings
+
+EPILOG = (
+    "An environment variable overrides any key of the configuration: HELEXA_NEURON_PORT sets neuron.port. "
+    "SIGINT and SIGTERM stop the neuron when running requests had time to end; a second one stops it at once."
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"helexa-neuron {__version__}")
+        raise typer.Exit
+
+
+def load_config(
+    path: Path | None, host: str | None = None, port: int | None = None, models: list[str] | None = None
+) -> NeuronConfig:
+    """The effective configuration; `models`, as ID=SOURCE or a source alone, replace those of the file."""
+    overrides: dict[str, object] = {"neuron.host": host, "neuron.port": port}
+    if models:
+        overrides["models"] = [_entry(model) for model in models]
+    return load_settings(NeuronConfig, path, overrides=overrides)
+
+
+def _entry(argument: str) -> dict[str, str]:
+    model_id, separator, source = argument.partition("=")
+    if not separator:
+        is_file = argument.endswith(".gguf")
+        model_id, source = Path(argument).stem if is_file else argument, argument
+    if not model_id.strip() or not source.strip():
+        raise ConfigError(f"--model {argument!r} must be ID=PATH, ID=NAME, a path or a name")
+    return {"id": model_id.strip(), "source": source.strip()}
+
+
+def run(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="neuron.toml; if not given, the one in ~/.config/helexa or /etc/helexa, if any",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="address to listen on; anything but loopback is open to others (default 127.0.0.1)"
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", "-p", help="port to listen on (default 13131)")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID=PATH|NAME",
+            help="model to load at start, instead of those of the configuration; may be repeated. A path or "
+            "name without ID= is served under the file's or its own name.",
+        ),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Validate the configuration and exit.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Serve the models of this host over HTTP: OpenAI chat and completions, health, load and unload."""
+    settings = load_config(config or find_config("neuron.toml"), host, port, model)
+    if check:
+        typer.echo(f"the configuration is valid: {len(settings.models)} models")
+        return
+    need_engine()
+    configure_logging(settings.log.level)
+    from helexa.neuron.app import serve
+
+    asyncio.run(serve(settings))
+
+
+def main() -> None:
+    """Runs the daemon; a wrong configuration is one sentence on stderr and exit status 1."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command(name="helexa-neuron", epilog=EPILOG)(run)
+    try:
+        app()
+    except HelexaError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error.message}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Puts a neuron together and serves it; the listener is up before the first model is loaded."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import hypercorn.asyncio
+import hypercorn.config
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from helexa.engine.engine import Engine
+from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
+from helexa.log import fields
+from helexa.neuron.config import NeuronConfig
+from helexa.neuron.handlers import Control
+from helexa.neuron.inference import ChatInference, CompletionInference
+from helexa.neuron.metrics import Metrics
+from helexa.neuron.registry import Registry, Report
+from helexa.settings import log_settings
+from helexa.weights.sources import resolve
+from helexa.wire.errors import error_bytes, error_headers, internal_error
+
+logger = logging.getLogger(__name__)
+_LAST_CONNECTIONS_S = 3.0  # for answers that are written when everything has been drained
+
+
+class Neuron:
+    """The parts of one daemon; `app` serves them. `load` and `resolve` are how engines and files are got."""
+
+    def __init__(
+        self,
+        config: NeuronConfig,
+        *,
+        load: Callable[..., Engine] = Engine.load,
+        resolve: Callable[[str, Report], Path],
+    ):
+        self.config = config
+        self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
+        self.registry = Registry(config, self.metrics, resolve=resolve, load=load)
+        self.control = Control(config, self.registry, self.metrics)
+
+    @property
+    def app(self) -> Starlette:
+        chat, completions = (
+            kind(self.registry, self.metrics, self.config.neuron)
+            for kind in (ChatInference, CompletionInference)
+        )
+        app = Starlette(
+            routes=[
+                *self.control.routes,
+                Route("/v1/chat/completions", chat, methods=["POST"]),
+                Route("/v1/completions", completions, methods=["POST"]),
+            ],
+            middleware=[Middleware(Edge)],
+            exception_handlers={HelexaError: _render, HTTPException: _render_http},
+            lifespan=self._lifespan,
+        )
+        app.router.redirect_slashes = False
+        return app
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        background = [
+            asyncio.create_task(self.control.watch_devices(), name="devices"),
+            asyncio.create_task(self.registry.activate(), name="default models"),
+        ]
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await self.registry.close(0.0)
+
+
+class Edge:
+    """The outermost layer: gives each request an id, and makes an answer of what should not have happened."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        is_started = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            logger.exception("unexpected", extra=fields(path=scope["path"], request_id=request_id))
+            if not is_started:
+                await _answer(internal_error())(scope, receive, tagged)
+
+
+def _answer(error: HelexaError) -> Response:
+    return Response(
+        error_bytes(error), error.status, {"content-type": "application/json", **error_headers(error)}
+    )
+
+
+async def _render(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HelexaError)
+    return _answer(error)
+
+
+async def _render_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    shown: HelexaError = NotFound(f"no such route: {request.method} {request.url.path}")
+    if error.status_code != 404:
+        allowed = (error.headers or {}).get("Allow", "")
+        shown = BadRequest(
+            f"{request.method} {request.url.path} is not allowed; use {allowed or 'another method'}"
+        )
+        shown.status = error.status_code
+        shown.code = error.detail.lower().replace(" ", "_")
+    response = _answer(shown)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def serve(
+    config: NeuronConfig, *, stop: asyncio.Event | None = None, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serves until SIGINT, SIGTERM or `stop`; then lets running requests end for `shutdown_grace_s`.
+
+    A second signal ends the process at once. on_ready gets the URL as soon as connections are accepted.
+    Raises ConfigError if the address is taken.
+    """
+    log_settings(config)
+    neuron = Neuron(config, resolve=_resolve)
+    stopping = stop or asyncio.Event()
+    with _listener(config.neuron.host, config.neuron.port) as listener:
+        if stop is None:
+            _stop_on_signals(stopping)
+        url = _url(listener)
+        logger.info("listening", extra=fields(url=url, models=",".join(entry.id for entry in config.models)))
+        if on_ready:
+            on_ready(url)
+
+        async def drained() -> None:
+            await stopping.wait()
+            logger.info("draining", extra=fields(grace_s=config.neuron.shutdown_grace_s))
+            await neuron.registry.close(config.neuron.shutdown_grace_s)
+
+        await hypercorn.asyncio.serve(
+            neuron.app,  # type: ignore[arg-type]
+            _server_settings(listener),
+            shutdown_trigger=drained,
+        )
+    logger.info("stopped")
+
+
+def _resolve(source: str, report: Report) -> Path:
+    return resolve(source)
+
+
+def _stop_on_signals(stopping: asyncio.Event) -> None:
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        made = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    made.setblocking(False)
+    return made
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _server_settings(listener: socket.socket) -> hypercorn.config.Config:
+    settings = hypercorn.config.Config()
+    settings.bind = [f"fd://{listener.detach()}"]
+    settings.errorlog = logging.getLogger("hypercorn.error")
+    settings.accesslog = None
+    settings.include_server_header = False
+    settings.keep_alive_timeout = 75.0
+    settings.keep_alive_max_requests = 2**31
+    settings.graceful_timeout = _LAST_CONNECTIONS_S
+    settings.h11_max_incomplete_size = 64 * 1024
+    settings.backlog = 1024
+    return settings

@@ -1,0 +1,122 @@
+"""Runs the choices of one request on an engine, merges their deltas and measures them."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from helexa.engine.engine import Engine
+from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.stream import Delta
+from helexa.engine.stream import Usage as EngineUsage
+from helexa.neuron.metrics import Metrics
+from helexa.wire.generation import PromptTokensDetails, Timing, Usage
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to generate; `prompt` tells choices of the same prompt from those of another."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    prompt: int = 0
+
+
+@dataclass
+class Record:
+    """What one request has come to, for its answer, the log and the metrics."""
+
+    model: str = ""
+    outcome: str = "ok"  # or the code of the error, or "cancelled"
+    jobs: list[Job] = field(default_factory=list)
+    started_s: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+    usages: dict[int, EngineUsage] = field(default_factory=dict)  # by choice
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+
+    def usage(self) -> Usage:
+        """Tokens of all finished choices; a prompt counts once however many choices it has."""
+        first = {self.jobs[index].prompt: self.usages[index] for index in sorted(self.usages, reverse=True)}
+        usages = list(self.usages.values())
+        prompt_tokens = sum(usage.prompt_tokens for usage in first.values())
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(sum(usage.cached_tokens for usage in first.values())),
+            helexa_timing=Timing(
+                prefill_ms=round(max((usage.prefill_ms for usage in usages), default=0.0), 3),
+                decode_ms=round(max((usage.decode_ms for usage in usages), default=0.0), 3),
+                queue_ms=round(max((usage.queue_ms for usage in usages), default=0.0), 3),
+                prefill_tokens=sum(usage.prefill_tokens for usage in first.values()),
+            ),
+        )
+
+
+async def run(engine: Engine, record: Record, metrics: Metrics) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Index of the choice and delta, as they come.
+
+    Leaving the generator cancels every choice. The first error of any choice ends all of them.
+    """
+    times: dict[int, float] = {}
+    source = _one(engine, record.jobs[0]) if len(record.jobs) == 1 else _merge(engine, record.jobs)
+    async with aclosing(source) as deltas:
+        async for index, delta in deltas:
+            times[index] = _measure(index, delta, times.get(index), record, metrics)
+            yield index, delta
+
+
+async def _one(engine: Engine, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
+    async with aclosing(engine.generate(job.token_ids, job.params)) as deltas:
+        async for delta in deltas:
+            yield 0, delta
+
+
+async def _merge(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of many choices, as many at a time as the engine runs sequences."""
+    width = min(engine.options.max_sequences, len(jobs))
+    queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue(maxsize=2 * width)
+    waiting = iter(list(enumerate(jobs)))
+
+    async def work() -> None:
+        try:
+            for index, job in waiting:
+                async with aclosing(engine.generate(job.token_ids, job.params)) as deltas:
+                    async for delta in deltas:
+                        await queue.put((index, delta))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(work()) for _ in range(width)]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if item is None:
+                num_running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _measure(index: int, delta: Delta, last_s: float | None, record: Record, metrics: Metrics) -> float:
+    now_s = time.monotonic()
+    if record.first_token_s is None and (delta.token_ids or delta.usage):
+        record.first_token_s = now_s
+        metrics.first_token.labels(record.model).observe(now_s - record.started_s)
+    if last_s is not None and delta.token_ids:
+        histogram = metrics.inter_token.labels(record.model)
+        for _ in delta.token_ids:
+            histogram.observe((now_s - last_s) / len(delta.token_ids))
+    if delta.finish_reason and delta.usage:
+        record.usages[index] = delta.usage
+        record.finish_reasons[index] = delta.finish_reason
+    return now_s

@@ -1,0 +1,158 @@
+"""A request of the wire as the engine takes it: token ids and sampling parameters. Or a refusal."""
+
+from typing import Any
+
+import orjson
+
+from helexa.engine.engine import Engine
+from helexa.engine.sampling_params import SamplingParams
+from helexa.errors import ContextTooLong, InvalidParameter
+from helexa.wire.chat import ChatRequest, ContentPart, Message
+from helexa.wire.completions import CompletionRequest, Prompt
+
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty",
+)  # fmt: skip
+_RESERVED = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+)  # arguments of the template that are not the client's
+
+
+def refuse_unsupported(request: ChatRequest) -> None:
+    """Raises InvalidParameter for the first field that asks for what this neuron does not do."""
+    for name, is_asked, instead in (
+        ("tools", bool(request.tools), "leave it out"),
+        ("tool_choice", request.tool_choice not in (None, "none", "auto"), "use 'none' or leave it out"),
+        ("functions", bool(request.functions), "leave it out"),
+        ("function_call", request.function_call not in (None, "none", "auto"), "leave it out"),
+        (
+            "response_format",
+            request.response_format is not None and request.response_format.type != "text",
+            "use {'type': 'text'} or leave it out",
+        ),
+        ("reasoning_effort", request.reasoning_effort is not None, "leave it out"),
+        ("verbosity", request.verbosity not in (None, "medium"), "use 'medium' or leave it out"),
+        ("modalities", request.modalities not in (None, [], ["text"]), "use ['text'] or leave it out"),
+        ("audio", request.audio is not None, "leave it out"),
+        ("web_search_options", request.web_search_options is not None, "leave it out"),
+        ("store", bool(request.store), "use false or leave it out"),
+    ):
+        if is_asked:
+            raise InvalidParameter(f"'{name}' is not supported here; {instead}", param=name)
+
+
+def chat_token_ids(engine: Engine, request: ChatRequest) -> list[int]:
+    """The prompt that the model's own template makes of the messages; InvalidParameter or ContextTooLong."""
+    if engine.tokenizer is None or engine.chat_template is None:
+        what = "vocabulary" if engine.tokenizer is None else "chat template; use /v1/completions"
+        raise InvalidParameter(f"the file of model '{request.model}' has no {what}", param="messages")
+    keywords = request.chat_template_kwargs or {}
+    for name in _RESERVED:
+        if name in keywords:
+            param = f"chat_template_kwargs.{name}"
+            raise InvalidParameter(f"'{param}' is set by the server; leave it out", param=param)
+    messages = [_template_message(index, message) for index, message in enumerate(request.messages)]
+    text = engine.chat_template.render(messages, add_generation_prompt=True, **keywords)
+    return _fitting(engine, engine.tokenizer.encode(text, add_special=False), "messages")
+
+
+def completion_token_ids(engine: Engine, prompt: Prompt) -> list[int]:
+    """A text prompt tokenized as it stands, or token ids checked against the vocabulary."""
+    if engine.tokenizer is None:
+        raise InvalidParameter("the file of this model has no vocabulary", param="prompt")
+    if isinstance(prompt, str):
+        return _fitting(engine, engine.tokenizer.encode(prompt, add_special=True), "prompt")
+    if unknown := next((token_id for token_id in prompt if token_id >= engine.config.vocab_size), None):
+        message = (
+            f"'prompt' has token {unknown}; the model's vocabulary has {engine.config.vocab_size} tokens"
+        )
+        raise InvalidParameter(message, param="prompt")
+    return _fitting(engine, prompt, "prompt")
+
+
+def sampling_params(request: ChatRequest | CompletionRequest, choice: int) -> SamplingParams:
+    """What the engine is asked for; with a seed, each choice of one request has one of its own."""
+    return SamplingParams(
+        **{name: getattr(request, name) for name in _SAMPLING_FIELDS},
+        logit_bias=request.token_bias,
+        seed=None if request.seed is None else request.seed + choice,
+        logprobs=request.num_logprobs,
+        stop=request.stops,
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        max_tokens=request.token_limit,
+        ignore_eos=bool(request.ignore_eos),
+    )
+
+
+def _fitting(engine: Engine, token_ids: list[int], param: str) -> list[int]:
+    """`token_ids` if there is room for at least one token of answer after them."""
+    if not token_ids:
+        raise InvalidParameter(f"'{param}' makes no tokens; expected some text", param=param)
+    if len(token_ids) >= engine.max_context:
+        raise ContextTooLong(
+            f"This model's maximum context length is {engine.max_context} tokens, but the {param} "
+            f"came to {len(token_ids)} tokens. Reduce the length of the {param}.",
+            param=param,
+            max=engine.max_context,
+            prompt_tokens=len(token_ids),
+        )
+    return token_ids
+
+
+def _template_message(index: int, message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: content as text, the arguments of tool calls as objects."""
+    rendered: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content, f"messages[{index}].content"),
+    }
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, name)) is not None:
+            rendered[name] = value
+    if message.tool_calls:
+        rendered["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.content is None and not message.tool_calls and message.role != "assistant":
+        param = f"messages[{index}].content"
+        raise InvalidParameter(f"'{param}' is missing; expected text", param=param)
+    return rendered
+
+
+def _text(content: str | list[ContentPart] | None, param: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for index, part in enumerate(content):
+        text = (
+            part.text
+            if part.type in ("text", "input_text")
+            else part.refusal
+            if part.type == "refusal"
+            else None
+        )
+        if text is None:
+            name = f"{param}[{index}]"
+            known = part.type in ("text", "input_text", "refusal")
+            expected = "it has no text" if known else "this model takes text only"
+            raise InvalidParameter(f"'{name}' is of type {part.type!r:.80}; {expected}", param=name)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _arguments(arguments: str | dict[str, Any] | None) -> Any:
+    """An object where the text is one, since templates iterate it; anything else as it came."""
+    if isinstance(arguments, str):
+        try:
+            parsed = orjson.loads(arguments or "{}")
+        except orjson.JSONDecodeError:
+            return arguments
+        return parsed if isinstance(parsed, dict) else arguments
+    return arguments or {}

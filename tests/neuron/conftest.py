@@ -1,0 +1,208 @@
+"""A scripted engine behind a neuron that listens on loopback."""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import hypercorn.asyncio
+import hypercorn.config
+import pytest
+
+from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.stream import Delta, TokenLogprob, Usage
+from helexa.errors import HelexaError, ShuttingDown, SourceError
+from helexa.neuron.app import Neuron
+from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection
+from helexa.weights.load import LoadProgress
+
+
+class FakeTokenizer:
+    """Bytes as tokens."""
+
+    vocab_size = 256
+    eos_token_ids = frozenset({0})
+
+    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+class FakeTemplate:
+    def render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **keywords: Any
+    ) -> str:
+        self.messages, self.keywords = messages, keywords
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+
+@dataclass
+class Script:
+    """How the fake engines of one test behave; changed by the test while they run."""
+
+    reply: str = "Hi you"
+    delay_s: float = 0.0
+    max_context: int = 200
+    max_sequences: int = 2
+    hold: asyncio.Event | None = None  # generation waits for it before its first token
+    fail_at: int | None = None  # token at which generation fails
+    error: Exception = field(default_factory=lambda: HelexaError("the device broke"))
+    load_hold: threading.Event | None = None
+    load_error: Exception | None = None
+    poisoned: str | None = None
+    loads: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    engines: list["FakeEngine"] = field(default_factory=list)
+
+
+class FakeEngine:
+    """The interface of helexa.engine.engine.Engine, with a script in place of a model."""
+
+    def __init__(self, script: Script):
+        self.script = script
+        self.tokenizer = FakeTokenizer()
+        self.chat_template = FakeTemplate()
+        self.max_context = script.max_context
+        self.config = SimpleNamespace(vocab_size=256, model_type="fake")
+        self.options = SimpleNamespace(max_sequences=script.max_sequences, device="cpu")
+        self.running = 0
+        self.cancelled = 0
+        self.params: list[SamplingParams] = []
+        self.is_closed = False
+
+    async def generate(self, token_ids: list[int], params: SamplingParams) -> AsyncIterator[Delta]:
+        if self.is_closed:
+            raise ShuttingDown("closed")
+        self.running += 1
+        self.params.append(params)
+        is_done = False
+        try:
+            if self.script.hold:
+                await self.script.hold.wait()
+            data = self.script.reply.encode()[: params.max_tokens]
+            for position, token_id in enumerate(data):
+                if position == self.script.fail_at:
+                    is_done = True
+                    raise self.script.error
+                await asyncio.sleep(self.script.delay_s)
+                logprobs = None if params.logprobs is None else [self._logprob(token_id, params.logprobs)]
+                yield Delta(chr(token_id), [token_id], logprobs)
+            is_done = True
+            reason = "length" if len(data) == params.max_tokens else "stop"
+            yield Delta(
+                "", [], None, reason, Usage(len(token_ids), len(data), 3, len(token_ids) - 3, 1.0, 2.0, 3.0)
+            )
+        finally:
+            self.running -= 1
+            self.cancelled += not is_done
+
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            kv_tokens_used=self.running,
+            kv_tokens_total=400,
+            prefill_tok_s=10.0,
+            decode_tok_s=5.0,
+            poisoned=self.script.poisoned,
+        )
+
+    def close(self, drain_s: float = 0.0) -> None:
+        self.is_closed = True
+
+    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        return TokenLogprob(token_id, -0.5, [(token_id, -0.5), (200, -1.5)][:num_top])
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def make_neuron(script: Script) -> Callable[..., Neuron]:
+    """A neuron of fake engines; `models` are loaded at its start."""
+
+    def load(path: Path, *, progress: Callable[[LoadProgress], None], **options: Any) -> FakeEngine:
+        script.loads.append((str(path), options))
+        progress(LoadProgress("weights", 40.0))
+        while script.load_hold and not script.load_hold.wait(0.02):
+            progress(LoadProgress("weights", 50.0))
+        if script.load_error:
+            raise script.load_error
+        progress(LoadProgress("ready", 100.0))
+        engine = FakeEngine(script)
+        script.engines.append(engine)
+        return engine
+
+    def resolve(source: str, report: Callable[[str, float], None]) -> Path:
+        if source == "nowhere":
+            raise SourceError("no model is named 'nowhere'")
+        return Path("/models") / source
+
+    def make(*models: str, admission: AdmissionSection | None = None, **section: Any) -> Neuron:
+        config = NeuronConfig(
+            neuron=replace(NeuronSection(keep_alive_s=0.05, shutdown_grace_s=0.2), **section),
+            admission=admission or AdmissionSection(),
+            models=tuple(ModelEntry(id=model) for model in models),
+        )
+        return Neuron(config, load=load, resolve=resolve)  # type: ignore[arg-type]
+
+    return make
+
+
+@asynccontextmanager
+async def listening(neuron: Neuron) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `neuron`, which listens on loopback."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    settings = hypercorn.config.Config()
+    settings.bind = [f"fd://{listener.detach()}"]
+    settings.errorlog = logging.getLogger("hypercorn.error")
+    settings.graceful_timeout = 0.5
+    stop = asyncio.Event()
+    server = asyncio.create_task(hypercorn.asyncio.serve(neuron.app, settings, shutdown_trigger=stop.wait))
+    try:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False
+        ) as client:
+            yield client
+    finally:
+        stop.set()
+        await server
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    """Waits for something that the other side does."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def serve_neuron() -> Callable[[Neuron], Any]:
+    return listening
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Any]:
+    return until
+
+
+@pytest.fixture
+async def client(make_neuron: Callable[..., Neuron]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a neuron on which model "m" is loaded."""
+    neuron = make_neuron("m")
+    async with listening(neuron) as client:
+        await until(lambda: neuron.registry.activation().state == "ready")
+        client.neuron = neuron  # type: ignore[attr-defined]
+        yield client
