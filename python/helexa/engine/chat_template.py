@@ -1,0 +1,158 @@
+"""Chat templates: the messages of a request as the text that the model was trained on.
+
+The template is the model's own and says everything; nothing is added to the messages and nothing left out.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jinja2
+
+from helexa.engine.template_sandbox import Sandbox
+from helexa.engine.tokenizer import Tokenizer
+from helexa.errors import BadRequest, InvalidFile, InvalidParameter
+
+logger = logging.getLogger(__name__)
+
+# For files with the tokens of ChatML and no template.
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+MAX_SOURCE = 1 << 18  # characters of a template
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PROBE = "probe-of-a-text-part"
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """One model's chat template, compiled."""
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "", *, tool_use: str | None = None):
+        """tool_use: a template to use instead when there are tools. Raises InvalidFile for a syntax error."""
+        self.source = source
+        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._sandbox = Sandbox()
+        self._template = self._compile(source)
+        self._with_tools = self._compile(tool_use) if tool_use else self._template
+        self._takes_parts = self._probe_parts()
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Self | None:
+        """The template of a GGUF file, or ChatML if the file has its tokens and no template; else None."""
+        source = metadata.get("tokenizer.chat_template")
+        if source is None and "<|im_start|>" in tokenizer.special_tokens:
+            logger.info("event=chat_template_assumed template=chatml")
+            source = CHATML
+        if source is None:
+            return None
+        tool_use = metadata.get("tokenizer.chat_template.tool_use")
+        if not isinstance(source, str) or not isinstance(tool_use, str | None):
+            raise InvalidFile("tokenizer.chat_template is not a text")
+        return cls(source, tokenizer.bos_token, tokenizer.eos_token, tool_use=tool_use)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt for `messages`, in the form of OpenAI's chat API; the messages are not modified.
+
+        variables: whatever else the template understands, such as enable_thinking. Raises BadRequest with the
+        template's words if it refuses the messages, InvalidParameter for content that is not text.
+        """
+        prepared = [self._prepare(index, message) for index, message in enumerate(messages)]
+        return self._render(prepared, tools, add_generation_prompt, variables)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        prompt: bool,
+        variables: dict[str, Any],
+    ) -> str:
+        given = {"messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
+        template = self._with_tools if tools else self._template
+        try:
+            return self._sandbox.render(template, {**self._special, **variables, **given})
+        except Exception as error:  # a template is a foreign program and may fail in any way
+            reason = str(error) or type(error).__name__
+            raise BadRequest(f"the model's chat template refused the messages: {reason}") from error
+
+    def _compile(self, source: str) -> jinja2.Template:
+        if len(source) > MAX_SOURCE:
+            raise InvalidFile(
+                f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}"
+            )
+        try:
+            return self._sandbox.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InvalidFile(
+                f"the chat template is wrong in line {error.lineno}: {error.message}"
+            ) from error
+        except (RecursionError, SyntaxError, ValueError, MemoryError) as error:
+            raise InvalidFile(f"the chat template cannot be compiled: {error}") from error
+
+    def _probe_parts(self) -> bool:
+        """Whether the template itself takes content apart that is a list of parts."""
+        message = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
+        try:
+            written = self._render([message], None, False, {})
+        except BadRequest:
+            return False
+        return _PROBE in written and f"'{_PROBE}'" not in written and f'"{_PROBE}"' not in written
+
+    def _prepare(self, index: int, message: Message) -> dict[str, Any]:
+        """A message as templates expect it: no empty fields, content as text, arguments as objects."""
+        prepared = {name: value for name, value in message.items() if value is not None}
+        content = prepared.get("content", "")
+        if not isinstance(content, str):
+            texts = _text_parts(content, f"messages[{index}].content")
+            parts = [{"type": "text", "text": text} for text in texts]
+            content = parts if self._takes_parts and parts else "".join(texts)
+        prepared["content"] = content
+        if prepared.get("role") == "developer" and "developer" not in self.source:
+            prepared["role"] = "system"
+        if "tool_calls" in prepared:
+            prepared["tool_calls"] = [_with_object_arguments(call) for call in prepared["tool_calls"]]
+        return prepared
+
+
+def _text_parts(content: Any, param: str) -> list[str]:
+    texts = []
+    for index, part in enumerate(content if isinstance(content, list | tuple) else [content]):
+        text = (
+            part.get("text")
+            if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS
+            else part
+        )
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            name = f"{param}[{index}]"
+            raise InvalidParameter(f"{name} is of type {kind!r}; this model reads only text", param=name)
+        texts.append(text)
+    return texts
+
+
+def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as an object, if they are one: templates walk through it."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        return dict(call)
+    if not isinstance(arguments, dict):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
