@@ -149,6 +149,33 @@ async def test_a_model_unloaded_since_the_last_poll_is_loaded_again(make_site, n
     assert len(neuron.loads) == 1
 
 
+async def test_a_model_that_the_neuron_loads_again_meanwhile_is_waited_for(make_site, neuron):
+    site = await make_site(neuron, poll_interval_s=60)
+    neuron.hold("tiny", status="loading")
+    error = {"message": "loading", "code": "model_loading"}
+    neuron.refusal = (503, error, {"retry-after": "9"})
+    neuron.load_s = 0.1
+    request = asyncio.create_task(site.chat())
+    while not neuron.loads:
+        await asyncio.sleep(0.01)
+    neuron.refusal = None
+    assert (await request)[0] == 200
+    assert neuron.loads == [{"model_id": "tiny", "wait": True}]
+
+
+async def test_a_poisoned_model_is_unavailable_until_it_has_been_loaded_again(make_site, neuron, eventually):
+    neuron.load_reports["tiny"] = {"poisoned": "illegal address"}
+    site = await make_site(neuron, poll_interval_s=60)
+    status, body, headers = await site.chat()
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "service_unavailable", "2")
+    await eventually(lambda: neuron.loads)
+    neuron.load_reports.clear()
+    await eventually(lambda: site.gateway.fleet.nodes["n0"].is_loaded("tiny"))
+    assert (await site.chat())[0] == 200
+    assert len(neuron.loads) == 1
+    assert len(neuron.requests) == 1
+
+
 async def test_a_model_that_only_the_neuron_knew_is_not_found_once_it_is_gone(make_site, neuron):
     site = await make_site(neuron, poll_interval_s=60)
     neuron.models.clear()

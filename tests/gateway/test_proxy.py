@@ -202,7 +202,7 @@ async def test_two_replicas_share_the_load(make_site, make_neuron):
     assert [len(neuron.requests) for neuron in neurons] == [10, 10]
 
 
-@pytest.mark.parametrize("code", ["shutting_down", "device_poisoned", "rate_limit_exceeded"])
+@pytest.mark.parametrize("code", ["shutting_down", "rate_limit_exceeded"])
 async def test_a_replica_that_refuses_for_now_is_replaced_by_another(make_site, make_neuron, code):
     bad = make_neuron("tiny", refusal=(503, {"message": "not now", "code": code}, {"retry-after": "9"}))
     good = make_neuron("tiny")

@@ -126,11 +126,18 @@ def test_a_loaded_replica_is_better_than_a_load_under_way():
 
 
 @pytest.mark.parametrize("status", ["poisoned", "loaded"])
-def test_a_poisoned_model_is_unavailable_for_a_moment_and_not_loaded_twice(status):
+def test_a_poisoned_model_is_loaded_again_where_it_is_and_nowhere_else(status):
     sick = make_node("a", models={"big": status}, loads=[ModelLoad(id="big", poisoned="illegal address")])
-    with pytest.raises(Unavailable, match="recovering") as caught:
-        choose(make_fleet(sick, make_node("b")), catalogue(BIG), "big")
-    assert (caught.value.status, caught.value.retry_after_s) == (503, 2)
+    fleet = make_fleet(sick, make_node("b"))
+    assert choose(fleet, catalogue(BIG), "big") == Decision("recover", "a", "big")
+    fleet.loading["big"] = "a"
+    assert choose(fleet, catalogue(BIG), "big") == Decision("join", "a", "big")
+
+
+def test_a_model_that_could_not_be_recovered_is_loaded_elsewhere():
+    sick = make_node("a", models={"big": "poisoned"})
+    fleet = make_fleet(sick, make_node("b"), failed={("a", "big"): OutOfMemory("no")})
+    assert choose(fleet, catalogue(BIG), "big") == Decision("load", "b", "big")
 
 
 @pytest.mark.parametrize(
@@ -354,6 +361,8 @@ def test_every_choice_can_be_carried_out(fleet, listed, model):
         )
     elif decision.action == "join":
         assert node.models[model].status == "loading"
+    elif decision.action == "recover":
+        assert node.models[model].status == "poisoned"
     else:
         rank = listed.rank(model)
         assert all(listed.rank(victim) <= rank and node.busy(victim) == 0 for victim in decision.evict)

@@ -17,7 +17,7 @@ from helexa.settings import find_config
 
 EPILOG = (
     "Without a configuration file the gateway serves the neuron at http://127.0.0.1:13131. An environment "
-    "variable overrides any key: HELEXA_GATEWAY_LISTEN sets [gateway] listen. The gateway stops on SIGINT or "
+    "variable overrides any key: HELEXA_GATEWAY_LISTEN sets gateway.listen. The gateway stops on SIGINT or "
     "SIGTERM, after streams had time to end."
 )
 
@@ -39,10 +39,10 @@ def run(
         ),
     ] = None,
     listen: Annotated[
-        str | None, typer.Option(help="host:port of the API  [default: 127.0.0.1:31313]", show_default=False)
+        str | None, typer.Option(help="host:port of the API (default 127.0.0.1:31313)", show_default=False)
     ] = None,
     metrics_listen: Annotated[
-        str | None, typer.Option(help="host:port of /metrics  [default: 127.0.0.1:31314]", show_default=False)
+        str | None, typer.Option(help="host:port of /metrics (default 127.0.0.1:31314)", show_default=False)
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Validate the configuration and exit.")] = False,
     _version: Annotated[

@@ -72,4 +72,4 @@ def _connector() -> aiohttp.TCPConnector:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         return made
 
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0, socket_factory=socket_of)
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, socket_factory=socket_of)

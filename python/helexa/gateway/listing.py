@@ -31,7 +31,12 @@ def health(fleet: Fleet) -> dict[str, Any]:
     nodes = fleet.nodes.values()
     healthy = [node for node in nodes if node.healthy]
     unservable = [
-        {"node": node.name, "model": info.id, "reason": info.status, "detail": _reason(node, info)}
+        {
+            "node": node.name,
+            "model": info.id,
+            "reason": "poisoned" if info.status == "loaded" else info.status,
+            "detail": _reason(node, info),
+        }
         for node in healthy
         for info in node.models.values()
         if info.status in ("failed", "poisoned") or (info.status == "loaded" and not node.is_loaded(info.id))

@@ -8,13 +8,13 @@ import aiohttp
 import msgspec
 
 from helexa.errors import CannotHost, HelexaError, Unavailable
-from helexa.gateway.catalogue import Catalogue, ModelEntry
+from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.fleet import Fleet, Node
 from helexa.gateway.metrics import Metrics
 from helexa.gateway.poller import Poller
 from helexa.gateway.router import Decision
 from helexa.log import fields
-from helexa.wire.control import UnloadRequest
+from helexa.wire.control import LoadRequest, UnloadRequest
 from helexa.wire.errors import parse_error
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ class Loader:
 
     async def ensure(self, decision: Decision) -> None:
         """Returns when the load has succeeded, or raises its error. A caller that leaves does not end it."""
+        await asyncio.shield(self.begin(decision))
+
+    def begin(self, decision: Decision) -> asyncio.Task[None]:
+        """The load of the model, begun now unless it was under way."""
         task = self._tasks.get(decision.model)
         if task is None:
             # The fleet shows the plan before anything is awaited: no other request plans with the same room.
@@ -55,7 +59,7 @@ class Loader:
             task = asyncio.create_task(self._load(node, decision), name=f"load {decision.model}")
             self._tasks[decision.model] = task
             task.add_done_callback(lambda done: self._ended(decision.model, done))
-        await asyncio.shield(task)
+        return task
 
     async def close(self) -> None:
         """Stops waiting for loads; the neurons go on with them."""
@@ -80,8 +84,7 @@ class Loader:
         try:
             for victim in decision.evict:
                 await self._unload(node, victim)
-            entry = self._catalogue.models.get(model) or ModelEntry(id=model)
-            await self._post(node, "/models/load", entry.load_request())
+            await self._post(node, "/models/load", self._request(decision))
             if not await self._poller.poll(node) or not node.is_loaded(model):
                 raise Unavailable(f"{node.name} loaded model {model!r} but does not show it")
             outcome = "loaded"
@@ -96,6 +99,13 @@ class Loader:
             self._metrics.loads.labels(model, node.name, outcome).inc()
         self._metrics.load_time.labels(model, node.name).observe(seconds)
         logger.info("load_finished", extra=fields(model=model, node=node.name, seconds=seconds))
+
+    def _request(self, decision: Decision) -> LoadRequest:
+        """A load that is under way, or was ours to begin with, is not told its source again."""
+        entry = self._catalogue.models.get(decision.model)
+        if decision.action == "load" and entry is not None:
+            return entry.load_request()
+        return LoadRequest(model_id=decision.model, wait=True)
 
     def _remember(self, node: Node, model: str, error: HelexaError) -> None:
         """Keeps the router from trying the same again and again."""

@@ -70,6 +70,7 @@ class Meter:
         self._metrics = metrics
         self._inter_token: Histogram | None = None
         self._last = 0.0
+        self._events = 0
         self._tail: deque[bytes] = deque(maxlen=4)
 
     def feed(self, block: bytes) -> None:
@@ -80,10 +81,12 @@ class Meter:
                 self._last = time.perf_counter()
                 self.first_token_s = self._last - self.started
                 self._inter_token = self._metrics.inter_token.labels(self.model, self.node)
+                self._events = 1
         elif events := block.count(b"data: "):
             now = time.perf_counter()
             self._inter_token.observe((now - self._last) / events)
             self._last = now
+            self._events += events
 
     def feed_answer(self, body: bytes) -> None:
         """All of an answer that is not a stream."""
@@ -108,7 +111,8 @@ class Meter:
         metrics.duration.labels(*where).observe(now - self.started)
         metrics.prompt_tokens.labels(*where).inc(self.usage.get("prompt_tokens", 0))
         metrics.cached_tokens.labels(*where).inc(self.usage.get("cached_tokens", 0))
-        completion = self.usage.get("completion_tokens", 0)
+        # A client that did not ask for usage gets none; then events count for tokens.
+        completion = self.usage.get("completion_tokens", self._events)
         metrics.completion_tokens.labels(*where).inc(completion)
         if self.first_token_s is not None:
             metrics.first_token.labels(*where).observe(self.first_token_s)

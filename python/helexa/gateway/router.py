@@ -12,9 +12,13 @@ from helexa.gateway.fleet import Fleet, Node
 
 @dataclass(frozen=True)
 class Decision:
-    """serve: the model is loaded there. join: it is being loaded. load: unload `evict`, then load it."""
+    """What to do with a request.
 
-    action: Literal["serve", "join", "load"]
+    serve: the model is loaded there. join: it is being loaded there. load: unload `evict`, then load it.
+    recover: it has failed on its device there; refuse for now and load it again.
+    """
+
+    action: Literal["serve", "join", "load", "recover"]
     node: str
     model: str
     evict: tuple[str, ...] = ()
@@ -38,8 +42,8 @@ def choose(
 ) -> Decision:
     """Where the model (an id, not an alias) shall be served. avoid: nodes that this request has tried.
 
-    Raises UnknownModel, Unavailable (no node up, or the model is recovering), NoPlacement (no room now),
-    CannotHost (never), or what made the last load fail.
+    Raises UnknownModel, Unavailable (no node up), NoPlacement (no room now), CannotHost (never), or what made
+    the last load fail.
     """
     loaded = [node for node in fleet.routable() if node.is_loaded(model) and node.name not in avoid]
     if loaded:
@@ -47,8 +51,9 @@ def choose(
         return Decision("serve", best.name, model)
     if joined := _under_way(fleet, model, avoid):
         return Decision("join", joined, model)
-    if any(_is_broken(node, model) for node in fleet.routable()):
-        raise Unavailable(f"model {model!r} has failed on its device and is recovering", retry_after_s=2)
+    for node in fleet.routable():
+        if _is_broken(node, model) and (node.name, model) not in fleet.failed:
+            return Decision("recover", node.name, model)
     return _place(fleet, catalogue, model, avoid, strategy)
 
 

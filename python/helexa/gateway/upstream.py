@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from helexa.errors import CannotHost, HelexaError, NoPlacement, UnknownModel, UpstreamClosed, UpstreamTimeout
+from helexa.errors import (
+    CannotHost,
+    DevicePoisoned,
+    HelexaError,
+    ModelLoading,
+    NoPlacement,
+    Unavailable,
+    UnknownModel,
+    UpstreamClosed,
+    UpstreamTimeout,
+)
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Fleet, Node
@@ -19,6 +29,8 @@ from helexa.wire.errors import parse_error
 
 # Answers that mean "not here, not now"; another replica may still serve the request.
 _ELSEWHERE = (502, 503, 504)
+# Answers that mean that a model has changed since the last poll.
+_OUTDATED = (UnknownModel.code, ModelLoading.code, DevicePoisoned.code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +129,11 @@ class Dispatcher:
                 node.active[call.model] += 1
                 node.last_used[call.model] = time.monotonic()
                 return node
+            if decision.action == "recover":
+                self._loader.begin(decision)
+                raise Unavailable(
+                    f"model {call.model!r} failed on its device and is recovering", retry_after_s=2
+                )
             if not waited_for_load:
                 waited_for_load = True
                 self._metrics.cold_starts.labels(call.model, decision.node).inc()
@@ -165,15 +182,12 @@ class Dispatcher:
         if response.status not in (404, *_ELSEWHERE):
             return False
         error = await _refusal(response)
-        if response.status == 404:
-            if error.code != UnknownModel.code or node.name in outdated:
-                return False
+        if error.code in _OUTDATED and node.name not in outdated:
             outdated.add(node.name)
-            node.models.pop(call.model, None)
-        elif self._has_replica(call.model, {node.name, *tried}):
-            tried[node.name] = error
-        else:
+            return await self._poller.poll(node)
+        if response.status == 404 or not self._has_replica(call.model, {node.name, *tried}):
             return False
+        tried[node.name] = error
         self._poller.hurry(node)
         return True
 
