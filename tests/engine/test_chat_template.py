@@ -93,6 +93,13 @@ def test_filters_of_texts_do_what_they_do_in_jinja():
     assert _render("{{ '%s-%d' % ('a', 5) }}{{ '{:>3}'.format(7) }}{{ 2 ** 10 + 3 * 2 }}") == "a-5  71030"
 
 
+def test_methods_of_texts_work_in_loops_with_variables():
+    source = (
+        "{% for m in messages %}{% set x = m.role %}{{ x.replace('u', '-') }}{{ '.'.join(x) }}{% endfor %}"
+    )
+    assert _render(source) == "-seru.s.e.r"
+
+
 def test_the_date_is_that_of_today():
     assert _render("{{ strftime_now('%Y') }}") in {str(datetime.now().year), str(datetime.now().year - 1)}
 

@@ -30,6 +30,7 @@ MAX_TOTAL = 1 << 28  # of all values that one rendering makes
 MAX_WIDTH = 1000  # to which a text is padded
 MAX_BITS = 1 << 16  # of a whole number
 
+_SCOPE = ("_loop_vars", "_block_vars")
 _ITEM = 32  # characters as which a value other than a text counts
 
 # Padding or unbounded in ways that no chat template needs, or not a function of the input.
@@ -104,13 +105,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            if method.__name__ in (
-                "join",
-                "replace",
-            ):  # keyword arguments are theirs alone from Python 3.13 on
+            # Jinja adds the variables of the scope; only functions that take a context get them.
+            given = {name: value for name, value in kwargs.items() if name not in _SCOPE}
+            if method.__name__ in ("join", "replace"):
                 guarded: Callable[..., str] = _join if method.__name__ == "join" else _replace
-                return __self._count(guarded(owner, *args, **kwargs))
-            _check_method(owner, method.__name__, args, kwargs)
+                return __self._count(guarded(owner, *args, **given))
+            _check_method(owner, method.__name__, args, given)
         return __self._count(super().call(__context, __obj, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
