@@ -21,7 +21,7 @@ async def test_a_node_is_down_after_three_failures_and_up_after_one_success(make
     for expected in (True, True, False, False):
         assert not await poller.poll(node)
         assert node.healthy is expected
-    assert "Connect" in node.error
+    assert node.error == "cannot connect: connection refused"
     node.endpoint = endpoint
     assert await poller.poll(node)
     assert (node.healthy, node.failures, node.error) == (True, 0, None)

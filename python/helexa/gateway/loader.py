@@ -11,7 +11,7 @@ from helexa.errors import CannotHost, HelexaError, Unavailable
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.fleet import Fleet, Node
 from helexa.gateway.metrics import Metrics
-from helexa.gateway.poller import Poller
+from helexa.gateway.poller import Poller, reason
 from helexa.gateway.router import Decision
 from helexa.log import fields
 from helexa.wire.control import LoadRequest, UnloadRequest
@@ -134,8 +134,7 @@ class Loader:
                 status, body = response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._poller.suspect(node)
-            reason = str(error) or type(error).__name__
-            raise Unavailable(f"{node.name} did not carry out {path}: {reason}", retry_after_s=5) from error
+            raise Unavailable(f"{node.name} did not carry out {path}: {reason(error)}") from error
         if status < 300 or (status == 404 and gone_is_fine):
             return
         raise _refusal(node, path, status, body)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from typing import TypeVar
 
 import aiohttp
@@ -21,6 +22,17 @@ LONGEST_PAUSE_S = 15.0
 _DISCOVERY = msgspec.json.Decoder(Discovery)
 _HEALTH = msgspec.json.Decoder(Health)
 _MODELS = msgspec.json.Decoder(list[ModelInfo])
+
+
+def reason(error: Exception) -> str:
+    """What went wrong on the way to a neuron, in a few words."""
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return f"cannot connect: {os.strerror(error.os_error.errno).lower()}"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"answered with status {error.status}"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return str(error) or type(error).__name__
 
 
 class Poller:
@@ -121,7 +133,7 @@ class Poller:
 
     def _failed(self, node: Node, error: Exception) -> None:
         node.failures += 1
-        node.error = str(error) or type(error).__name__
+        node.error = reason(error)
         if node.failures == FAILURES_UNTIL_UNHEALTHY:
             node.healthy = False
             logger.warning(

@@ -23,7 +23,7 @@ from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Fleet, Node
 from helexa.gateway.loader import Loader
 from helexa.gateway.metrics import Meter, Metrics
-from helexa.gateway.poller import Poller
+from helexa.gateway.poller import Poller, reason
 from helexa.gateway.router import Decision, choose
 from helexa.wire.errors import parse_error
 
@@ -161,7 +161,7 @@ class Dispatcher:
                 raise UpstreamTimeout(f"{node.name} did not answer in time") from error
             if isinstance(error, aiohttp.ClientError):
                 self._poller.suspect(node)
-                raise UpstreamClosed(f"{node.name} cannot be reached: {error}", retry_after_s=3) from error
+                raise UpstreamClosed(f"{node.name}: {reason(error)}", retry_after_s=3) from error
             raise
         return Upstream(node, call.model, response, self._poller)
 
