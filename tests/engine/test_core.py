@@ -232,7 +232,7 @@ def test_events_of_a_step_travel_in_one_batch_and_a_dead_reader_is_cancelled(ben
     assert machine.pool.num_used == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     arrivals=st.lists(
         st.tuples(

@@ -74,8 +74,9 @@ def plan_capacity(
     usable = int(free_bytes * (1 - KEPT_FREE))
     needed = (num_pages + 1) * page_bytes  # one more as scratch
     if num_pages < 1 or needed > usable:
+        needed = max(needed, 2 * page_bytes)
         raise OutOfMemory(
-            f"a KV cache of {max(num_pages, 1) * page_tokens} tokens needs {max(needed, 2 * page_bytes)} bytes, "
+            f"a KV cache of {max(num_pages, 1) * page_tokens} tokens needs {needed} bytes, "
             f"but only {usable} bytes of memory are free for it; ask for a smaller context or cache",
             needed_bytes=needed,
             free_bytes=usable,

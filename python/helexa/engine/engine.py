@@ -241,6 +241,12 @@ class Engine:
         if core is not None:
             core.runner = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _start(self, build: Callable[[], Model]) -> EngineCore:
         options = self.options
         torch.set_grad_enabled(False)

@@ -120,13 +120,14 @@ class Scheduler:
         """Notes that the plan has run: its tokens are computed, and full pages become visible to others."""
         page_tokens = self._pool.page_tokens
         for sequence in plan.sequences:
+            # The last token of a prompt that is cached otherwise is computed by a decode step.
+            if plan.is_prefill or sequence.num_computed < sequence.num_prompt_tokens:
+                sequence.prefilled_tokens += plan.num_tokens
             sequence.num_computed += plan.num_tokens
             if sequence.num_computed >= (sequence.depth + 1) * page_tokens:
                 self._publish_pages(sequence)
-            if plan.is_prefill:
-                sequence.prefilled_tokens += plan.num_tokens
-                if sequence.num_pending == 0:
-                    self._publish_tail(sequence)
+            if plan.is_prefill and sequence.num_pending == 0:
+                self._publish_tail(sequence)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
