@@ -40,6 +40,10 @@ struct AttentionTask {
 // Memory that one task needs, in bytes; aligned to 64 by the caller.
 HELEXA_ISA_KERNEL(int64_t, attention_scratch_bytes, int64_t num_rows, int64_t head_dim)
 HELEXA_ISA_KERNEL(void, attention_task, const AttentionTask& task, uint8_t* scratch)
+// The same for at most kDecodeRows rows and a head_dim that is a multiple of 16.
+constexpr int64_t kDecodeRows = 8;
+HELEXA_ISA_KERNEL(int64_t, attention_decode_scratch_bytes, int64_t head_dim)
+HELEXA_ISA_KERNEL(void, attention_decode_task, const AttentionTask& task, uint8_t* scratch)
 // Joins the partial results of one row over all ranges of keys, which lie partial_stride apart.
 HELEXA_ISA_KERNEL(void, attention_combine, const float* partial, int64_t partial_stride, int64_t num_splits,
                   int64_t head_dim, float* out)

@@ -80,7 +80,9 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
 
   const auto attention_task = pick_attention_task();
-  const int64_t scratch_bytes = pick_attention_scratch_bytes()(block_tokens * group, head_dim);
+  const auto attention_decode_task = pick_attention_decode_task();
+  const int64_t scratch_bytes = std::max(pick_attention_scratch_bytes()(block_tokens * group, head_dim),
+                                         pick_attention_decode_scratch_bytes()(head_dim));
   const int64_t element_bytes = static_cast<DType>(cache_dtype) == DType::kF32 ? 4 : 2;
   parallel_for(num_blocks * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     uint8_t* memory = scratch(scratch_bytes);
@@ -109,7 +111,8 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
       task.scale = scale;
       task.out = block.num_splits == 1 ? out + offset : nullptr;
       task.partial = partial + block.partial + kv_head * task.num_rows * row_values;
-      attention_task(task, memory);
+      const bool is_decode = num_queries * group <= kDecodeRows && head_dim % 16 == 0;
+      is_decode ? attention_decode_task(task, memory) : attention_task(task, memory);
     }
   });
   if (partial_values == 0) return;
