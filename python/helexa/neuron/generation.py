@@ -10,7 +10,7 @@ from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.stream import Delta
 from helexa.engine.stream import Usage as EngineUsage
-from helexa.neuron.metrics import Metrics
+from helexa.neuron.metrics import Metrics, Tokens
 from helexa.wire.generation import PromptTokensDetails, Timing, Usage
 
 
@@ -32,8 +32,18 @@ class Record:
     jobs: list[Job] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
+    num_tokens: int = 0  # generated so far, over all choices
     usages: dict[int, EngineUsage] = field(default_factory=dict)  # by choice
     finish_reasons: dict[int, str] = field(default_factory=dict)
+
+    def tokens(self) -> Tokens:
+        """What the request has cost; if it was cut off, its prompt counts once that was computed."""
+        usage = self.usage()
+        if self.usages or self.first_token_s is None:
+            cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+            return Tokens(usage.prompt_tokens, cached, max(usage.completion_tokens, self.num_tokens))
+        prompts = {job.prompt: len(job.token_ids) for job in self.jobs}
+        return Tokens(sum(prompts.values()), 0, self.num_tokens)
 
     def usage(self) -> Usage:
         """Tokens of all finished choices; a prompt counts once however many choices it has."""
@@ -116,6 +126,7 @@ def _measure(index: int, delta: Delta, last_s: float | None, record: Record, met
         histogram = metrics.inter_token.labels(record.model)
         for _ in delta.token_ids:
             histogram.observe((now_s - last_s) / len(delta.token_ids))
+    record.num_tokens += len(delta.token_ids)
     if delta.finish_reason and delta.usage:
         record.usages[index] = delta.usage
         record.finish_reasons[index] = delta.finish_reason

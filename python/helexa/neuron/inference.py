@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -104,9 +105,8 @@ class Inference(ABC, Generic[R]):
 
     def _account(self, record: Record, request_id: str | None) -> None:
         duration_s = time.monotonic() - record.started_s
-        usage = record.usage()
-        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-        self._metrics.count_request(self.route, record.model, record.outcome, duration_s, usage)
+        tokens = record.tokens()
+        self._metrics.count_request(self.route, record.model, record.outcome, duration_s, tokens)
         first_s = record.first_token_s
         logger.info(
             "request",
@@ -115,9 +115,7 @@ class Inference(ABC, Generic[R]):
                 model=record.model or None,
                 outcome=record.outcome,
                 finish=",".join(sorted(set(record.finish_reasons.values()))) or None,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=cached,
-                completion_tokens=usage.completion_tokens,
+                **asdict(tokens),
                 ttft_ms=round((first_s - record.started_s) * 1e3, 1) if first_s else None,
                 duration_ms=round(duration_s * 1e3, 1),
                 request_id=request_id,

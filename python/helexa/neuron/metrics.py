@@ -1,6 +1,7 @@
 """Prometheus metrics of a neuron, in a registry of their own so that several can live in one process."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -8,13 +9,21 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from helexa.wire.control import ModelLoad
-from helexa.wire.generation import Usage
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _REQUEST_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 _FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 _INTER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 _LOAD_S = (0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one request has cost; cached tokens are among those of the prompt."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
 
 
 class _LoadCollector(Collector):
@@ -78,7 +87,7 @@ class Metrics:
         self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _INTER_TOKEN_S)
         self.load_seconds = histogram("model_load_seconds", "Successful loads.", _LOAD_S)
 
-    def count_request(self, route: str, model: str, outcome: str, duration_s: float, usage: Usage) -> None:
+    def count_request(self, route: str, model: str, outcome: str, duration_s: float, tokens: Tokens) -> None:
         """Adds one request that has ended; `outcome` is "ok", "cancelled" or the code of its error."""
         self.requests.labels(model, route).inc()
         if outcome == "cancelled":
@@ -87,10 +96,9 @@ class Metrics:
             self.errors.labels(model, outcome).inc()
         else:
             self.duration.labels(model).observe(duration_s)
-        self.prompt_tokens.labels(model).inc(usage.prompt_tokens)
-        self.completion_tokens.labels(model).inc(usage.completion_tokens)
-        if usage.prompt_tokens_details:
-            self.cached_tokens.labels(model).inc(usage.prompt_tokens_details.cached_tokens)
+        self.prompt_tokens.labels(model).inc(tokens.prompt_tokens)
+        self.cached_tokens.labels(model).inc(tokens.cached_tokens)
+        self.completion_tokens.labels(model).inc(tokens.completion_tokens)
 
     def render(self) -> bytes:
         """The exposition text."""

@@ -323,13 +323,12 @@ class Registry:
                 model.started_s = started = time.monotonic()
                 model.engine = await self._in_thread(model, partial(self._load_engine, path, model))
                 model.load_seconds = round(time.monotonic() - started, 3)
+            self._ready(model, path)
         except HelexaError as error:
             self._fail(model, error)
         except Exception:
             logger.exception("load_failed", extra=fields(model=model.id, source=model.source))
             self._fail(model, HelexaError("loading failed unexpectedly; the neuron's log has the details"))
-        else:
-            self._ready(model, path)
 
     def _ready(self, model: LoadedModel, path: Path) -> None:
         assert model.engine is not None
