@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helexa import __version__
-from helexa.cli.local import local_model
+from helexa.cli.local import local_model, usable_cpus
 from helexa.cli.measure import Workload
 from helexa.errors import BadRequest, HelexaError
 
@@ -193,7 +193,7 @@ def bench(
     if not prompt and not generate:
         raise BadRequest("nothing to measure: give --prompt or --generate")
     path = local_model(model)
-    work = Workload(str(path), prompt, generate, depth, streams, threads or len(os.sched_getaffinity(0)))
+    work = Workload(str(path), prompt, generate, depth, streams, threads or usable_cpus())
     console = Console(stderr=True)
     own: list[dict[str, float]] = []
     others: list[dict[str, float]] = []

@@ -8,11 +8,18 @@ from typing import Any
 from helexa.errors import HelexaError
 
 
-def load_engine(path: Path, *, context: int, threads: int | None) -> Any:
+def load_engine(path: Path, *, context: int, threads: int | None, kv_dtype: str) -> Any:
     """The engine with the model at `path`, on all CPUs that this process may use unless told otherwise."""
     from helexa.engine.engine import Engine
 
-    return Engine.load(path, max_context=context, num_threads=threads or len(os.sched_getaffinity(0)))
+    return Engine.load(
+        path, max_context=context, num_threads=threads or usable_cpus(), kv_dtype=kv_dtype, max_sequences=1
+    )
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_model(name: str) -> Path:

@@ -111,6 +111,9 @@ def perplexity(
         str | None, typer.Option(help="a model with the same vocabulary to compare with")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all that this process may use")] = None,
+    kv_dtype: Annotated[
+        str, typer.Option(help="of keys and values; float16 is also llama.cpp's default")
+    ] = "float16",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Measure the perplexity of a text, and the divergence from a reference model."""
@@ -118,14 +121,14 @@ def perplexity(
         content = text.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequest(f"{text} is not UTF-8: {error.reason} at byte {error.start}") from None
-    engine = load_engine(local_model(model), context=context, threads=threads)
+    engine = load_engine(local_model(model), context=context, threads=threads, kv_dtype=kv_dtype)
     other = None
     try:
         if engine.tokenizer is None:
             raise BadRequest(f"{model} has no vocabulary, so it cannot read a text")
         chunks = cut(engine.tokenizer, content, context)
         if reference is not None:
-            other = load_engine(local_model(reference), context=context, threads=threads)
+            other = load_engine(local_model(reference), context=context, threads=threads, kv_dtype=kv_dtype)
             _check_same_vocabulary(engine, other, chunks[0])
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("scoring", total=len(chunks))
