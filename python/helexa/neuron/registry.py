@@ -391,8 +391,8 @@ class Registry:
             if engine := model.engine:
                 model.engine = None
                 await asyncio.to_thread(engine.close)
+                logger.info("model_unloaded", extra=fields(model=model.id))
             model.gone.set()
-            logger.info("model_unloaded", extra=fields(model=model.id))
         if self._models.get(model.id) is model:
             del self._models[model.id]
 
