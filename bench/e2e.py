@@ -2,6 +2,8 @@
 
 overhead  the gateway before a neuron stand-in that streams at a fixed rate: time to first byte and chunk rate
           with and without it, alternating; each runs in a process of its own on loopback.
+model     a real model straight and through the gateway: time to first token and tokens per second, beside
+          what the engine measured of itself.
 
 The last line of stdout is one JSON document.
 """
@@ -13,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -177,42 +180,114 @@ def percentiles(values: list[float]) -> dict[str, float]:
     }
 
 
+async def clients(session: aiohttp.ClientSession, url: str, streams: int) -> list[float]:
+    """Seconds to the first byte of what `streams` clients see that each send three requests, out of step."""
+
+    async def client(index: int) -> list[float]:
+        await asyncio.sleep(0.2 * index / streams)
+        return [(await stream(session, url, max_tokens=20, seed=10))[0] for _ in range(3)]
+
+    return [first for firsts in await asyncio.gather(*map(client, range(streams))) for first in firsts]
+
+
+async def flood(session: aiohttp.ClientSession, url: str, streams: int) -> tuple[int, float]:
+    """Events and seconds of streams whose source never waits."""
+    started = time.perf_counter()
+    parts = (stream(session, url, max_tokens=2500, seed=0) for _ in range(streams))
+    events = sum(count for _, _, count in await asyncio.gather(*parts))
+    return events, time.perf_counter() - started
+
+
 async def overhead(streams: int, rounds: int) -> dict[str, Any]:
     port = free_port()
     neuron = f"http://127.0.0.1:{port}"
+    alone: dict[str, list[float]] = {"direct": [], "gateway": []}
+    many: dict[str, list[float]] = {"direct": [], "gateway": []}
     with process(__file__, "stand-in", str(port), url=neuron), gateway(neuron) as (url, pid):
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            times: dict[str, list[float]] = {neuron: [], url: []}
-            alone: dict[str, list[float]] = {neuron: [], url: []}
             for _ in range(rounds):
-                for target in (neuron, url):
-                    alone[target].append((await stream(session, target, max_tokens=3, seed=1))[0])
-                    parts = (stream(session, target, max_tokens=20, seed=10) for _ in range(streams))
-                    times[target] += [first for first, _, _ in await asyncio.gather(*parts)]
-            rates = {}
-            for target in (neuron, url):
-                before, started = cpu_seconds(pid), time.perf_counter()
-                parts = (stream(session, target, max_tokens=2500, seed=0) for _ in range(streams))
-                events = sum(count for _, _, count in await asyncio.gather(*parts))
-                rates[target] = events / (time.perf_counter() - started)
-            per_core = events / (cpu_seconds(pid) - before)
-    one = {name: percentiles(alone[target]) for name, target in (("direct", neuron), ("gateway", url))}
-    many = {name: percentiles(times[target]) for name, target in (("direct", neuron), ("gateway", url))}
+                for name, target in (("direct", neuron), ("gateway", url)):
+                    alone[name] += [
+                        (await stream(session, target, max_tokens=3, seed=1))[0] for _ in range(5)
+                    ]
+                    many[name] += await clients(session, target, streams)
+            direct, direct_s = await flood(session, neuron, streams)
+            before = cpu_seconds(pid)
+            through, through_s = await flood(session, url, streams)
+            per_core = through / (cpu_seconds(pid) - before)
     return {
-        "streams": streams,
-        "requests": len(times[url]),
-        "first_byte_ms_1": _milliseconds(one),
-        "first_byte_ms": _milliseconds(many),
-        "added_p50_ms_1": round((one["gateway"]["p50"] - one["direct"]["p50"]) * 1e3, 3),
-        "added_p50_ms": round((many["gateway"]["p50"] - many["direct"]["p50"]) * 1e3, 3),
-        "added_p99_ms": round((many["gateway"]["p99"] - many["direct"]["p99"]) * 1e3, 3),
-        "chunks_per_s": {"direct": round(rates[neuron]), "gateway": round(rates[url])},
-        "chunks_per_gateway_core_s": round(per_core),
+        "first_byte_ms_1_stream": _summary(alone),
+        f"first_byte_ms_{streams}_streams": _summary(many),
+        "chunks_per_s": {"direct": round(direct / direct_s), "gateway": round(through / through_s)},
+        "chunks_per_s_of_gateway_cpu": round(per_core),
     }
 
 
-def _milliseconds(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {name: {key: round(value * 1e3, 3) for key, value in row.items()} for name, row in table.items()}
+async def model(path: str, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
+    """The same request straight to a neuron and through a gateway, beside what the engine says of itself."""
+    port = free_port()
+    neuron = f"http://127.0.0.1:{port}"
+    rows: dict[str, list[dict[str, float]]] = {"neuron": [], "gateway": []}
+    arguments = ("-m", "helexa.cli.neuron", "--port", str(port), "--model", f"tiny={path}")
+    with process(*arguments, url=neuron), gateway(neuron) as (url, _):
+        async with aiohttp.ClientSession() as session:
+            await loaded(session, url)
+            for index in range(rounds + 1):
+                for name, target in (("neuron", neuron), ("gateway", url)):
+                    words = f"{name} {index} " + "and so it went " * (prompt // 4)  # no two share a prefix
+                    row = await generation(session, target, words, generate)
+                    if index:  # the first is to warm up
+                        rows[name].append(row)
+    keys = ("prompt_tokens", "first_token_ms", "tokens_per_s", "engine_prefill_ms", "engine_tokens_per_s")
+    return {
+        name: {key: round(statistics.median(row[key] for row in measured), 2) for key in keys}
+        for name, measured in rows.items()
+    }
+
+
+async def loaded(session: aiohttp.ClientSession, url: str) -> None:
+    for _ in range(int(READY_S * 10)):
+        async with session.get(url + "/v1/models") as response:
+            if any(card["loaded"] for card in (await response.json())["data"]):
+                return
+        await asyncio.sleep(0.1)
+    raise SystemExit("the model was not loaded in time")
+
+
+async def generation(session: aiohttp.ClientSession, url: str, words: str, count: int) -> dict[str, float]:
+    wanted = {
+        "max_tokens": count,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }
+    body = CHAT | wanted | {"messages": [{"role": "user", "content": words}]}
+    started, first, last, usage = time.perf_counter(), 0.0, 0.0, {}
+    async with session.post(url + "/v1/chat/completions", json=body) as response:
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            if any(choice["delta"].get("content") for choice in event["choices"]):
+                last = time.perf_counter()
+                first = first or last
+    timing = usage["helexa_timing"]
+    tokens = usage["completion_tokens"]
+    return {
+        "prompt_tokens": usage["prompt_tokens"],
+        "first_token_ms": (first - started) * 1e3,
+        "tokens_per_s": (tokens - 1) / (last - first),
+        "engine_prefill_ms": timing["prefill_ms"],
+        "engine_tokens_per_s": (tokens - 1) / timing["decode_ms"] * 1e3,
+    }
+
+
+def _summary(values: dict[str, list[float]]) -> dict[str, Any]:
+    """Percentiles of both, and how much the gateway adds."""
+    rows = {name: {key: round(s * 1e3, 3) for key, s in percentiles(v).items()} for name, v in values.items()}
+    added = {key: round(rows["gateway"][key] - rows["direct"][key], 3) for key in rows["direct"]}
+    return {**rows, "added": added, "requests": len(values["gateway"])}
 
 
 def main() -> None:
@@ -222,13 +297,22 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     own = commands.add_parser("overhead")
     own.add_argument("--streams", type=int, default=16)
-    own.add_argument("--rounds", type=int, default=40)
+    own.add_argument("--rounds", type=int, default=20)
+    real = commands.add_parser("model")
+    real.add_argument("path", help="a GGUF file")
+    real.add_argument("--prompt", type=int, default=256)
+    real.add_argument("--generate", type=int, default=64)
+    real.add_argument("--rounds", type=int, default=5)
     commands.add_parser("stand-in").add_argument("port", type=int)
     arguments = parser.parse_args()
     if arguments.command == "stand-in":
         asyncio.run(stand_in(arguments.port))
         return
-    print(json.dumps(asyncio.run(overhead(arguments.streams, arguments.rounds))))
+    if arguments.command == "overhead":
+        result = asyncio.run(overhead(arguments.streams, arguments.rounds))
+    else:
+        result = asyncio.run(model(arguments.path, arguments.prompt, arguments.generate, arguments.rounds))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
