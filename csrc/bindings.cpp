@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/cpu.h"
+#include "core/cuda_error.h"
 #include "core/graph.h"
 #include "core/parallel.h"
 #include "ops/attention.h"
@@ -52,6 +53,20 @@ template <class... Args>
   };
 }
 
+// CudaError of Python: a RuntimeError with the CUDA status as `code`.
+void register_cuda_error(py::module_& m) {
+  static const py::handle type = py::exception<CudaError>(m, "CudaError", PyExc_RuntimeError).release();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const CudaError& error) {
+      py::object instance = type(error.what());
+      instance.attr("code") = error.code();
+      PyErr_SetObject(type.ptr(), instance.ptr());
+    }
+  });
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of helexa; private to helexa.ops and helexa.parallel.";
 
@@ -81,8 +96,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append_cpu", cpu(&rope_append_cpu));
   m.def("attention_cpu", cpu(&attention_cpu));
 
+  register_cuda_error(m);
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
 #else
   m.attr("has_cuda") = false;
 #endif
