@@ -1,9 +1,13 @@
 """Fixtures that every folder of tests may use."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+from helexa.errors import SourceError
+from helexa.weights.sources import resolve
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -12,6 +16,15 @@ os.environ.setdefault(
 # A test that is slow on a busy machine has not failed.
 hypothesis.settings.register_profile("helexa", deadline=None)
 hypothesis.settings.load_profile("helexa")
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The starter model in the cache; tests that need it are marked `model` and skip without it."""
+    try:
+        return resolve("starter")
+    except SourceError:
+        pytest.skip("no starter model in the cache; `helexa pull starter` fetches it")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helexa.errors import HelexaError
+from helexa.weights.sources import resolve
 
 
 def load_engine(path: Path, *, context: int, threads: int | None, kv_dtype: str) -> Any:
@@ -23,8 +24,9 @@ def usable_cpus() -> int:
 
 
 def local_model(name: str) -> Path:
-    """The GGUF file that `name` stands for: a path, or a model in the cache. Raises SourceError."""
-    return Path(name)
+    """The GGUF file that `name` stands for: a path, or a model in the cache. Raises HelexaError."""
+    need_engine()
+    return resolve(name)
 
 
 def need_engine() -> None:

@@ -16,14 +16,13 @@ from rich.console import Console
 from helexa.cli.children import Children
 from helexa.cli.client import Client
 from helexa.cli.load import progress_bar, wait_until_loaded
-from helexa.cli.local import need_engine
-from helexa.cli.pull import fetch
+from helexa.cli.local import local_model, need_engine
 from helexa.errors import BadRequest, HelexaError
 
 HOST = "127.0.0.1"
 START_S = 60.0  # until a daemon answers at all; the load of the model has no limit
 POLL_S = 0.1
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of England?"
 
 
 def state_folder() -> Path:
@@ -98,7 +97,8 @@ async def first_answer(client: Client, model: str) -> str:
 
 def instructions(url: str, model: str, answer: str, logs: Path) -> str:
     """What a user needs once everything runs."""
-    request = {"model": model, "stream": True, "messages": [{"role": "user", "content": QUESTION}]}
+    message = {"role": "user", "content": QUESTION}
+    request = {"model": model, "stream": True, "temperature": 0, "messages": [message]}
     return f"""
 helexa is up: {url}   model: {model}
   asked: {QUESTION}
@@ -184,7 +184,7 @@ def up(
         (neuron_port, "--neuron-port"),
     ):
         check_port_is_free(number, option)
-    path = fetch(model)
+    path = local_model(model)
     folder = state_folder()
     write_configuration(folder, model, str(path), port, metrics_port, neuron_port)
     asyncio.run(_supervise(folder, model, port, neuron_port))

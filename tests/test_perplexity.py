@@ -1,0 +1,24 @@
+"""A real model on a real text predicts as well as llama.cpp says it should."""
+
+from pathlib import Path
+
+import pytest
+
+from helexa.cli.local import load_engine
+from helexa.cli.perplexity import cut, evaluate
+
+TEXT = Path(__file__).parent / "data" / "public_domain.txt"
+LLAMA_CPP = 12.4072  # llama-perplexity -f public_domain.txt -c 512; docs/numerics.md has the whole command
+
+
+@pytest.mark.model
+def test_the_starter_model_has_the_perplexity_that_llama_cpp_reports(starter_model: Path) -> None:
+    engine = load_engine(starter_model, context=512, threads=None, kv_dtype="float16")
+    try:
+        chunks = cut(engine.tokenizer, TEXT.read_text("utf-8"), 512)
+        result = evaluate(engine, chunks)
+    finally:
+        engine.close()
+    assert len(chunks) == 3
+    assert result.scored_tokens == 765
+    assert result.perplexity == pytest.approx(LLAMA_CPP, rel=0.005)
