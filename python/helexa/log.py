@@ -28,8 +28,14 @@ class LogfmtFormatter(logging.Formatter):
             "logger": record.name,
         }
         values = getattr(record, "fields", None)
-        pairs["msg" if values is None else "event"] = record.getMessage()
-        line = " ".join(f"{key}={quote(value)}" for key, value in {**pairs, **(values or {})}.items())
+        message = record.getMessage()
+        if values is not None:
+            pairs |= {"event": message, **values}
+        elif not message.startswith("event="):
+            pairs["msg"] = message
+        line = " ".join(f"{key}={quote(value)}" for key, value in pairs.items())
+        if values is None and message.startswith("event="):
+            line += " " + message.replace("\n", "\\n")
         if record.exc_info:
             line += "\n  " + self.formatException(record.exc_info).replace("\n", "\n  ")
         return line

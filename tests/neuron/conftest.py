@@ -144,7 +144,7 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
         script.engines.append(engine)
         return engine
 
-    def resolve(source: str, report: Callable[[str, float], None]) -> Path:
+    def fetch(source: str, report: Callable[[str, float], None]) -> Path:
         if source == "nowhere":
             raise SourceError("no model is named 'nowhere'")
         return Path("/models") / source
@@ -155,7 +155,7 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
             admission=admission or AdmissionSection(),
             models=tuple(ModelEntry(id=model) for model in models),
         )
-        return Neuron(config, load=load, resolve=resolve)  # type: ignore[arg-type]
+        return Neuron(config, load=load, fetch=fetch)  # type: ignore[arg-type]
 
     return make
 

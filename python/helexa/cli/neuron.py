@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from helexa import __version__
 from helexa.cli.local import need_engine
@@ -105,7 +106,9 @@ def main() -> None:
     try:
         app()
     except HelexaError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error.message}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]error:[/red] {escape(error.message)}", highlight=False
+        )
         sys.exit(1)
 
 

@@ -29,26 +29,30 @@ from helexa.neuron.inference import ChatInference, CompletionInference
 from helexa.neuron.metrics import Metrics
 from helexa.neuron.registry import Registry, Report
 from helexa.settings import log_settings
-from helexa.weights.sources import resolve
+from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
 
 logger = logging.getLogger(__name__)
 _LAST_CONNECTIONS_S = 3.0  # for answers that are written when everything has been drained
 
 
+def _fetch(source: str, report: Report) -> Path:
+    return pull(source, lambda phase, done, total: report(phase, 100 * done / total if total else 0.0))
+
+
 class Neuron:
-    """The parts of one daemon; `app` serves them. `load` and `resolve` are how engines and files are got."""
+    """The parts of one daemon; `app` serves them. `fetch` and `load` are how files and engines are got."""
 
     def __init__(
         self,
         config: NeuronConfig,
         *,
         load: Callable[..., Engine] = Engine.load,
-        resolve: Callable[[str, Report], Path],
+        fetch: Callable[[str, Report], Path] = _fetch,
     ):
         self.config = config
         self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
-        self.registry = Registry(config, self.metrics, resolve=resolve, load=load)
+        self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
         self.control = Control(config, self.registry, self.metrics)
 
     @property
@@ -152,7 +156,7 @@ async def serve(
     Raises ConfigError if the address is taken.
     """
     log_settings(config)
-    neuron = Neuron(config, resolve=_resolve)
+    neuron = Neuron(config)
     stopping = stop or asyncio.Event()
     with _listener(config.neuron.host, config.neuron.port) as listener:
         if stop is None:
@@ -173,10 +177,6 @@ async def serve(
             shutdown_trigger=drained,
         )
     logger.info("stopped")
-
-
-def _resolve(source: str, report: Report) -> Path:
-    return resolve(source)
 
 
 def _stop_on_signals(stopping: asyncio.Event) -> None:

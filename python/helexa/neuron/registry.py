@@ -1,6 +1,6 @@
 """The models of this neuron and their life: loading, loaded, unloading, failed, poisoned.
 
-Lives on the event loop; files are resolved and engines made in threads of their own. Loads of one id are one
+Lives on the event loop; files are fetched and engines made in threads of their own. Loads of one id are one
 load, and one model loads at a time, since each takes all the disk and memory bandwidth there is.
 """
 
@@ -30,6 +30,8 @@ from helexa.log import fields
 from helexa.neuron.admission import Admission
 from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, merge_options
 from helexa.neuron.metrics import Metrics
+from helexa.weights import starter
+from helexa.weights.names import is_hub_name
 from helexa.wire.control import (
     Activation,
     ErrorInfo,
@@ -190,19 +192,19 @@ class LoadedModel:
 
 
 class Registry:
-    """All models of the process. `resolve` and `load` run in threads; both report phase and percent."""
+    """All models of the process. `fetch` and `load` run in threads and report phase and percent."""
 
     def __init__(
         self,
         config: NeuronConfig,
         metrics: Metrics,
         *,
-        resolve: Callable[[str, Report], Path],
+        fetch: Callable[[str, Report], Path],
         load: Callable[..., Engine],
     ):
         self._config = config
         self._metrics = metrics
-        self._resolve = resolve
+        self._fetch = fetch
         self._load = load
         self._entries = {entry.id: entry for entry in config.models}
         self._models: dict[str, LoadedModel] = {}
@@ -270,7 +272,7 @@ class Registry:
         self._metrics.unloads.labels(model_id).inc()
 
     async def activate(self) -> None:
-        """Loads the default models; sources that are out of reach are tried again for some minutes."""
+        """Loads the default models; those whose source is out of reach are tried again for some minutes."""
         await asyncio.gather(*(self._activate(name) for name in self._activation))
 
     def activation(self) -> Activation:
@@ -299,26 +301,29 @@ class Registry:
         await asyncio.gather(*(self._retire(model, self._closing, grace_s) for model in self))
 
     async def _activate(self, model_id: str) -> None:
+        entry = self._entries[model_id]
+        is_remote = is_hub_name(entry.source or entry.id) or entry.source == starter.NAME
         for delay_s in (*_RETRIES_S, None):
             try:
+                self._activation[model_id] = "pending"
                 await self.load(LoadRequest(model_id=model_id))
                 self._activation[model_id] = "completed"
                 return
-            except SourceError:
-                if delay_s is None:
-                    break
-                await asyncio.sleep(delay_s)
-            except HelexaError:
-                break
-        self._activation[model_id] = "failed"
+            except HelexaError as error:
+                self._activation[model_id] = "failed"
+                if delay_s is None or not is_remote or not isinstance(error, SourceError):
+                    return
+            await asyncio.sleep(delay_s)
+            if model_id not in self._models:  # unloaded meanwhile: it is no longer wanted
+                return
 
     async def _run_load(self, model: LoadedModel, after: LoadedModel | None) -> None:
-        """Resolves and loads; whatever goes wrong becomes the model's error."""
+        """Fetches and loads; whatever goes wrong becomes the model's error."""
         try:
             if after is not None:
                 await self._retire(after, Unavailable(f"model '{after.id}' is loaded again"), 0.0)
                 await after.gone.wait()
-            path = await self._in_thread(model, lambda report: self._resolve(model.source, report))
+            path = await self._in_thread(model, lambda report: self._fetch(model.source, report))
             async with self._one_load:
                 model.started_s = started = time.monotonic()
                 model.engine = await self._in_thread(model, partial(self._load_engine, path, model))
