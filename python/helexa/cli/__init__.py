@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from helexa import __version__
-from helexa.cli import bench, chat, load, perplexity, status
+from helexa.cli import bench, chat, load, models, perplexity, pull, status, up
 from helexa.errors import HelexaError
 
 app = typer.Typer(
@@ -38,8 +38,18 @@ def _options(
     """Serve open-weight language models on your own machines."""
 
 
-for _command in (status.status, load.load, load.unload, chat.chat, bench.bench, perplexity.perplexity):
-    app.command()(_command)
+for _name, _command in {
+    "up": up.up,
+    "status": status.status,
+    "pull": pull.pull_command,
+    "models": models.models_command,
+    "load": load.load,
+    "unload": load.unload,
+    "chat": chat.chat,
+    "bench": bench.bench,
+    "perplexity": perplexity.perplexity,
+}.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from rich.console import Console
 from helexa.cli.children import Children
 from helexa.cli.client import Client
 from helexa.cli.load import progress_bar, wait_until_loaded
-from helexa.cli.local import local_model, need_engine
+from helexa.cli.local import need_engine
+from helexa.cli.pull import fetch
 from helexa.errors import BadRequest, HelexaError
 
 HOST = "127.0.0.1"
@@ -184,7 +185,8 @@ def up(
         (neuron_port, "--neuron-port"),
     ):
         check_port_is_free(number, option)
-    path = local_model(model)
+    path = fetch(model)
+    model = path.stem if Path(model).is_file() else model
     folder = state_folder()
     write_configuration(folder, model, str(path), port, metrics_port, neuron_port)
     asyncio.run(_supervise(folder, model, port, neuron_port))
