@@ -4,6 +4,7 @@ Nothing heavy is imported here; commands that drive the engine import it when th
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def _options(
     """Serve open-weight language models on your own machines."""
 
 
-for _name, _command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "up": up.up,
     "status": status.status,
     "pull": pull.pull_command,
@@ -48,7 +49,8 @@ for _name, _command in {
     "chat": chat.chat,
     "bench": bench.bench,
     "perplexity": perplexity.perplexity,
-}.items():
+}
+for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
