@@ -99,6 +99,7 @@ class FakeNeuron:
             await answer(send, self.load_error[0], {"error": self.load_error[1]})
             return
         self.hold(asked["model_id"])
+        self.load_reports.pop(asked["model_id"], None)
         await answer(send, 200, self.models[asked["model_id"]])
 
     async def _generate(self, path: str, asked: dict[str, Any], receive: Any, send: Any) -> None:

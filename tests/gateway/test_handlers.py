@@ -1,5 +1,7 @@
 """What the gateway reads of a request, passes on and refuses."""
 
+import asyncio
+import io
 import json
 
 import pytest
@@ -10,7 +12,7 @@ CHAT = "/v1/chat/completions"
 
 
 async def post(site, body, path=CHAT, **headers):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    content = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
     async with site.client.post(site.url + path, data=content, headers=headers) as response:
         return response.status, await response.json(), response.headers
 
@@ -108,3 +110,24 @@ async def test_half_characters_in_a_text_are_left_to_the_neuron(make_site, neuro
     )
     assert status == 200
     assert neuron.requests[0]["messages"][0]["content"] == "\ud83d"
+
+
+async def test_a_body_of_megabytes_passes(make_site, neuron):
+    site = await make_site(neuron)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 3_000_000}]}
+    assert (await post(site, body))[0] == 200
+    assert neuron.requests == [body]
+    assert neuron.headers[0]["content-type"] == "application/json"
+
+
+async def test_a_client_that_leaves_within_its_request_is_forgotten(make_site, neuron, eventually):
+    site = await make_site(neuron)
+    host, port = site.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    writer.close()
+    while not await site.metric("helexa_request_errors_total", code="client_closed_request"):
+        await asyncio.sleep(0.02)
+    assert neuron.requests == []

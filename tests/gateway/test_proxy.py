@@ -161,6 +161,40 @@ async def test_a_neuron_that_is_down_is_skipped(make_site, neuron, neuron_proces
     assert len(neuron.requests) == 1
 
 
+async def test_an_error_event_of_the_neuron_passes_and_is_counted_by_its_code(make_site, neuron, monkeypatch):
+    events_sent = (
+        b'data: {"error":{"message":"m","type":"api_error","code":"device_poisoned"}}\n\ndata: [DONE]\n\n'
+    )
+
+    async def fail(self, path, asked, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": events_sent})
+
+    monkeypatch.setattr(type(neuron), "_answer", fail)
+    site = await make_site(neuron)
+    assert await site.stream() == events_sent
+    assert await site.metric("helexa_request_errors_total", model="tiny", code="device_poisoned") == 1
+
+
+async def test_a_slow_reader_gets_everything_and_holds_little_up_in_the_gateway(make_site, make_neuron):
+    neuron = make_neuron("tiny", words=["word" * 10_000] * 1000)
+    site = await make_site(neuron)
+    body = {"model": "tiny", "messages": [], "stream": True}
+    async with site.client.post(site.url + "/v1/chat/completions", json=body) as response:
+        await asyncio.sleep(0.5)
+        assert neuron.running == 1, "forty megabytes were taken in although nobody reads"
+        text = await response.read()
+    assert len(words(text)) == 1000
+
+
+async def test_a_neuron_that_takes_too_long_is_not_asked_twice(make_site, make_neuron):
+    neurons = [make_neuron("tiny", first_word_s=30) for _ in range(2)]
+    site = await make_site(*neurons, response_timeout_s=0.2)
+    status, body, _ = await site.chat()
+    assert (status, body["error"]["code"]) == (504, "upstream_timeout")
+    assert [len(neuron.requests) for neuron in neurons] == [1, 0]
+
+
 async def test_a_client_that_leaves_cancels_the_generation(make_site, make_neuron, eventually):
     neuron = make_neuron("tiny", words=["word"] * 1000, pause_s=0.02)
     site = await make_site(neuron)

@@ -65,10 +65,10 @@ def create_app(gateway: Gateway) -> Starlette:
         Route("/health", health),
         Route("/", root),
     ]
-    return Starlette(
-        routes=routes,
-        exception_handlers={HelexaError: _render, HTTPException: _render_http, 500: _render_bug},
-    )
+    handlers = {HelexaError: _render, HTTPException: _render_http, 500: _render_bug}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
 
 
 def create_metrics_app(gateway: Gateway) -> Starlette:

@@ -35,6 +35,10 @@ _PRIVATE_HEADERS = frozenset(
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
+class ClientGone(Exception):
+    """The client has closed its connection; there is nobody to answer."""
+
+
 class _Head(msgspec.Struct):
     """All that the gateway itself reads of a request; the neuron judges the rest."""
 
@@ -59,8 +63,9 @@ class Inference:
             body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
             call = self._parse(body, headers, request_id, meter)
             serving = self._gateway.relays.start(relay(self._gateway.dispatcher, call, reply), reply)
-            if not await _unless_gone(receive, serving):
-                meter.code = "client_closed_request"
+            await _unless_gone(receive, serving)
+        except ClientGone:
+            meter.code = "client_closed_request"
         except HelexaError as error:
             meter.code = error.code
             raise
@@ -83,7 +88,7 @@ class Inference:
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
-    """The request's whole body. Raises PayloadTooLarge, before reading it where the client tells its size."""
+    """The request's whole body. Raises ClientGone, or PayloadTooLarge as soon as it is known to be."""
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise PayloadTooLarge(f"the body has {declared} bytes; at most {max_bytes} are accepted")
@@ -91,7 +96,7 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError
+            raise ClientGone
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > max_bytes:
@@ -110,8 +115,8 @@ def request_id_of(scope: Scope, headers: Headers) -> str:
     return known
 
 
-async def _unless_gone(receive: Receive, task: asyncio.Task[None]) -> bool:
-    """Whether the task could end before the client left, which cancels it."""
+async def _unless_gone(receive: Receive, task: asyncio.Task[None]) -> None:
+    """Waits for the task, which is cancelled when the client leaves; then raises ClientGone."""
     watcher = asyncio.create_task(_gone(receive))
     watcher.add_done_callback(lambda _: task.cancel())
     try:
@@ -119,10 +124,9 @@ async def _unless_gone(receive: Receive, task: asyncio.Task[None]) -> bool:
     except asyncio.CancelledError:
         if not watcher.done() or watcher.cancelled():
             raise
-        return False
+        raise ClientGone from None
     finally:
         watcher.cancel()
-    return True
 
 
 async def _gone(receive: Receive) -> None:
@@ -143,7 +147,8 @@ def _forwarded(headers: Headers, request_id: str) -> dict[str, str]:
         for name, value in headers.items()
         if name not in _PRIVATE_HEADERS and not name.startswith("x-helexa-")
     }
-    return kept | {"accept-encoding": "identity", "x-request-id": request_id}
+    ours = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
+    return kept | ours
 
 
 def _log(path: str, request_id: str, meter: Meter) -> None:

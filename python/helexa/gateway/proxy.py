@@ -7,6 +7,7 @@ event, a finish and [DONE].
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from helexa.errors import HelexaError, ShuttingDown, UpstreamClosed, UpstreamTimeout
+from helexa.errors import HelexaError, ShuttingDown, UpstreamClosed, UpstreamError, UpstreamTimeout
 from helexa.gateway.upstream import Call, Dispatcher, Upstream
 from helexa.wire import sse
 from helexa.wire.errors import error_body, internal_error, parse_error
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 KEEP_ALIVE_S = 1.0
+_ERROR_EVENT = re.compile(rb'^data: \{"error":.*?"code": ?"(\w+)"', re.MULTILINE)
 
 _EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -104,6 +106,8 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
         else:
             return
         call.meter.code = failure.code
+        if upstream is not None and isinstance(failure, UpstreamError):
+            upstream.distrust()
         if not reply.started:
             raise failure
         await _end_with_error(call, reply, failure)
@@ -169,8 +173,8 @@ async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
         raise _broken(upstream, error) from error
     if not meter.tail.rstrip().endswith(b"[DONE]"):
         raise UpstreamClosed(f"{upstream.node.name} ended its answer before it was complete")
-    if b'data: {"error"' in meter.tail:
-        call.meter.code = "upstream_error"
+    if found := _ERROR_EVENT.search(meter.tail):
+        call.meter.code = found[1].decode()
     await reply.write(b"", more=False)
 
 

@@ -1,6 +1,7 @@
 """From a request to a neuron's answer: place it, wait for its model, connect, try elsewhere where safe."""
 
 import copy
+import io
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from helexa.wire.errors import parse_error
 
 # Answers that mean "not here, not now"; another replica may still serve the request.
 _ELSEWHERE = (502, 503, 504)
+_LARGE_BYTES = 2**20  # are written piece by piece
 # Answers that mean that a model has changed since the last poll.
 _OUTDATED = (UnknownModel.code, ModelLoading.code, DevicePoisoned.code)
 
@@ -54,6 +56,10 @@ class Upstream:
         self._model = model
         self._poller = poller
         self._open = True
+
+    def distrust(self) -> None:
+        """The answer has broken off: looks at the neuron now."""
+        self._poller.hurry(self.node)
 
     def close(self) -> None:
         """Cuts the connection unless all was read, which cancels the generation."""
@@ -100,7 +106,7 @@ class Dispatcher:
             node = await self._place(call, tried)
             try:
                 upstream = await self._connect(node, call)
-            except (UpstreamClosed, UpstreamTimeout) as error:
+            except UpstreamClosed as error:
                 tried[node.name] = error
                 continue
             if await self._should_move_on(upstream, call, tried, outdated):
@@ -168,7 +174,7 @@ class Dispatcher:
     async def _send(self, node: Node, call: Call) -> aiohttp.ClientResponse:
         return await self._session.post(
             node.endpoint + call.path,
-            data=call.body,
+            data=call.body if len(call.body) < _LARGE_BYTES else io.BytesIO(call.body),
             headers=call.headers,
             timeout=self._stream_timeout if call.stream else self._answer_timeout,
             allow_redirects=False,
