@@ -1,0 +1,73 @@
+"""Names of models on the HuggingFace hub, and which file of a repository a name means."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from helexa.errors import SourceError
+
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?::([\w][\w./ -]*))?")
+_QUANTIZATION = re.compile(
+    r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|FP16|F32|MXFP4\w*))$", re.IGNORECASE
+)
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")
+# What is taken if a name does not say: small enough for most machines and good, then what is nearest to it.
+_PREFERRED = ("Q4_K_M", "Q8_0", "Q5_K_M", "Q6_K", "Q4_K_S", "Q4_0", "Q4_1", "Q5_0", "BF16", "F16", "F32")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form ORG/REPO or ORG/REPO:QUANT-OR-FILE."""
+    match = _HUB_NAME.fullmatch(name)
+    return match is not None and ".." not in name
+
+
+def split_hub_name(name: str) -> tuple[str, str | None]:
+    """Repository, and quantization or file if the name has one."""
+    repo, _, wanted = name.partition(":")
+    return repo, wanted or None
+
+
+def quantization_of(file: str) -> str | None:
+    """The quantization that a file's name gives, in capitals: Q4_K_M, UD-Q4_K_XL, BF16."""
+    match = _QUANTIZATION.search(_PART.sub("", file.removesuffix(".gguf")))
+    return match[1].upper() if match else None
+
+
+def pick(repo: str, files: Sequence[str], wanted: str | None) -> str:
+    """The one of a repository's files that is meant: a file name, or a quantization in any case.
+
+    Raises SourceError, with the nearest name there is, if none or several fit.
+    """
+    models = sorted(file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower())
+    if not models:
+        raise SourceError(f"{repo} has no GGUF file; look for a repository whose name ends in GGUF")
+    by_quantization: dict[str, list[str]] = {}
+    for file in models:
+        by_quantization.setdefault(quantization_of(file) or file, []).append(file)
+    if wanted is None:
+        found = models if len(models) == 1 else next(filter(None, map(by_quantization.get, _PREFERRED)), [])
+    else:
+        lower = wanted.lower().removesuffix(".gguf")
+        found = [file for file in models if lower in (_stem(file), _stem(file).rpartition("/")[2])]
+        found = found or by_quantization.get(wanted.upper(), [])
+    if not found:
+        raise SourceError(_no_such(repo, list(by_quantization), wanted))
+    if any(_PART.search(file.removesuffix(".gguf")) for file in found):
+        raise SourceError(f"{found[0]} of {repo} is split over several files; choose one that is not")
+    if len(found) > 1:
+        raise SourceError(f"'{wanted}' of {repo} may be {' or '.join(found)}; say which: {repo}:{found[0]}")
+    return found[0]
+
+
+def _stem(file: str) -> str:
+    return file.lower().removesuffix(".gguf")
+
+
+def _no_such(repo: str, choices: Sequence[str], wanted: str | None) -> str:
+    known = f"it has {', '.join(choices)}"
+    if wanted is None:
+        return f"{repo} has several files; say which, as in {repo}:{choices[0]}; {known}"
+    spelled = {choice.upper(): choice for choice in choices}
+    near = difflib.get_close_matches(wanted.upper(), spelled, 1, 0.4)
+    guess = f"did you mean {repo}:{spelled[near[0]]}? " if near else ""
+    return f"{repo} has no '{wanted}'; {guess}{known}"
