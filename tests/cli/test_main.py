@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from helexa import __version__
+from helexa.cli.terminal import command_line, run_app
+from helexa.errors import ConfigError
 
 COMMANDS = {"up", "status", "models", "load", "unload", "pull", "chat", "bench", "perplexity"}
 
@@ -30,6 +34,22 @@ def test_an_error_is_one_sentence_on_stderr_and_status_1() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: nothing answers at http://127.0.0.1:9;")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_error_is_shown_as_it_is_whatever_brackets_it_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "neuron.toml: unknown key 'x' in [engine]; pip install 'helexa[neuron]'"
+    app = command_line()
+
+    def fail() -> None:
+        raise ConfigError(message)
+
+    app.command()(fail)
+    monkeypatch.setattr(sys, "argv", ["helexa"])
+    with pytest.raises(SystemExit, match="1"):
+        run_app(app)
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_wrong_option_is_refused_with_its_name() -> None:

@@ -3,24 +3,16 @@
 Nothing heavy is imported here; commands that drive the engine import it when they run.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from helexa import __version__
 from helexa.cli import bench, chat, load, models, perplexity, pull, status, up
-from helexa.errors import HelexaError
+from helexa.cli.terminal import command_line, run_app
 
-app = typer.Typer(
-    name="helexa",
-    help="Serve open-weight language models on your own machines.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line("Serve open-weight language models on your own machines.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -55,11 +47,5 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user are one sentence on stderr and exit status 1."""
-    try:
-        app()
-    except HelexaError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error.message}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Runs `helexa`."""
+    run_app(app)

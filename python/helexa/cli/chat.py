@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from helexa.cli.client import GATEWAY_URL, Client, Key
+from helexa.cli.terminal import show_error
 from helexa.errors import BadRequest, HelexaError
 
 HELP = "/new forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -107,7 +108,7 @@ async def _converse(talk: Conversation, model: str, console: Console) -> None:
             try:
                 await _interruptible(asyncio.create_task(talk.ask(question)))
             except HelexaError as error:
-                console.print(f"[red]error:[/red] {error.message}", highlight=False)
+                show_error(error, console)
 
 
 async def _run(

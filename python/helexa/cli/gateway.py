@@ -1,15 +1,13 @@
 """`helexa-gateway`: the daemon that clients talk to."""
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from helexa import __version__
-from helexa.errors import HelexaError
+from helexa.cli.terminal import command_line, run_app
 from helexa.gateway.app import serve
 from helexa.gateway.config import load_config
 from helexa.log import configure_logging
@@ -64,17 +62,9 @@ def run(
 
 def main() -> None:
     """Runs the daemon; a wrong configuration is one sentence on stderr and exit status 1."""
-    app = typer.Typer(
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    app = command_line()
     app.command(name="helexa-gateway", epilog=EPILOG)(run)
-    try:
-        app()
-    except HelexaError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error.message}", highlight=False)
-        sys.exit(1)
+    run_app(app)
 
 
 if __name__ == "__main__":

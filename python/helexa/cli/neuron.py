@@ -1,17 +1,15 @@
 """`helexa-neuron`: the daemon of one host, which holds models and answers for them."""
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from helexa import __version__
 from helexa.cli.local import need_engine
-from helexa.errors import ConfigError, HelexaError
+from helexa.cli.terminal import command_line, run_app
+from helexa.errors import ConfigError
 from helexa.log import configure_logging
 from helexa.neuron.config import NeuronConfig
 from helexa.settings import find_config, load_settings
@@ -97,19 +95,9 @@ def run(
 
 def main() -> None:
     """Runs the daemon; a wrong configuration is one sentence on stderr and exit status 1."""
-    app = typer.Typer(
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    app = command_line()
     app.command(name="helexa-neuron", epilog=EPILOG)(run)
-    try:
-        app()
-    except HelexaError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[red]error:[/red] {escape(error.message)}", highlight=False
-        )
-        sys.exit(1)
+    run_app(app)
 
 
 if __name__ == "__main__":
