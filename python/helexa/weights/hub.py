@@ -65,8 +65,9 @@ def download(remote: RemoteFile, scratch: Path, report: Report) -> Path:
         url = huggingface_hub.hf_hub_url(
             remote.repo, remote.file, revision=remote.commit, endpoint=_endpoint()
         )
-        huggingface_hub.utils.disable_progress_bars("huggingface_hub.http_get")
-        headers = huggingface_hub.utils.build_hf_headers(library_name="helexa")
+        tools: Any = huggingface_hub.utils  # which declares less than it documents
+        tools.disable_progress_bars("huggingface_hub.http_get")
+        headers = tools.build_hf_headers(library_name="helexa")
         try:
             huggingface_hub.file_download.http_get(
                 url, file, resume_size=have, headers=headers, expected_size=remote.size_bytes
