@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 # Quiet but for the first time, when much is fetched and progress is worth seeing.
 PIP := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt $(if $(wildcard $(VENV)/installed-*),--quiet)
 SOURCES := $(sort pyproject.toml constraints.txt CMakeLists.txt \
-    $(shell find csrc python -type f ! -name '*.pyc' ! -name '*.so' ! -name '.*'))
+    $(shell find csrc python -type f ! -path '*/.*' ! -name '*.pyc' ! -name '*.so'))
 KEY := $(shell { echo $(SOURCES) $(TORCH_INDEX); cat $(SOURCES); } | cksum | tr ' ' -)
 # `make dev` leaves this file; from then on the package is installed in place.
 EDITABLE := $(wildcard $(VENV)/editable)
