@@ -1,6 +1,7 @@
 """Puts the gateway together and serves it: API on one port, metrics on another, polls in the background."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -129,6 +130,8 @@ async def serve(
                     asyncio.get_running_loop().add_signal_handler(number, stopping.set)
             if on_ready:
                 on_ready(*urls)
+            gc.collect()
+            gc.freeze()  # what is alive now stays: later collections, which hold up every stream, skip it
             logger.info("listening", extra=fields(api=urls[0], metrics=urls[1], neurons=len(config.neurons)))
             await asyncio.gather(
                 _run(create_app(gateway), api, stopping, grace_s + CUT_S),
