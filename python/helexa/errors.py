@@ -1,7 +1,7 @@
 """Every error that helexa reports to a user, as one tree.
 
-Each class carries the HTTP `status` and the machine-readable `code` of the API's error envelope; instances may add
-`param` (the request field at fault) and `retry_after_s`. Nothing here imports anything of helexa.
+Each class carries the HTTP `status` and the machine-readable `code` of the API's error envelope; instances may
+add `param` (the request field at fault) and `retry_after_s`. Nothing here imports anything of helexa.
 """
 
 
@@ -12,7 +12,9 @@ class HelexaError(Exception):
     code = "internal_error"
     type = "api_error"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None, **extra: object):
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None, **extra: object
+    ):
         super().__init__(message)
         self.message = message
         self.param = param
