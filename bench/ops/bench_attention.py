@@ -1,12 +1,11 @@
-"""Qwen3-0.6B's heads (16 queries, 8 keys, 128 wide): prompt chunks at several depths, and decode steps of one and four streams."""
+"""Qwen3-0.6B heads (16 queries, 8 keys, 128 wide): prompt chunks and decode steps at several depths."""
 
 from collections.abc import Iterator
 
 import torch
+from bench.run import Case
 
 from helexa import ops
-
-from bench.run import Case
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 8, 128
 

@@ -15,9 +15,9 @@ namespace helexa {
 namespace HELEXA_ISA {
 namespace {
 
+// A page's scores and weights of a panel take 96 KB, more than the first-level cache, but smaller tiles of keys would pass over the
+// panel's output more often, and that costs more (Zen 5, 128 dims: 390 GFLOP/s with tiles of 64 keys, 410 with 256).
 constexpr int64_t kPanelRows = 64;
-// Keys whose scores are held at once: scores, weights and the panel's queries share the first-level cache.
-constexpr int64_t kTileKeys = 64;
 // Stands for minus infinity where a difference of two such values must be a number.
 constexpr float kLowest = -1e30f;
 constexpr float kLog2E = 1.44269504f;
@@ -36,27 +36,55 @@ constexpr int kBlock = kMaxVectors == 1 ? 4
                                         : 4;
 constexpr int64_t kMaxBlock = 16;
 
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 struct Singles {
   static constexpr int64_t kValues = 1;  // per cell
   HELEXA_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) { return fma(a, b, sum); }
+  // 2^(score - max) for a cell's keys, whose scores are kPanelRows apart; `sum` is what they add up to.
+  HELEXA_INLINE f32x16 weigh(const float* scores, f32x16 max, f32x16& sum) {
+    return sum = exp2(load(scores) - max);
+  }
 };
 
 #if defined(HELEXA_ISA_avx512vnni)
-// The two instructions of AVX512-BF16.  They are written as assembly, since this copy of the kernel must also run where
-// they do not exist and so is compiled without them.
+// The two instructions of AVX512-BF16 are written as assembly: this copy of the kernel must also run where they do not exist, and so
+// is compiled without them.
+HELEXA_INLINE __m512i to_bf16(f32x16 low, f32x16 high) {
+  __m512i packed;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(packed) : "v"(low.v), "v"(high.v));
+  return packed;
+}
+
+// 2^a with a relative error of 8.6e-5, a twentieth of what rounding to bfloat16 adds; 2^0 is exact, so that the weight of a
+// single key is.
+HELEXA_INLINE f32x16 short_exp2(f32x16 a) {
+  const f32x16 f{_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  f32x16 p = set1(0.07706706f);
+  p = fma(p, f, set1(0.22764497f));
+  p = fma(p, f, set1(0.6951168f));
+  p = fma(p, f, set1(1.0f));
+  return {_mm512_scalef_ps(p.v, a.v)};
+}
+
+// Two values in a cell, the first in the lower half.
 struct Bf16Pairs {
   static constexpr int64_t kValues = 2;
   HELEXA_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 sum) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
     return sum;
   }
+  HELEXA_INLINE f32x16 weigh(const float* scores, f32x16 max, f32x16& sum) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const f32x16 even = short_exp2(load(scores) - max);
+    const f32x16 odd = short_exp2(load(scores + kPanelRows) - max);
+    sum = even + odd;
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, to_bf16(even, odd)))};
+  }
 };
-
-HELEXA_INLINE __m512i to_bf16(f32x16 low, f32x16 high) {
-  __m512i packed;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(packed) : "v"(low.v), "v"(high.v));
-  return packed;
-}
 #endif
 
 HELEXA_INLINE f32x16 broadcast(const float* p) {
@@ -120,7 +148,8 @@ void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t num_m, cons
   }
 #else
   for (int64_t n = 0; n < num_vectors; ++n) {
-    multiply_vectors<Cells, 1, kAdd>(a, a_row, a_step, num_m, b + 16 * n, depth, scale + 16 * n, c + 16 * n);
+    const float* part = kAdd ? scale + 16 * n : nullptr;
+    multiply_vectors<Cells, 1, kAdd>(a, a_row, a_step, num_m, b + 16 * n, depth, part, c + 16 * n);
   }
 #endif
 }
@@ -137,47 +166,61 @@ struct Panel {
   int64_t first_position, last_position;
 };
 
-// Turns scores of sixteen rows into weights 2^(score - max) and moves max, sum and scale on.  In pairs, `weights` gets two
-// keys to a cell, with a zero behind an odd number of keys.
-template <class Cells, bool kMasked>
-void softmax_rows(float* scores, int64_t num_keys, int64_t first_key, const Panel& panel, int64_t lane,
-                  float* weights) {
-  const f32x16 old_max = load(panel.max + lane);
-  const f32x16 position = load(panel.position + lane);
-  f32x16 best = old_max;
+// Turns scores of N vectors of rows into weights 2^(score - max) and moves max, sum and scale on.
+template <class Cells, int N, bool kMasked>
+void weigh_vectors(float* scores, int64_t num_keys, int64_t first_key, const Panel& panel, int64_t lane,
+                   float* weights) {
+  f32x16 old_max[N], best[N], sum[N];
+  HELEXA_UNROLL
+  for (int n = 0; n < N; ++n) {
+    old_max[n] = best[n] = load(panel.max + lane + 16 * n);
+    sum[n] = zero();
+  }
   for (int64_t j = 0; j < num_keys; ++j) {
-    f32x16 score = load(scores + j * kPanelRows + lane);
-    if constexpr (kMasked) {
-      score = select_le(set1(static_cast<float>(first_key + j)), position, score, set1(-__builtin_inff()));
-      store(scores + j * kPanelRows + lane, score);
+    float* row = scores + j * kPanelRows + lane;
+    HELEXA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      f32x16 score = load(row + 16 * n);
+      if constexpr (kMasked) {
+        const f32x16 position = load(panel.position + lane + 16 * n);
+        score = select_le(set1(static_cast<float>(first_key + j)), position, score, set1(-__builtin_inff()));
+        store(row + 16 * n, score);
+      }
+      best[n] = max(best[n], score);
     }
-    best = max(best, score);
   }
-  f32x16 sum = zero();
-  if constexpr (Cells::kValues == 1) {
-    for (int64_t j = 0; j < num_keys; ++j) {
-      const f32x16 weight = exp2(load(scores + j * kPanelRows + lane) - best);
-      sum += weight;
-      store(weights + j * kPanelRows + lane, weight);
+  for (int64_t j = 0; j < num_keys; j += Cells::kValues) {
+    const float* row = scores + j * kPanelRows + lane;
+    float* to = weights + j / Cells::kValues * kPanelRows + lane;
+    HELEXA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      f32x16 added;
+      store(to + 16 * n, Cells::weigh(row + 16 * n, best[n], added));
+      sum[n] += added;
     }
-  } else {
-#if defined(HELEXA_ISA_avx512vnni)
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int64_t j = 0; j < num_keys; j += 2) {
-      const float* pair = scores + j * kPanelRows + lane;
-      const f32x16 even = exp2(load(pair) - best);
-      const f32x16 odd = j + 1 < num_keys ? exp2(load(pair + kPanelRows) - best) : zero();
-      sum += even + odd;
-      const __m512i cells = _mm512_permutexvar_epi16(interleave, to_bf16(even, odd));
-      store(weights + j / 2 * kPanelRows + lane, f32x16{_mm512_castsi512_ps(cells)});
-    }
-#endif
   }
-  const f32x16 scale = exp2(old_max - best);
-  store(panel.scale + lane, scale);
-  store(panel.sum + lane, fma(load(panel.sum + lane), scale, sum));
-  store(panel.max + lane, best);
+  HELEXA_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const f32x16 scale = exp2(old_max[n] - best[n]);
+    store(panel.scale + lane + 16 * n, scale);
+    store(panel.sum + lane + 16 * n, fma(load(panel.sum + lane + 16 * n), scale, sum[n]));
+    store(panel.max + lane + 16 * n, best[n]);
+  }
+}
+
+template <class Cells, bool kMasked>
+void weigh(float* scores, int64_t num_keys, int64_t first_key, const Panel& panel, float* weights) {
+  // An odd last key shares its cell with one of no weight.
+  if (num_keys % Cells::kValues != 0) {
+    for (int64_t i = 0; i < kPanelRows; ++i) scores[num_keys * kPanelRows + i] = -__builtin_inff();
+  }
+  int64_t n = 0;
+  for (; n + kMaxVectors <= panel.num_vectors; n += kMaxVectors) {
+    weigh_vectors<Cells, kMaxVectors, kMasked>(scores, num_keys, first_key, panel, 16 * n, weights);
+  }
+  for (; n < panel.num_vectors; ++n) {
+    weigh_vectors<Cells, 1, kMasked>(scores, num_keys, first_key, panel, 16 * n, weights);
+  }
 }
 
 // Loads up to sixteen cells of a scaled query row, from dim `first`.
@@ -268,7 +311,7 @@ struct Scratch {
   uint8_t* next;
   float* floats(int64_t count) {
     float* result = reinterpret_cast<float*>(next);
-    next += (count * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    next += round_up(count * static_cast<int64_t>(sizeof(float)), 64);
     return result;
   }
 };
@@ -284,8 +327,7 @@ struct PageOperands<Singles> {
   // Keys are read in whole blocks, so a few rows behind the range come along; they lie in the page, and their scores are dropped.
   PageOperands(const AttentionTask& task, int64_t offset, int64_t num_keys, float* k_buffer,
                float* v_buffer) {
-    const int64_t padded = (num_keys + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
-    k = as_floats(task.k, task.cache_dtype, offset, padded * task.head_dim, k_buffer);
+    k = as_floats(task.k, task.cache_dtype, offset, round_up(num_keys, kMaxBlock) * task.head_dim, k_buffer);
     v = as_floats(task.v, task.cache_dtype, offset, num_keys * task.head_dim, v_buffer);
   }
 };
@@ -320,8 +362,8 @@ void attend(const AttentionTask& task, uint8_t* memory) {
   const int64_t num_cells = D / Cells::kValues;
   const int64_t num_panels = (task.num_rows + kPanelRows - 1) / kPanelRows;
   Scratch scratch{memory};
-  float* scores = scratch.floats(kTileKeys * kPanelRows);
-  float* weights = Cells::kValues == 1 ? scores : scratch.floats(kTileKeys / 2 * kPanelRows);
+  float* scores = scratch.floats(kPageTokens * kPanelRows);
+  float* weights = Cells::kValues == 1 ? scores : scratch.floats(kPageTokens / 2 * kPanelRows);
   float* k_buffer = scratch.floats(kPageTokens * D);
   float* v_buffer = scratch.floats(kPageTokens * D);
   const Scratch after_buffers = scratch;
@@ -356,32 +398,23 @@ void attend(const AttentionTask& task, uint8_t* memory) {
   }
 
   int64_t page_end;
-  for (int64_t page_key = task.first_key; page_key < task.end_key; page_key = page_end) {
-    page_end = (page_key / kPageTokens + 1) * kPageTokens;
+  for (int64_t key = task.first_key; key < task.end_key; key = page_end) {
+    page_end = (key / kPageTokens + 1) * kPageTokens;
     if (page_end > task.end_key) page_end = task.end_key;
-    const int64_t offset = task.pages[page_key / kPageTokens] * task.page_stride + page_key % kPageTokens * D;
-    const PageOperands<Cells> page(task, offset, page_end - page_key, k_buffer, v_buffer);
+    const int64_t offset = task.pages[key / kPageTokens] * task.page_stride + key % kPageTokens * D;
+    const PageOperands<Cells> page(task, offset, page_end - key, k_buffer, v_buffer);
     for (int64_t p = 0; p < num_panels; ++p) {
       const Panel panel = panel_at(p);
+      // Keys behind the panel's last position are left out; only a page with a key behind its first one needs a mask.
       const int64_t end = panel.last_position + 1 < page_end ? panel.last_position + 1 : page_end;
-      for (int64_t key = page_key; key < end; key += kTileKeys) {
-        const int64_t num_keys = end - key < kTileKeys ? end - key : kTileKeys;
-        const int64_t in_page = key - page_key;
-        const int64_t padded = (num_keys + kMaxBlock - 1) / kMaxBlock * kMaxBlock;
-        multiply<Cells, false>(page.k + in_page * num_cells, num_cells, 1, padded, panel.queries, num_cells,
-                               panel.scale, scores, panel.num_vectors);
-        const bool masked = key + num_keys - 1 > panel.first_position;
-        for (int64_t lane = 0; lane < 16 * panel.num_vectors; lane += 16) {
-          if (masked) {
-            softmax_rows<Cells, true>(scores, num_keys, key, panel, lane, weights);
-          } else {
-            softmax_rows<Cells, false>(scores, num_keys, key, panel, lane, weights);
-          }
-        }
-        multiply<Cells, true>(page.v + in_page / Cells::kValues * D, 1, D, D, weights,
-                              (num_keys + Cells::kValues - 1) / Cells::kValues, panel.scale, panel.out,
-                              panel.num_vectors);
-      }
+      const int64_t num_keys = end - key;
+      if (num_keys <= 0) continue;
+      multiply<Cells, false>(page.k, num_cells, 1, round_up(num_keys, kMaxBlock), panel.queries, num_cells,
+                             nullptr, scores, panel.num_vectors);
+      end - 1 > panel.first_position ? weigh<Cells, true>(scores, num_keys, key, panel, weights)
+                                     : weigh<Cells, false>(scores, num_keys, key, panel, weights);
+      multiply<Cells, true>(page.v, 1, D, D, weights, round_up(num_keys, Cells::kValues) / Cells::kValues,
+                            panel.scale, panel.out, panel.num_vectors);
     }
   }
 
@@ -392,7 +425,7 @@ void attend(const AttentionTask& task, uint8_t* memory) {
 
 int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {
   const int64_t num_panels = (num_rows + kPanelRows - 1) / kPanelRows;
-  const int64_t shared = 2 * kTileKeys * kPanelRows + 2 * kPageTokens * head_dim;
+  const int64_t shared = 2 * kPageTokens * kPanelRows + 2 * kPageTokens * head_dim;
   return (shared + num_panels * (2 * head_dim + 4) * kPanelRows) * static_cast<int64_t>(sizeof(float));
 }
 

@@ -48,7 +48,7 @@ def check_against_reference(call, interleaved, assert_close):
     q = ops.rope_append(**call, interleaved=interleaved, out=out)
     assert q is out
     assert_close("q", q_expected, q, 1e-6)
-    # A value that lies between two of the cache's type may round either way after a last-bit difference in float32.
+    # A last-bit difference in float32 may round to either neighbour in the type of the cache.
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[call["k_cache"].dtype]
     assert_close("k", expected["k_cache"], call["k_cache"], tolerance)
     assert torch.equal(expected["v_cache"], call["v_cache"])
