@@ -1,7 +1,7 @@
 """Every error that helexa reports to a user, as one tree.
 
-Each class carries the HTTP `status` and the machine-readable `code` of the envelope; instances may add `param`
-(the request field at fault) and `retry_after_s`. Nothing here imports anything of helexa.
+Each class carries the HTTP `status` and the machine-readable `code` of the envelope; instances may add the
+`param` (request field) at fault and `retry_after_s`. Nothing here imports anything of helexa.
 """
 
 
