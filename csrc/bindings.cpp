@@ -84,7 +84,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<WeightView>(m, "WeightView")
       .def(py::init([](int format, std::uintptr_t packed, int64_t rows, int64_t cols, std::uintptr_t bias) {
-        return WeightView{format, reinterpret_cast<const uint8_t*>(packed), rows, cols, reinterpret_cast<const float*>(bias)};
+        return WeightView{format, reinterpret_cast<const uint8_t*>(packed), rows, cols,
+                          reinterpret_cast<const float*>(bias)};
       }));
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_cpu", cpu(&pack_cpu));

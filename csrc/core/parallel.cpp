@@ -102,7 +102,9 @@ class Pool {
  private:
   static constexpr uint32_t kClosed = 0xffffffffu;
 
-  static uint64_t make_ticket(uint32_t job, uint32_t next) { return (static_cast<uint64_t>(job) << 32) | next; }
+  static uint64_t make_ticket(uint32_t job, uint32_t next) {
+    return (static_cast<uint64_t>(job) << 32) | next;
+  }
 
   void claim_all() {
     for (;;) {
@@ -116,7 +118,8 @@ class Pool {
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_seq_cst)) continue;
       const int64_t begin = static_cast<int64_t>(next) * grain;
       call(object, begin, std::min(n, begin + grain));
-      if (remaining_.fetch_sub(1, std::memory_order_seq_cst) == 1 && caller_sleeps_.load(std::memory_order_seq_cst)) {
+      if (remaining_.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
+          caller_sleeps_.load(std::memory_order_seq_cst)) {
         futex_wake(remaining_, 1);
       }
     }
@@ -143,7 +146,8 @@ void Pool::help() {
   inside_parallel = true;
   uint32_t seen = 0;
   while (!stopping_.load()) {
-    for (int polls = 0; polls < kHelperPolls && epoch_.load(std::memory_order_acquire) == seen; ++polls) pause_core();
+    for (int polls = 0; polls < kHelperPolls && epoch_.load(std::memory_order_acquire) == seen; ++polls)
+      pause_core();
     if (epoch_.load(std::memory_order_acquire) == seen) {
       sleeping_.fetch_add(1, std::memory_order_seq_cst);
       futex_wait(epoch_, seen);

@@ -25,9 +25,10 @@ void parallel_for_ranges(int64_t n, int64_t grain, RangeFn fn);
 template <class F>
 void parallel_for(int64_t n, int64_t grain, F&& fn) {
   using Callable = std::remove_reference_t<F>;
-  parallel_for_ranges(n, grain, {const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int64_t begin, int64_t end) {
-                                   (*static_cast<Callable*>(f))(begin, end);
-                                 }});
+  parallel_for_ranges(
+      n, grain, {const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int64_t begin, int64_t end) {
+                   (*static_cast<Callable*>(f))(begin, end);
+                 }});
 }
 
 }  // namespace helexa

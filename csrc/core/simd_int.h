@@ -15,7 +15,9 @@ using i32x16 = __m512i;
 using u8x64 = __m512i;
 
 HELEXA_INLINE u8x64 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) { return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask))); }
+HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
 HELEXA_INLINE u8x64 or_bytes(u8x64 a, u8x64 b) { return _mm512_or_si512(a, b); }
 // Shifts whole 16-bit lanes: mask afterwards.
 template <int n>
@@ -31,10 +33,12 @@ HELEXA_INLINE i32x16 start_dot(const int32_t* negative_sum) {
 HELEXA_INLINE i32x16 zero_dot() { return _mm512_setzero_si512(); }
 HELEXA_INLINE f32x16 to_float(i32x16 v) { return f32x16{_mm512_cvtepi32_ps(v)}; }
 HELEXA_INLINE f32x16 load_scale_u8(const uint8_t* p) {
-  return f32x16{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  return f32x16{
+      _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 HELEXA_INLINE f32x16 load_scale_i8(const uint8_t* p) {
-  return f32x16{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  return f32x16{
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 // Stores a, rounded to nearest even, as bytes, and returns the integers.
 HELEXA_INLINE i32x16 store_rounded(int8_t* p, f32x16 a) {
@@ -79,7 +83,8 @@ struct u8x64 {
 };
 
 HELEXA_INLINE u8x64 load_bytes(const uint8_t* p) {
-  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))}};
+  return {{_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))}};
 }
 HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) {
   const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));
@@ -99,7 +104,9 @@ HELEXA_INLINE i32x16 start_dot(const int32_t* negative_sum) {
   return {{v, v}};
 }
 HELEXA_INLINE i32x16 zero_dot() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-HELEXA_INLINE f32x16 to_float(i32x16 v) { return f32x16{_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])}; }
+HELEXA_INLINE f32x16 to_float(i32x16 v) {
+  return f32x16{_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])};
+}
 HELEXA_INLINE f32x16 load_scale_u8(const uint8_t* p) {
   return to_float({{_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
                     _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))}});
@@ -141,7 +148,8 @@ HELEXA_INLINE i32x16 dot4(i32x16 acc, u8x64 codes, const int8_t* a) {
   int32_t bits;
   std::memcpy(&bits, a, 4);
   const __m256i quad = _mm256_set1_epi32(bits);
-  return {{dot4_half<kBits>(acc.half[0], codes.half[0], quad), dot4_half<kBits>(acc.half[1], codes.half[1], quad)}};
+  return {{dot4_half<kBits>(acc.half[0], codes.half[0], quad),
+           dot4_half<kBits>(acc.half[1], codes.half[1], quad)}};
 }
 
 #else
@@ -204,7 +212,8 @@ HELEXA_INLINE i32x16 store_rounded(int8_t* p, f32x16 a) {
   store(lanes, round(a));
   i32x16 v;
   for (int i = 0; i < 16; ++i) {
-    v.lane[i] = std::abs(lanes[i]) < 128.0f ? static_cast<int32_t>(lanes[i]) : 0;  // NaN and infinity have no integer
+    v.lane[i] =
+        std::abs(lanes[i]) < 128.0f ? static_cast<int32_t>(lanes[i]) : 0;  // NaN and infinity have no integer
     p[i] = static_cast<int8_t>(v.lane[i]);
   }
   return v;

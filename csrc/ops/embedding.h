@@ -7,7 +7,7 @@ namespace helexa {
 
 // out[t] = row token_ids[t] of a packed weight matrix, as float32; a token id outside [0, rows) gives zeros.
 // token_ids: [num_tokens].  out: [num_tokens, cols].
-void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed, int64_t rows, int64_t cols,
-                   float* out);
+void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed,
+                   int64_t rows, int64_t cols, float* out);
 
 }  // namespace helexa

@@ -49,8 +49,8 @@ void decode_unit(const uint8_t* unit, int row, float* out) {
 
 }  // namespace
 
-void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed, int64_t rows, int64_t cols,
-                   float* out) {
+void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed,
+                   int64_t rows, int64_t cols, float* out) {
   with_format(static_cast<Format>(format), [&](auto f) {
     using F = decltype(f);
     parallel_for(num_tokens, 8, [&](int64_t begin, int64_t end) {
@@ -63,7 +63,8 @@ void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, con
         }
         const uint8_t* tile = packed + id / kTileRows * tile_bytes<F>(cols);
         for (int64_t u = 0; u < cols / unit_cols<F>(); ++u) {
-          decode_unit<F>(tile + u * unit_bytes<F>(), static_cast<int>(id % kTileRows), y + u * unit_cols<F>());
+          decode_unit<F>(tile + u * unit_bytes<F>(), static_cast<int>(id % kTileRows),
+                         y + u * unit_cols<F>());
         }
       }
     });

@@ -10,6 +10,7 @@ int64_t packed_bytes(int format, int64_t rows, int64_t cols);
 
 // Packs num_rows rows of a matrix, whose first is row first_row (a multiple of 16), from the file's layout `raw` into `packed`.
 // Rows that fill the last tile become zeros.
-void pack_cpu(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols, uint8_t* packed);
+void pack_cpu(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols,
+              uint8_t* packed);
 
 }  // namespace helexa

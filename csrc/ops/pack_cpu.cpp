@@ -13,7 +13,9 @@ uint32_t quad(const uint8_t* codes, int index) { return load_u32(codes + 4 * ind
 
 void store_quad(uint8_t* vector, int row, uint32_t value) { std::memcpy(vector + 4 * row, &value, 4); }
 
-void or_quad(uint8_t* vector, int row, uint32_t value) { store_quad(vector, row, load_u32(vector + 4 * row) | value); }
+void or_quad(uint8_t* vector, int row, uint32_t value) {
+  store_quad(vector, row, load_u32(vector + 4 * row) | value);
+}
 
 // Places the 32 codes of one row into the code vectors of its block; the fifth and sixth bits are or-ed into zeroed vectors.
 template <int kBits>
@@ -31,7 +33,8 @@ void place_codes(const uint8_t* codes, int row, uint8_t* out) {
     for (int q = 0; q < 8; ++q) or_quad(out + 256, row, ((quad(codes, q) >> 4) & 0x01010101u) << q);
   }
   if constexpr (kBits == 6) {
-    for (int q = 0; q < 8; ++q) or_quad(out + 256 + 64 * (q / 4), row, ((quad(codes, q) >> 4) & 0x03030303u) << (2 * (q % 4)));
+    for (int q = 0; q < 8; ++q)
+      or_quad(out + 256 + 64 * (q / 4), row, ((quad(codes, q) >> 4) & 0x03030303u) << (2 * (q % 4)));
   }
 }
 
@@ -40,7 +43,8 @@ void store_f16(uint8_t* values, int row, uint16_t bits) { std::memcpy(values + 2
 template <class F>
 void place_scales(const BlockScales& s, int row, uint8_t* unit) {
   store_f16(unit, row, s.d);
-  if constexpr (F::kScales == Scales::kAffine || F::kScales == Scales::kSuperMin) store_f16(unit + 32, row, s.m);
+  if constexpr (F::kScales == Scales::kAffine || F::kScales == Scales::kSuperMin)
+    store_f16(unit + 32, row, s.m);
   if constexpr (F::kScales == Scales::kSuperMin) {
     for (int b = 0; b < 8; ++b) {
       unit[64 + 16 * b + row] = s.scale[b];
@@ -83,7 +87,8 @@ int64_t packed_bytes(int format, int64_t rows, int64_t cols) {
   return (rows + kTileRows - 1) / kTileRows * packed_tile_bytes(static_cast<Format>(format), cols);
 }
 
-void pack_cpu(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols, uint8_t* packed) {
+void pack_cpu(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols,
+              uint8_t* packed) {
   with_format(static_cast<Format>(format), [&](auto f) {
     using F = decltype(f);
     const int64_t row_bytes = cols / unit_cols<F>() * F::kBlockBytes;

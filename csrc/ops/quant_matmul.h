@@ -49,6 +49,7 @@ HELEXA_ISA_KERNEL(int, max_tiles)
 // Tokens per group while `remaining` are left.
 HELEXA_ISA_KERNEL(int, token_group_width, int64_t remaining)
 // Quantizes num_tokens <= width rows of x [num_tokens, cols] into the records of one group.
-HELEXA_ISA_KERNEL(void, quantize_group, const float* x, int64_t num_tokens, int width, int64_t cols, uint8_t* records)
+HELEXA_ISA_KERNEL(void, quantize_group, const float* x, int64_t num_tokens, int width, int64_t cols,
+                  uint8_t* records)
 
 }  // namespace helexa

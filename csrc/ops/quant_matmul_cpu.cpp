@@ -16,7 +16,8 @@ constexpr int64_t kSerialValues = 32768;
 constexpr int64_t kDecodeChunkBytes = 48 * 1024;
 
 bool is_quantized(int format) {
-  return with_format(static_cast<Format>(format), [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
+  return with_format(static_cast<Format>(format),
+                     [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
 }
 
 // The quantized input.  Its memory grows to the largest input seen on this thread and is then reused.
@@ -29,14 +30,16 @@ class QuantizedInput {
     const int64_t blocks = cols / 32;
     const int64_t num_groups = (num_tokens + full_width - 1) / full_width;
     const int64_t group_bytes = blocks * group_record_bytes(full_width);
-    if (static_cast<int64_t>(records_.size()) < num_groups * group_bytes) records_.resize(num_groups * group_bytes);
+    if (static_cast<int64_t>(records_.size()) < num_groups * group_bytes)
+      records_.resize(num_groups * group_bytes);
     uint8_t* records = records_.data();
     auto quantize = [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = g * full_width;
         const int64_t left = num_tokens - first;
         const int width = group_width(left);
-        quantize_group(x + first * cols, std::min<int64_t>(left, width), width, cols, records + g * group_bytes);
+        quantize_group(x + first * cols, std::min<int64_t>(left, width), width, cols,
+                       records + g * group_bytes);
       }
     };
     if (num_tokens * cols <= kSerialValues) {
@@ -87,7 +90,8 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
   // Neighbouring tiles go together, since they share the loads of the input.
   const auto kernel = pick_quant_matmul_tiles();
   const int64_t step = pick_max_tiles()();
-  const int64_t grain = num_tokens > 8 ? step : std::max<int64_t>(step, kDecodeChunkBytes / most_tile_bytes / step * step);
+  const int64_t grain =
+      num_tokens > 8 ? step : std::max<int64_t>(step, kDecodeChunkBytes / most_tile_bytes / step * step);
   parallel_for(num_tiles, grain, [&](int64_t begin, int64_t end) {
     size_t run = 0;
     for (int64_t tile = begin, next; tile < end; tile = next) {

@@ -27,7 +27,8 @@ constexpr int kFloatTokens = kMaxWidth < 4 ? kMaxWidth : 4;
 // Byte offsets within a record of `W` tokens.
 template <int W>
 struct Record {
-  static constexpr int kScale = 32 * W, kSum = kScale + 4 * W, kNegativeSum = kSum + 4 * W, kNegativeSum16 = kNegativeSum + 4 * W;
+  static constexpr int kScale = 32 * W, kSum = kScale + 4 * W, kNegativeSum = kSum + 4 * W,
+                       kNegativeSum16 = kNegativeSum + 4 * W;
   static constexpr int kBytes = kNegativeSum16 + 8 * W;
   static_assert(kBytes == group_record_bytes(W));
 };
@@ -35,8 +36,10 @@ struct Record {
 template <int kBits, int j>
 HELEXA_INLINE u8x64 low_quad(const uint8_t* codes, u8x64 nibbles) {
   u8x64 quad = mask_bytes(nibbles, 0x0f);
-  if constexpr (kBits == 5) quad = or_bytes(quad, mask_bytes(shift_right<j - 4>(load_bytes(codes + 256)), 0x10));
-  if constexpr (kBits == 6) quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 256)), 0x30));
+  if constexpr (kBits == 5)
+    quad = or_bytes(quad, mask_bytes(shift_right<j - 4>(load_bytes(codes + 256)), 0x10));
+  if constexpr (kBits == 6)
+    quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 256)), 0x30));
   return quad;
 }
 
@@ -44,7 +47,8 @@ template <int kBits, int j>
 HELEXA_INLINE u8x64 high_quad(const uint8_t* codes, u8x64 nibbles) {
   u8x64 quad = mask_bytes(shift_right<4>(nibbles), 0x0f);
   if constexpr (kBits == 5) quad = or_bytes(quad, mask_bytes(shift_right<j>(load_bytes(codes + 256)), 0x10));
-  if constexpr (kBits == 6) quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 320)), 0x30));
+  if constexpr (kBits == 6)
+    quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 320)), 0x30));
   return quad;
 }
 
@@ -63,7 +67,8 @@ HELEXA_INLINE void dot_quad(u8x64 quad, const uint8_t* record, int index, i32x16
 
 // Column quads j and j + 4 of a block share their bytes; `which` is a mask: 1 takes the first, 2 the second.
 template <int kBits, int R, int W, int j, int which>
-HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, int64_t apart, const uint8_t* record, Dots<R, W>& dot) {
+HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, int64_t apart, const uint8_t* record,
+                                 Dots<R, W>& dot) {
   u8x64 nibbles[R];
   for (int r = 0; r < R; ++r) nibbles[r] = load_bytes(codes + r * apart + 64 * j);
   if constexpr ((which & 1) != 0) {
@@ -96,8 +101,12 @@ HELEXA_INLINE void dot_block(const uint8_t* codes, int64_t apart, const uint8_t*
   }
 }
 
-HELEXA_INLINE const float* floats(const uint8_t* record, int offset) { return reinterpret_cast<const float*>(record + offset); }
-HELEXA_INLINE const int32_t* ints(const uint8_t* record, int offset) { return reinterpret_cast<const int32_t*>(record + offset); }
+HELEXA_INLINE const float* floats(const uint8_t* record, int offset) {
+  return reinterpret_cast<const float*>(record + offset);
+}
+HELEXA_INLINE const int32_t* ints(const uint8_t* record, int offset) {
+  return reinterpret_cast<const int32_t*>(record + offset);
+}
 
 constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
 
@@ -110,7 +119,8 @@ struct Sums {
 
 // acc += scale * dot * (scale of the input).
 template <int R, int W>
-HELEXA_INLINE void add_scaled(const Dots<R, W>& dot, const f32x16 (&scale)[R], const uint8_t* record, Sums<R, W>& acc) {
+HELEXA_INLINE void add_scaled(const Dots<R, W>& dot, const f32x16 (&scale)[R], const uint8_t* record,
+                              Sums<R, W>& acc) {
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
     const f32x16 input_scale = set1(floats(record, Record<W>::kScale)[t]);
@@ -120,8 +130,8 @@ HELEXA_INLINE void add_scaled(const Dots<R, W>& dot, const f32x16 (&scale)[R], c
 
 // acc += scale * (code - zero) · x over one block, or half of one (which = 1, 2) with a scale of its own.
 template <int kBits, int kZero, int R, int W, int which>
-HELEXA_INLINE void add_symmetric(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R], const uint8_t* record,
-                                 Sums<R, W>& acc) {
+HELEXA_INLINE void add_symmetric(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
+                                 const uint8_t* record, Sums<R, W>& acc) {
   const int32_t* negative_sum = ints(record, which == 3   ? Record<W>::kNegativeSum
                                              : which == 1 ? Record<W>::kNegativeSum16
                                                           : Record<W>::kNegativeSum16 + 4 * W);
@@ -136,8 +146,8 @@ HELEXA_INLINE void add_symmetric(const uint8_t* codes, int64_t apart, const f32x
 
 // acc += (scale * code + offset) · x over one block.
 template <int kBits, int R, int W>
-HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R], const f32x16 (&offset)[R],
-                              const uint8_t* record, Sums<R, W>& acc) {
+HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
+                              const f32x16 (&offset)[R], const uint8_t* record, Sums<R, W>& acc) {
   Dots<R, W> dot;
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
@@ -170,7 +180,8 @@ HELEXA_INLINE void add_unit(const uint8_t* unit, int64_t apart, const uint8_t* r
         scale[r] = d[r] * load_scale_u8(unit + r * apart + 64 + 16 * b);
         offset[r] = minus_dmin[r] * load_scale_u8(unit + r * apart + 192 + 16 * b);
       }
-      add_affine<F::kBits, R, W>(unit + codes_offset<F>(b), apart, scale, offset, records + b * Record<W>::kBytes, acc);
+      add_affine<F::kBits, R, W>(unit + codes_offset<F>(b), apart, scale, offset,
+                                 records + b * Record<W>::kBytes, acc);
     }
   } else {
     for (int b = 0; b < 8; ++b) {
@@ -294,7 +305,8 @@ void quantize_group(const float* x, int64_t num_tokens, int width, int64_t cols,
   if (num_tokens < width) std::memset(records, 0, blocks * group_record_bytes(width));
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int64_t b = 0; b < blocks; ++b) {
-      quantize_block(x + t * cols + 32 * b, static_cast<int>(t), width, records + b * group_record_bytes(width));
+      quantize_block(x + t * cols + 32 * b, static_cast<int>(t), width,
+                     records + b * group_record_bytes(width));
     }
   }
 }

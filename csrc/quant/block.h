@@ -8,11 +8,11 @@ namespace helexa {
 
 // How the scales of a quantized format lie, in the file and in the packed layout.
 enum class Scales {
-  kPlain,     // the block is a run of floats: no codes
-  kSymmetric, // per 32 columns: f16 d;     value = d * (code - zero)
-  kAffine,    // per 32 columns: f16 d, m;  value = d * code + m
-  kSuperMin,  // per 256 columns: f16 d, dmin; per 32: u8 scale, min;  value = d * scale * code - dmin * min
-  kSuper16,   // per 256 columns: f16 d; per 16: i8 scale;  value = d * scale * (code - zero)
+  kPlain,      // the block is a run of floats: no codes
+  kSymmetric,  // per 32 columns: f16 d;     value = d * (code - zero)
+  kAffine,     // per 32 columns: f16 d, m;  value = d * code + m
+  kSuperMin,   // per 256 columns: f16 d, dmin; per 32: u8 scale, min;  value = d * scale * code - dmin * min
+  kSuper16,    // per 256 columns: f16 d; per 16: i8 scale;  value = d * scale * (code - zero)
 };
 
 // The scales of one block of a file, unpacked.

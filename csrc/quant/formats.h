@@ -28,8 +28,7 @@ template <class Fn>
 auto with_format(Format format, Fn&& fn) {
   switch (format) {
 #define HELEXA_FORMAT(type, name) \
-  case Format::k##type:           \
-    return fn(type{});
+  case Format::k##type: return fn(type{});
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
   }

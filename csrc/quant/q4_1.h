@@ -10,9 +10,7 @@ struct Q4_1 {
   static constexpr int kBlockSize = 32, kBlockBytes = 20, kBits = 4, kZero = 0;
   static constexpr Scales kScales = Scales::kAffine;
 
-  static void codes(const uint8_t* block, uint8_t* out) {
-    split_nibbles(block + 4, 16, out);
-  }
+  static void codes(const uint8_t* block, uint8_t* out) { split_nibbles(block + 4, 16, out); }
 
   static void scales(const uint8_t* block, BlockScales& out) {
     out.d = load_u16(block);

@@ -16,9 +16,7 @@ struct Q5_0 {
     for (int i = 0; i < 32; ++i) out[i] |= ((high >> i) & 1) << 4;
   }
 
-  static void scales(const uint8_t* block, BlockScales& out) {
-    out.d = load_u16(block);
-  }
+  static void scales(const uint8_t* block, BlockScales& out) { out.d = load_u16(block); }
 };
 
 }  // namespace helexa

@@ -14,9 +14,7 @@ struct Q8_0 {
     for (int i = 0; i < 32; ++i) out[i] = block[2 + i] ^ 0x80;
   }
 
-  static void scales(const uint8_t* block, BlockScales& out) {
-    out.d = load_u16(block);
-  }
+  static void scales(const uint8_t* block, BlockScales& out) { out.d = load_u16(block); }
 };
 
 }  // namespace helexa
