@@ -19,6 +19,6 @@ def test_the_starter_model_has_the_perplexity_that_llama_cpp_reports(starter_mod
         result = evaluate(engine, chunks)
     finally:
         engine.close()
-    assert len(chunks) == 3
-    assert result.scored_tokens == 765
+    assert len(chunks) == 25
+    assert result.scored_tokens == 6375
     assert result.perplexity == pytest.approx(LLAMA_CPP, rel=0.005)
