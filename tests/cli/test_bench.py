@@ -3,13 +3,14 @@
 import io
 import json
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from helexa.cli.bench import report, run_peer, run_process, summarize, table
+from helexa.cli.bench import busy_processes, report, run_peer, run_process, summarize, table
 from helexa.cli.measure import Timeline, Workload, rates
 from helexa.errors import BadRequest, HelexaError
 
@@ -125,3 +126,18 @@ def test_the_peer_gets_the_same_workload_and_its_json_is_understood(tmp_path: Pa
     assert (
         tmp_path / "arguments"
     ).read_text().split() == f"-m {work.model} -t 2 -r 1 -o json -p 512 -n 4 -d 7".split()
+
+
+def test_busy_processes_compute_and_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **keywords: object) -> None:
+            super().__init__(*args, **keywords)  # type: ignore[call-overload]
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with busy_processes(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
+    assert len(started) == 2

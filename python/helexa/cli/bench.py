@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +66,18 @@ def run_peer(binary: Path, work: Workload) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keeps that many other processes computing, as a compiler or another model beside us would."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def measure_bandwidth(threads: int) -> float:
     """Bytes per second that this many threads read from memory, in a process of its own."""
     return _in_fresh_process({"threads": threads})["bytes_s"]
@@ -94,6 +107,7 @@ def report(
     own: Sequence[dict[str, float]],
     peer: Sequence[dict[str, float]],
     bandwidth_bytes_s: float,
+    busy: int = 0,
 ) -> dict[str, Any]:
     """The JSON document of a benchmark: workload, machine, both sides' figures, ratios (ours ÷ peer's)."""
 
@@ -112,6 +126,7 @@ def report(
         "cpu": cpu_name(),
         "threads": work.threads,
         **{name: getattr(work, name) for name in ("prompt", "generate", "depth", "streams")},
+        "busy_processes": busy,
         "repeat": len(own),
         "read_bandwidth_bytes_s": bandwidth_bytes_s,
         "helexa": side(own),
@@ -147,6 +162,7 @@ def table(document: dict[str, Any]) -> Table:
     view = Table(
         title=f"{document['model']}: {document['threads']} threads, depth {document['depth']}, "
         f"{document['streams']} stream(s), median of {document['repeat']}"
+        + (f", beside {document['busy_processes']} busy" if document["busy_processes"] else "")
     )
     for column in ("", "helexa", *(("llama.cpp", "ratio") if peer else ())):
         view.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -182,6 +198,7 @@ def bench(
     generate: Annotated[int, typer.Option(min=0, help="tokens to generate")] = 128,
     depth: Annotated[int, typer.Option(min=0, help="tokens of context before anything is timed")] = 0,
     streams: Annotated[int, typer.Option(min=1, help="sequences at the same time")] = 1,
+    busy: Annotated[int, typer.Option(min=0, help="other processes that compute all the while")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="fresh processes per side")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all that this process may use")] = None,
     peer: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, to alternate with ours")] = None,
@@ -200,12 +217,13 @@ def bench(
     with console.status("measuring the memory's read bandwidth") as status:
         bandwidth = measure_bandwidth(work.threads)
         for index in range(repeat):
-            status.update(f"run {index + 1} of {repeat}")
-            own.append(run_own(replace(work, seed=index)))
-            if peer is not None:
-                status.update(f"run {index + 1} of {repeat}: {peer.name}")
-                others.append(run_peer(peer, work))
-    document = report(work, own, others, max(bandwidth, measure_bandwidth(work.threads)))
+            with busy_processes(busy):
+                status.update(f"run {index + 1} of {repeat}")
+                own.append(run_own(replace(work, seed=index)))
+                if peer is not None:
+                    status.update(f"run {index + 1} of {repeat}: {peer.name}")
+                    others.append(run_peer(peer, work))
+    document = report(work, own, others, max(bandwidth, measure_bandwidth(work.threads)), busy)
     if as_json:
         typer.echo(json.dumps(document))
     else:
