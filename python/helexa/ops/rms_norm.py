@@ -29,10 +29,11 @@ def rms_norm(
         _check_like("residual", residual, x)
     residual_ptr = 0 if residual is None else residual.data_ptr()
     pointers = (x.data_ptr(), weight.data_ptr(), residual_ptr, out.data_ptr())
+    num_tokens, width = x.shape
     if x.is_cuda:
-        _C.rms_norm_cuda(*pointers, *x.shape, dtype_id(x), eps, stream(x))
+        _C.rms_norm_cuda(*pointers, num_tokens, width, dtype_id(x), eps, stream(x))
     else:
-        _C.rms_norm_cpu(*pointers, *x.shape, eps)
+        _C.rms_norm_cpu(*pointers, num_tokens, width, eps)
     return out
 
 
