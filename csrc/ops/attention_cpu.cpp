@@ -11,7 +11,7 @@ namespace helexa {
 namespace {
 
 // Query rows of one block: K and V of a page are brought into the kernel's form once for them.
-constexpr int64_t kBlockRows = 128;
+constexpr int64_t kBlockRows = 256;
 // Few rows over a long context are split along the keys, so that there is work for all threads.  The size is fixed: results do not
 // depend on the number of threads.
 constexpr int64_t kSplitRows = 64;
