@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <climits>
-#include <fstream>
+#include <cstdio>
 #include <memory>
 #include <set>
 #include <string>
@@ -159,6 +159,17 @@ void Pool::help() {
   }
 }
 
+// The number in a file of /sys, or `otherwise` if there is none.  C streams: those of C++ crash in a process whose other libraries
+// bring a standard library of their own.
+int read_number(const std::string& path, int otherwise) {
+  int number = otherwise;
+  if (FILE* file = std::fopen(path.c_str(), "r")) {
+    if (std::fscanf(file, "%d", &number) != 1) number = otherwise;
+    std::fclose(file);
+  }
+  return number;
+}
+
 // Physical cores among the CPUs that this process may run on: two hyper-threads of one core share its vector units.
 int physical_cores() {
 #if defined(__linux__)
@@ -168,10 +179,7 @@ int physical_cores() {
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
       if (!CPU_ISSET(cpu, &allowed)) continue;
       const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-      int package = 0, core = cpu;
-      std::ifstream(topology + "physical_package_id") >> package;
-      std::ifstream(topology + "core_id") >> core;
-      cores.emplace(package, core);
+      cores.emplace(read_number(topology + "physical_package_id", 0), read_number(topology + "core_id", cpu));
     }
     if (!cores.empty()) return static_cast<int>(cores.size());
   }
