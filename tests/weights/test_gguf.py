@@ -219,6 +219,15 @@ def test_views_are_read_only(write_gguf):
     assert open_gguf(write_gguf({"t": np.zeros(4, np.float32)})).data("t").readonly
 
 
+def test_a_file_that_is_dropped_closes_itself_even_while_the_interpreter_ends(write_gguf, monkeypatch):
+    path = write_gguf({"t": np.zeros(4, np.float32)})
+    open_descriptors = len(os.listdir("/proc/self/fd"))
+    file = open_gguf(path)
+    monkeypatch.setattr("helexa.weights.gguf.os", None)  # as modules are by then
+    del file
+    assert len(os.listdir("/proc/self/fd")) == open_descriptors
+
+
 def test_ranges_may_be_prefetched_and_released_anywhere(write_gguf):
     file = open_gguf(write_gguf({"t": np.arange(100_000, dtype=np.float32)}))
     for offset, nbytes in [

@@ -112,10 +112,9 @@ class GGUFFile:
     def __init__(self, path: Path):
         """Raises InvalidFile or UnsupportedModel."""
         self.path = path
-        self._descriptor, self.nbytes = _open_regular(path)
-        self._map: mmap.mmap | None = None
+        self._map: mmap.mmap | None = _map_regular(path)
+        self.nbytes = len(self._map)
         try:
-            self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ)
             self.metadata, self.tensors = _parse(self._map, path.name)
         except BaseException:
             self.close()
@@ -128,7 +127,7 @@ class GGUFFile:
         Raises KeyError for an unknown name, ValueError once closed, InvalidFile if the file has been cut.
         """
         mapped, info = self._open_map(), self.tensors[name]
-        end, size = info.offset + info.nbytes, os.fstat(self._descriptor).st_size
+        end, size = info.offset + info.nbytes, mapped.size()
         if size < end:  # touching the mapping there would kill the process
             found = f"a file cut to {size} bytes while open"
             raise InvalidFile(f"{self.path.name}: found {found}, expected tensor {name!r} up to byte {end}")
@@ -136,8 +135,11 @@ class GGUFFile:
 
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Asks the system to read a range of the file soon; does not wait. ValueError once closed."""
-        self._open_map()
-        os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        mapped = self._open_map()
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(offset + nbytes, self.nbytes)
+        if start < end:
+            mapped.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def release(self, offset: int, nbytes: int) -> None:
         """Takes a range's pages out of this process; reading them again only takes time.
@@ -153,10 +155,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Closes the file; what a view of data() refers to lives as long as the view. May be called again."""
-        if self._descriptor < 0:
-            return
-        os.close(self._descriptor)
-        mapped, self._descriptor, self._map = self._map, -1, None
+        mapped, self._map = self._map, None
         if mapped is not None:
             with suppress(BufferError):  # a view is alive; the mapping goes with the last of them
                 mapped.close()
@@ -172,27 +171,25 @@ class GGUFFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
-
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """The file at `path`, its header parsed and checked; raises InvalidFile or UnsupportedModel."""
     return GGUFFile(Path(path))
 
 
-def _open_regular(path: Path) -> tuple[int, int]:
-    """A descriptor and the size of a non-empty regular file; InvalidFile for anything else."""
+def _map_regular(path: Path) -> mmap.mmap:
+    """A mapping of a non-empty regular file, which keeps it open; InvalidFile for anything else."""
     try:
         # Without O_NONBLOCK opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise InvalidFile(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size:
-        return descriptor, status.st_size
-    os.close(descriptor)
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size:
+            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
     found = "an empty file" if stat.S_ISREG(status.st_mode) else "a directory or device"
     raise InvalidFile(f"{path}: found {found}, expected a GGUF file")
 
