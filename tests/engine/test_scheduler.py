@@ -256,6 +256,15 @@ def test_when_pages_run_out_the_youngest_is_recomputed_later(device, expected):
         assert machine.generated[sequence.number] == expected(prompt, 20, VOCAB)
 
 
+def test_when_all_that_decode_are_sent_away_the_prompt_goes_on(device):
+    machine = device(num_pages=5, prefill_chunk=4, has_prefix_cache=False)
+    long, short = machine.add([1] * 12, 1), machine.add([2] * 3, 8)
+    machine.run()
+    assert short.num_preemptions > 0
+    assert long.num_preemptions == 0
+    assert all(numbers for _, numbers, _ in machine.plans)
+
+
 def test_cached_prefixes_give_way_before_anyone_is_preempted(device):
     machine = device(num_pages=8)
     machine.add(prompt_of(20), 1)

@@ -99,14 +99,17 @@ class Scheduler:
             self._admit()
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         has_prefill = len(decoding) < len(self.running)
-        if decoding and not (has_prefill and not self._prefilled_last):
-            self._prefilled_last = False
-            plan = self._plan_decode(decoding)
-        elif has_prefill:
-            self._prefilled_last = True
-            plan = self._plan_prefill(self.shared_chunk if decoding else self.prefill_chunk)
-        else:
+        if decoding and (self._prefilled_last or not has_prefill):
+            decoding = self._with_room(decoding)
+            if decoding:
+                self._prefilled_last = False
+                return self._with_copies(Plan(decoding, 1, is_prefill=False))
+        if not has_prefill:
             return None
+        self._prefilled_last = True
+        return self._with_copies(self._plan_prefill(self.shared_chunk if decoding else self.prefill_chunk))
+
+    def _with_copies(self, plan: Plan) -> Plan:
         plan.copies, self._copies = self._copies, []
         return plan
 
@@ -182,13 +185,14 @@ class Scheduler:
         missing = num_pages - self._pool.num_free
         return missing <= 0 or (self._prefix is not None and self._prefix.evict(missing) == missing)
 
-    def _plan_decode(self, decoding: list[Sequence]) -> Plan:
+    def _with_room(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Those that have a page for their next token; to make room, the youngest of all may be sent away."""
         page_tokens = self._pool.page_tokens
         for sequence in decoding:
             if sequence.pages and sequence.num_computed == len(sequence.pages) * page_tokens:
                 self._grow(sequence)
-        # Growing may have sent some away; the oldest sequence always stays.
-        return Plan([sequence for sequence in decoding if sequence.pages], 1, is_prefill=False)
+        # The oldest of all always stays, but that may be one that prefills.
+        return [sequence for sequence in decoding if sequence.pages]
 
     def _grow(self, sequence: Sequence) -> None:
         while not self._make_free(1):
