@@ -175,6 +175,20 @@ def test_failing_all_ends_running_and_queued_ones_and_refuses_later_ones(bench):
     machine.run()
 
 
+def test_everybody_is_told_of_a_fault_even_if_the_scheduler_is_beyond_repair(bench, monkeypatch):
+    machine = bench()
+    sequences = [machine.submit([1, 2, 3], 50) for _ in range(3)]
+    machine.run(steps=5)
+
+    def broken(sequence):
+        raise AssertionError("page 3 is released more often than it was held")
+
+    monkeypatch.setattr(machine.core.scheduler, "remove", broken)
+    with pytest.raises(AssertionError):
+        machine.core.fail_all(DevicePoisoned("broken"))
+    assert all(isinstance(s.receiver.end.error, DevicePoisoned) for s in sequences)
+
+
 def test_a_closed_core_holds_no_model(bench):
     machine = bench()
     sequence = machine.submit([1, 2, 3], 50)

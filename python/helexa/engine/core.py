@@ -101,9 +101,14 @@ class EngineCore:
     def fail_all(self, error: HelexaError) -> None:
         """Ends every sequence with the error, and every later one."""
         self._closed = error
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._finish(sequence, Finished("error", error))
+        sequences = [*self.scheduler.running, *self.scheduler.waiting]
+        # First everybody is told: after a fault, taking them out of the scheduler may fail as well.
+        for sequence in sequences:
+            sequence.finished = True
+            self._emit(sequence, Finished("error", error))
         self._send()
+        for sequence in sequences:
+            self.scheduler.remove(sequence)
 
     def close(self) -> None:
         """Ends what still runs and lets go of model and caches."""
