@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from helexa.errors import BadRequest, ShuttingDown, Unavailable
+from helexa.errors import BadRequest, ShuttingDown, SourceError, Unavailable
 from helexa.wire import sse
 from helexa.wire.control import LoadRequest
 
@@ -89,6 +89,22 @@ async def test_closing_does_not_wait_for_a_load_that_hangs_in_its_progress(make_
     assert time.monotonic() - started < 4
     with pytest.raises(ShuttingDown):
         registry.start_load(LoadRequest(model_id="n"))
+
+
+async def test_closing_gives_up_on_a_load_that_hangs_without_a_word(make_neuron, monkeypatch):
+    monkeypatch.setattr("helexa.neuron.registry._STOP_S", 0.05)
+    released, registry = threading.Event(), make_neuron().registry
+
+    def fetch(source, report):
+        released.wait()
+        raise SourceError("the disk is gone")
+
+    registry._fetch = fetch
+    model = registry.start_load(LoadRequest(model_id="m"))
+    await asyncio.wait_for(registry.close(0.05), 5.0)
+    released.set()
+    await model.task
+    assert model.status == "failed"
 
 
 async def test_models_load_one_after_the_other(make_neuron, script):

@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Report = Callable[[str, float], None]  # phase, percent
 
+_STOP_S = 5.0  # how long closing waits for a load to notice that it is not wanted
+
 _RETRIES_S = (
     10,
     20,
@@ -389,7 +391,10 @@ class Registry:
     async def _retire(self, model: LoadedModel, error: HelexaError, grace_s: float) -> None:
         model.is_cancelled = True
         if model.status == "loading" and model.task and model.task is not asyncio.current_task():
-            await asyncio.shield(model.task)
+            await asyncio.wait((model.task,), timeout=grace_s + _STOP_S if self._closing else None)
+            if not model.task.done():
+                logger.warning("load_abandoned", extra=fields(model=model.id, phase=model.progress.phase))
+                return
         if model.status != "unloading":
             model.status = "unloading"
             await model.drain(error, grace_s)
