@@ -13,6 +13,7 @@ import jinja2
 from helexa.engine.template_sandbox import Sandbox
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter
+from helexa.log import fields
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class ChatTemplate:
         """The template of a GGUF file, or ChatML if the file has its tokens and no template; else None."""
         source = metadata.get("tokenizer.chat_template")
         if source is None and "<|im_start|>" in tokenizer.special_tokens:
-            logger.info("event=chat_template_assumed template=chatml")
+            logger.info("chat_template_assumed", extra=fields(template="chatml"))
             source = CHATML
         if source is None:
             return None

@@ -37,6 +37,7 @@ from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown
 from helexa.layers.step import PAGE_TOKENS
+from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
 from helexa.weights.gguf import GGUFFile, open_gguf
 from helexa.weights.load import GGUFWeights, LoadProgress
@@ -153,11 +154,13 @@ class Engine:
             file.close()
         progress(LoadProgress("ready", 100.0))
         logger.info(
-            "event=model_loaded model=%s max_context=%d kv_tokens=%d load_s=%.2f",
-            engine.name,
-            engine.max_context,
-            engine.stats().kv_tokens_total,
-            time.perf_counter() - started_s,
+            "model_loaded",
+            extra=fields(
+                model=engine.name,
+                max_context=engine.max_context,
+                kv_tokens=engine.stats().kv_tokens_total,
+                load_s=round(time.perf_counter() - started_s, 2),
+            ),
         )
         return engine
 
@@ -353,7 +356,7 @@ def _build(file: GGUFFile, config: ModelConfig, progress: Progress) -> Model:
     weights = GGUFWeights(file, progress=progress)
     model = build_model(config, weights)
     if unused := weights.unused():
-        logger.warning("event=unused_tensors model=%s tensors=%s", file.path.name, ",".join(unused))
+        logger.warning("unused_tensors", extra=fields(model=file.path.name, tensors=",".join(unused)))
     return model
 
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from helexa.errors import DevicePoisoned, HelexaError, ShuttingDown
+from helexa.log import fields
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class DeviceWorker:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
         if self._thread.is_alive():
-            logger.error("event=worker_stuck worker=%s waited_s=%.1f", self.name, timeout_s)
+            logger.error("worker_stuck", extra=fields(worker=self.name, waited_s=timeout_s))
         return not self._thread.is_alive()
 
     def _put(self, job: Callable[[], Any], future: "Future[Any] | None") -> None:
@@ -87,20 +88,20 @@ class DeviceWorker:
             if future is not None:
                 future.set_exception(error)
             elif self.poisoned is None:
-                logger.exception("event=job_failed worker=%s", self.name)
+                logger.exception("job_failed", extra=fields(worker=self.name))
         else:
             if future is not None:
                 future.set_result(result)
 
     def _poison(self, error: Exception) -> None:
-        logger.exception("event=device_poisoned worker=%s", self.name)
+        logger.exception("device_poisoned", extra=fields(worker=self.name))
         with self._gate:
             self.poisoned = f"{type(error).__name__}: {error}"
         if self._on_fault is not None:
             try:
                 self._on_fault(self._poison_error())
             except Exception:
-                logger.exception("event=fault_report_failed worker=%s", self.name)
+                logger.exception("fault_report_failed", extra=fields(worker=self.name))
 
     def _poison_error(self) -> DevicePoisoned:
         return DevicePoisoned(f"{self.name} failed and must be loaded again: {self.poisoned}")
