@@ -132,6 +132,16 @@ def test_parts_stay_parts_where_the_template_takes_them():
     assert _render(source) == "Hello"
 
 
+def test_a_refusal_that_a_client_sends_back_is_text():
+    parts = [{"type": "refusal", "refusal": "I will not."}, {"type": "output_text", "text": " Sorry."}]
+    assert _render(_SHOW, [{"role": "assistant", "content": parts}]) == "[assistant:I will not. Sorry.]"
+
+
+def test_a_text_part_without_its_text_is_refused():
+    with pytest.raises(InvalidParameter, match="'refusal'; it has no text"):
+        _render(_SHOW, [{"role": "assistant", "content": [{"type": "refusal", "text": "x"}]}])
+
+
 def test_content_that_is_not_text_is_refused_with_its_place():
     parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(InvalidParameter, match="'image_url'; this model reads only text") as caught:
@@ -152,6 +162,12 @@ def test_arguments_of_tool_calls_are_objects_and_the_callers_messages_stay_as_th
     source = "{% for call in messages[0].tool_calls %}" + walk + "{% endfor %}"
     assert _render(source, messages) == 'a=[1, "é"]'
     assert json.dumps(messages) == before
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}"])
+def test_missing_arguments_are_an_empty_object(arguments):
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    assert _render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", messages) == "{}"
 
 
 @pytest.mark.parametrize("arguments", ["not json", "[1]", '"text"'])

@@ -16,6 +16,7 @@ import hypercorn.asyncio
 import hypercorn.config
 import pytest
 
+from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, ShuttingDown, SourceError
@@ -40,12 +41,17 @@ class FakeTokenizer:
         return bytes([token_id])
 
 
-class FakeTemplate:
-    def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **keywords: Any
-    ) -> str:
-        self.messages, self.keywords = messages, keywords
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+class FakeTemplate(ChatTemplate):
+    """A plain template that remembers what it was last given."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        )
+
+    def _render(self, messages: Any, tools: Any, prompt: bool, variables: dict[str, Any]) -> str:
+        self.messages, self.keywords = messages, variables
+        return super()._render(messages, tools, prompt, variables)
 
 
 @dataclass

@@ -26,7 +26,7 @@ CHATML = """\
 """
 MAX_SOURCE = 1 << 18  # characters of a template
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _PROBE = "probe-of-a-text-part"
 
 Message = Mapping[str, Any]
@@ -132,15 +132,12 @@ class ChatTemplate:
 def _text_parts(content: Any, param: str) -> list[str]:
     texts = []
     for index, part in enumerate(content if isinstance(content, list | tuple) else [content]):
-        text = (
-            part.get("text")
-            if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS
-            else part
-        )
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get(_TEXT_PARTS.get(str(kind), "")) if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             name = f"{param}[{index}]"
-            raise InvalidParameter(f"{name} is of type {kind!r}; this model reads only text", param=name)
+            expected = "it has no text" if str(kind) in _TEXT_PARTS else "this model reads only text"
+            raise InvalidParameter(f"{name} is of type {kind!r:.80}; {expected}", param=name)
         texts.append(text)
     return texts
 
@@ -148,10 +145,10 @@ def _text_parts(content: Any, param: str) -> list[str]:
 def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as an object, if they are one: templates walk through it."""
     function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | None):
         return dict(call)
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = json.loads(function.get("arguments") or "{}")
     except ValueError:
         return dict(call)
     if not isinstance(arguments, dict):

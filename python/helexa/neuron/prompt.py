@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import orjson
+import msgspec
 
 from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
 from helexa.errors import ContextTooLong, InvalidParameter
-from helexa.wire.chat import ChatRequest, ContentPart, Message
+from helexa.wire.chat import ChatRequest, Message
 from helexa.wire.completions import CompletionRequest, Prompt
 
 _SAMPLING_FIELDS = (
@@ -103,56 +103,9 @@ def _fitting(engine: Engine, token_ids: list[int], param: str) -> list[int]:
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: content as text, the arguments of tool calls as objects."""
-    rendered: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content, f"messages[{index}].content"),
-    }
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, name)) is not None:
-            rendered[name] = value
-    if message.tool_calls:
-        rendered["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
+    """A message as it came; bringing it into the form that templates expect is the template's business."""
     if message.content is None and not message.tool_calls and message.role != "assistant":
         param = f"messages[{index}].content"
         raise InvalidParameter(f"'{param}' is missing; expected text", param=param)
-    return rendered
-
-
-def _text(content: str | list[ContentPart] | None, param: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for index, part in enumerate(content):
-        text = (
-            part.text
-            if part.type in ("text", "input_text")
-            else part.refusal
-            if part.type == "refusal"
-            else None
-        )
-        if text is None:
-            name = f"{param}[{index}]"
-            known = part.type in ("text", "input_text", "refusal")
-            expected = "it has no text" if known else "this model takes text only"
-            raise InvalidParameter(f"'{name}' is of type {part.type!r:.80}; {expected}", param=name)
-        texts.append(text)
-    return "".join(texts)
-
-
-def _arguments(arguments: str | dict[str, Any] | None) -> Any:
-    """An object where the text is one, since templates iterate it; anything else as it came."""
-    if isinstance(arguments, str):
-        try:
-            parsed = orjson.loads(arguments or "{}")
-        except orjson.JSONDecodeError:
-            return arguments
-        return parsed if isinstance(parsed, dict) else arguments
-    return arguments or {}
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    return plain
