@@ -93,6 +93,7 @@ async def test_headers_pass_both_ways_but_for_secrets_and_identities(make_site, 
     assert seen["accept-encoding"] == "identity"
     assert "secret" not in str(seen)
     assert not {"authorization", "x-api-key", "cookie", "x-helexa-account-id"} & set(seen)
+    assert seen["x-helexa-usage"] == "comment"
 
 
 @pytest.mark.parametrize("given", ["", "with space", "x" * 200, "a\tb"])

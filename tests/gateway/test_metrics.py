@@ -93,6 +93,14 @@ def test_usage_is_that_of_the_last_events():
     assert meter.usage == {"prompt_tokens": 9, "completion_tokens": 12}
 
 
+def test_usage_may_be_a_comment_before_the_end():
+    meter = Meter(Metrics(Fleet({})), "m", 0.0)
+    meter.feed(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n')
+    meter.feed(b': {"prompt_tokens":9,"completion_tokens":12,"total_tokens":21}\n\ndata: [DONE]\n\n')
+    meter.end()
+    assert meter.usage == {"prompt_tokens": 9, "completion_tokens": 12}
+
+
 def test_without_usage_events_count_for_tokens():
     metrics = Metrics(Fleet({}))
     meter = Meter(metrics, "m", 0.0)

@@ -57,6 +57,17 @@ async def test_usage_ends_a_stream_when_asked_for(client):
     assert events[-1]["usage"]["completion_tokens"] == 6
 
 
+async def test_usage_is_a_comment_for_a_gateway_whose_client_did_not_ask(client):
+    body, asked = CHAT | {"stream": True}, {"stream_options": {"include_usage": True}}
+    headers = {"x-helexa-usage": "comment"}
+    raw = (await client.post("/v1/chat/completions", json=body, headers=headers)).content
+    note = raw.removesuffix(sse.DONE).rstrip().rpartition(b"\n")[2]
+    assert json.loads(note.removeprefix(b": "))["completion_tokens"] == 6
+    assert all('"usage"' not in event.data for event in sse.Parser().feed(raw))
+    raw = (await client.post("/v1/chat/completions", json=body | asked, headers=headers)).content
+    assert raw.count(b'"completion_tokens"') == 1
+
+
 async def test_sampling_fields_reach_the_engine(client, script):
     body = CHAT | {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 3,

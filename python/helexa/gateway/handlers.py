@@ -18,6 +18,7 @@ from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call
 from helexa.log import fields
 from helexa.wire.body import decode
+from helexa.wire.generation import USAGE_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _forwarded(headers: Headers, request_id: str) -> dict[str, str]:
         if name not in _PRIVATE_HEADERS and not name.startswith("x-helexa-")
     }
     ours = {"content-type": "application/json", "accept-encoding": "identity", "x-request-id": request_id}
-    return kept | ours
+    return kept | ours | {USAGE_HEADER: "comment"}  # for the metrics
 
 
 def _log(path: str, request_id: str, meter: Meter) -> None:

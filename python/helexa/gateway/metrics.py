@@ -111,7 +111,7 @@ class Meter:
         metrics.duration.labels(*where).observe(now - self.started)
         metrics.prompt_tokens.labels(*where).inc(self.usage.get("prompt_tokens", 0))
         metrics.cached_tokens.labels(*where).inc(self.usage.get("cached_tokens", 0))
-        # A client that did not ask for usage gets none; then events count for tokens.
+        # A stream that broke off has told no usage; then events count for tokens.
         completion = self.usage.get("completion_tokens", self._events)
         metrics.completion_tokens.labels(*where).inc(completion)
         if self.first_token_s is not None:

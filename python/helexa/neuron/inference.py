@@ -23,8 +23,10 @@ from helexa.neuron.metrics import Metrics
 from helexa.neuron.prompt import chat_token_ids, completion_token_ids, refuse_unsupported, sampling_params
 from helexa.neuron.registry import LoadedModel, Registry
 from helexa.neuron.streaming import ClientGone, EventStream, read_body, unless_client_leaves
+from helexa.wire import sse
 from helexa.wire.chat import ChatRequest, parse_chat
 from helexa.wire.completions import CompletionRequest, parse_completion
+from helexa.wire.generation import USAGE_HEADER, encode
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -72,7 +74,8 @@ class Inference(ABC, Generic[R]):
         record.model = model.id
         record.jobs, answers = await asyncio.to_thread(self.prepare, model.engine, request)
         if request.stream:
-            events = self._events(model, record, answers, request.include_usage)
+            is_noted = USAGE_HEADER in http.headers
+            events = self._events(model, record, answers, request.include_usage, is_noted)
 
             def failure(error: HelexaError) -> bytes:
                 record.outcome = error.code
@@ -84,7 +87,7 @@ class Inference(ABC, Generic[R]):
             await Response(body, media_type="application/json")(http.scope, http.receive, send)
 
     async def _events(
-        self, model: LoadedModel, record: Record, answers: Answers, include_usage: bool
+        self, model: LoadedModel, record: Record, answers: Answers, include_usage: bool, is_noted: bool
     ) -> AsyncGenerator[bytes, None]:
         async with (
             model.lease(len(record.jobs)) as engine,
@@ -92,7 +95,9 @@ class Inference(ABC, Generic[R]):
         ):
             async for index, delta in deltas:
                 yield answers.events(index, delta)
-        yield answers.end(record.usage() if include_usage else None)
+        usage = record.usage()
+        note = sse.comment(encode(usage).decode()) if is_noted and not include_usage else b""
+        yield note + answers.end(usage if include_usage else None)
 
     async def _whole(self, model: LoadedModel, record: Record, answers: Answers) -> bytes:
         async with (

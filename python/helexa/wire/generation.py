@@ -8,6 +8,9 @@ from msgspec import Meta
 from helexa.errors import InvalidParameter, MissingModel
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"]
+# A request header of the gateway: a stream then ends with its usage as a comment, which no client sees as an
+# event, even if the client did not ask for it.
+USAGE_HEADER = "x-helexa-usage"
 MAX_STOPS = 16
 MAX_CHOICES = 128
 
