@@ -118,6 +118,18 @@ def test_llama_3_adds_the_beginning_where_the_file_is_silent():
     assert Tokenizer.from_gguf(_metadata("llama-bpe", add_bos_token=False)).encode("", add_special=True) == []
 
 
+@pytest.mark.parametrize("name", ["smollm", "qwen2"])
+@given(st.text(max_size=40), st.integers(1, 50))
+def test_the_least_number_of_tokens_is_never_too_large(name, text, times):
+    tokenizer = Tokenizer.from_gguf(_metadata(name))
+    for whole in (text * times, "\u03b9\u0308\u0301" * times, "<|im_start|>" * times):
+        assert tokenizer.least_tokens(whole) <= len(tokenizer.encode(whole))
+
+
+def test_a_long_text_is_known_to_be_long_without_being_encoded(tokenizer):
+    assert tokenizer.least_tokens("x" * 10**7) > 10**5
+
+
 def test_half_a_surrogate_pair_is_refused_with_its_place(tokenizer):
     with pytest.raises(BadRequest, match="at character 1"):
         tokenizer.encode("a\ud800")

@@ -34,6 +34,9 @@ class FakeTokenizer:
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         return list(text.encode())
 
+    def least_tokens(self, text: str) -> int:
+        return len(text)
+
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 

@@ -177,6 +177,22 @@ async def test_harmless_fields_are_accepted(client, harmless):
     assert (await client.post("/v1/chat/completions", json=CHAT | harmless)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 10**6}]}),
+        ("/v1/completions", {"model": "m", "prompt": "x" * 10**6}),
+    ],
+)
+async def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenized(
+    client, script, monkeypatch, path, body
+):
+    monkeypatch.setattr(type(script.engines[0].tokenizer), "encode", None)
+    response = await client.post(path, json=body)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert "at least 1000" in response.json()["error"]["message"]
+
+
 async def test_a_prompt_that_is_too_long_says_how_long(client):
     body = CHAT | {"messages": [{"role": "user", "content": "x" * 300}], "stream": True}
     response = await client.post("/v1/chat/completions", json=body)

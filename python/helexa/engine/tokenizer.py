@@ -68,6 +68,9 @@ class Tokenizer:
         self._added = control | user_defined
         self._any_added = _alternatives(self._added)
         self._user_defined = _alternatives(user_defined)
+        # Characters of ordinary tokens stand for bytes. Composed, at most 1.5 characters go into a byte.
+        longest = max(map(len, tokens), default=1), max((len(t.encode()) for t in self._added), default=1)
+        self._most_bytes = max(longest) * (2 if rules.nfc else 1)
         for text in control:  # plain text that happens to read like one must not become it
             del vocabulary[text]
         self._bpe = tokenizers.Tokenizer(_merger(vocabulary, merges, rules))
@@ -147,6 +150,10 @@ class Tokenizer:
             prefix = [] if token_ids[:1] == self._prefix else self._prefix
             return prefix + token_ids + self._suffix
         return token_ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, at once; `encode` takes 150 bytes a character."""
+        return len(text) // max(self._most_bytes, 1)
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that are not UTF-8."""

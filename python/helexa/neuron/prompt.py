@@ -56,6 +56,7 @@ def chat_token_ids(engine: Engine, request: ChatRequest) -> list[int]:
             raise InvalidParameter(f"'{param}' is set by the server; leave it out", param=param)
     messages = [_template_message(index, message) for index, message in enumerate(request.messages)]
     text = engine.chat_template.render(messages, add_generation_prompt=True, **keywords)
+    _check_length(engine, engine.tokenizer.least_tokens(text), "messages", "at least ")
     return _fitting(engine, engine.tokenizer.encode(text, add_special=False), "messages")
 
 
@@ -64,6 +65,7 @@ def completion_token_ids(engine: Engine, prompt: Prompt) -> list[int]:
     if engine.tokenizer is None:
         raise InvalidParameter("the file of this model has no vocabulary", param="prompt")
     if isinstance(prompt, str):
+        _check_length(engine, engine.tokenizer.least_tokens(prompt), "prompt", "at least ")
         return _fitting(engine, engine.tokenizer.encode(prompt, add_special=True), "prompt")
     if unknown := next((token_id for token_id in prompt if token_id >= engine.config.vocab_size), None):
         message = (
@@ -91,15 +93,19 @@ def _fitting(engine: Engine, token_ids: list[int], param: str) -> list[int]:
     """`token_ids` if there is room for at least one token of answer after them."""
     if not token_ids:
         raise InvalidParameter(f"'{param}' makes no tokens; expected some text", param=param)
-    if len(token_ids) >= engine.max_context:
+    _check_length(engine, len(token_ids), param)
+    return token_ids
+
+
+def _check_length(engine: Engine, num_tokens: int, param: str, how: str = "") -> None:
+    if num_tokens >= engine.max_context:
         raise ContextTooLong(
             f"This model's maximum context length is {engine.max_context} tokens, but the {param} "
-            f"came to {len(token_ids)} tokens. Reduce the length of the {param}.",
+            f"came to {how}{num_tokens} tokens. Reduce the length of the {param}.",
             param=param,
             max=engine.max_context,
-            prompt_tokens=len(token_ids),
+            prompt_tokens=num_tokens,
         )
-    return token_ids
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:
