@@ -11,9 +11,17 @@ namespace {
 
 // Below this many values one thread quantizes the input faster than two can be set to work.
 constexpr int64_t kSerialValues = 32768;
-// Weight bytes that a thread claims at once while decoding: large enough to stream, small enough that a thread which the system takes
-// off its core leaves little behind.
-constexpr int64_t kDecodeChunkBytes = 48 * 1024;
+// Weight bytes that a thread claims at once while decoding: a stream long enough that its start costs little, and a quarter of each
+// thread's share, so that a thread which the system takes off its core leaves little behind.
+constexpr int64_t kMostChunkBytes = 256 * 1024;
+constexpr int64_t kChunksPerThread = 4;
+
+// Tiles of one claim.
+int64_t tiles_per_claim(int64_t num_tokens, int64_t step, int64_t num_tiles, int64_t most_tile_bytes) {
+  if (num_tokens > 8) return step;
+  const int64_t share = num_tiles / (kChunksPerThread * num_threads());
+  return std::max(step, std::min(share, kMostChunkBytes / most_tile_bytes) / step * step);
+}
 
 bool is_quantized(int format) {
   return with_format(static_cast<Format>(format),
@@ -87,11 +95,11 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
   common.out_stride = out_stride;
   if (any_quantized) common.quantized = quantized_input.fill(x, num_tokens, cols);
 
-  // Neighbouring tiles go together, since they share the loads of the input.
+  // Neighbouring tiles go together, since they share the loads of the input; but a few rows are bound by memory, which is read
+  // fastest as one stream.
   const auto kernel = pick_quant_matmul_tiles();
-  const int64_t step = pick_max_tiles()();
-  const int64_t grain =
-      num_tokens > 8 ? step : std::max<int64_t>(step, kDecodeChunkBytes / most_tile_bytes / step * step);
+  const int64_t step = num_tokens > 4 ? pick_max_tiles()() : 1;
+  const int64_t grain = tiles_per_claim(num_tokens, step, num_tiles, most_tile_bytes);
   parallel_for(num_tiles, grain, [&](int64_t begin, int64_t end) {
     size_t run = 0;
     for (int64_t tile = begin, next; tile < end; tile = next) {

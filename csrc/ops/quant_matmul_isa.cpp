@@ -24,6 +24,17 @@ constexpr int kMaxWidth = 2, kMaxTiles = 1;
 
 constexpr int kFloatTokens = kMaxWidth < 4 ? kMaxWidth : 4;
 
+// While decoding, the weights come from memory, and the hardware's own prefetch stops at each 4 KiB page.  Tiles lie one after the
+// other, so requests that run ahead cross their borders as well.
+constexpr int kStreamWidth = 4;
+constexpr int64_t kPrefetchBytes = 4096;
+
+template <int kBytes>
+HELEXA_INLINE void prefetch(const uint8_t* p) {
+  HELEXA_UNROLL
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i);
+}
+
 // Byte offsets within a record of `W` tokens.
 template <int W>
 struct Record {
@@ -215,7 +226,9 @@ void tiles_times_group(const TileCall& c, const uint8_t* records, int64_t first_
   const int64_t units = c.cols / unit_cols<F>(), apart = units * unit_bytes<F>();
   constexpr int kRecordBytes = F::kBlockSize / 32 * Record<W>::kBytes;
   for (int64_t u = 0; u < units; ++u) {
-    add_unit<F, R, W>(c.tile + u * unit_bytes<F>(), apart, records + u * kRecordBytes, acc);
+    const uint8_t* unit = c.tile + u * unit_bytes<F>();
+    if constexpr (W <= kStreamWidth) prefetch<unit_bytes<F>()>(unit + kPrefetchBytes);
+    add_unit<F, R, W>(unit, apart, records + u * kRecordBytes, acc);
   }
   const int64_t tokens = std::min<int64_t>(W, c.num_tokens - first_token);
   HELEXA_UNROLL
