@@ -8,6 +8,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -59,7 +60,11 @@ void futex_wake(std::atomic<uint32_t>& word, int count) {
 class Pool {
  public:
   explicit Pool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+    // Where the system allows no more threads, those that there are do all the work.
+    try {
+      for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+    } catch (const std::system_error&) {
+    }
   }
 
   ~Pool() {

@@ -391,6 +391,8 @@ def test_a_cache_that_cannot_fit_is_refused_with_the_bytes(engine_of):
         ({"device": "tpu"}, "device is 'tpu'; expected cpu"),
         ({"kv_dtype": "int3"}, "kv_dtype is 'int3'; expected one of float32, float16, bfloat16"),
         ({"max_sequences": 0}, "max_sequences is 0; expected a positive integer"),
+        ({"max_sequences": 10**6}, "max_sequences is 1000000; expected at most 1024"),
+        ({"num_threads": 10**6}, "num_threads is 1000000; expected at most 1024"),
     ],
 )
 def test_wrong_options_are_named(engine_of, options, message):

@@ -69,6 +69,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(f"{name} is {value!r}; expected a positive integer", param=name)
+        for name, most in (("max_sequences", 1024), ("num_threads", 1024)):  # each takes memory by itself
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
