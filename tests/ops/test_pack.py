@@ -83,3 +83,14 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ops.pack_rows("q8_0", raw[:8].copy(), 8, 8, weight)
     with pytest.raises(ValueError, match="beyond"):
         ops.pack_rows("q8_0", raw, 16, 16, weight)
+
+
+def test_weights_of_one_arena_lie_apart_and_outlive_it() -> None:
+    arena = ops.WeightArena()
+    raws = [random_raw("q8_0", 48, 64, seed) for seed in range(3)]
+    weights = [ops.empty_packed("q8_0", 48, 64, arena) for _ in raws]
+    del arena
+    for raw, weight in zip(raws, weights, strict=True):
+        ops.pack_rows("q8_0", raw, 0, 48, weight)
+    for raw, weight in zip(raws, weights, strict=True):
+        assert torch.equal(weight.dequantize(), decoded("q8_0", raw, 48, 64))

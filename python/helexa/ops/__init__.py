@@ -11,6 +11,7 @@ from helexa.ops.graph import CpuGraph
 from helexa.ops.pack import (
     TILE_ROWS,
     PackedWeight,
+    WeightArena,
     empty_packed,
     pack_rows,
     pack_weight,
@@ -26,6 +27,7 @@ __all__ = [
     "TILE_ROWS",
     "CpuGraph",
     "PackedWeight",
+    "WeightArena",
     "attention",
     "attention_reference",
     "cpu_isa",

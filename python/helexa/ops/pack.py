@@ -13,6 +13,7 @@ from helexa.ops.tensor import check
 from helexa.quant import FORMATS
 
 TILE_ROWS = 16
+_MAPPING_BYTES = 256 << 20
 FORMAT_IDS = {  # csrc/quant/formats.def
     name: index
     for index, name in enumerate(
@@ -57,10 +58,27 @@ def packed_nbytes(format: str, rows: int, cols: int) -> int:
     return _C.packed_bytes(FORMAT_IDS[format], rows, cols)
 
 
-def empty_packed(format: str, rows: int, cols: int) -> PackedWeight:
-    """A PackedWeight whose data is uninitialised anonymous memory, in huge pages where the system has
-    them."""
-    return PackedWeight(format, rows, cols, _anonymous_memory(packed_nbytes(format, rows, cols)))
+class WeightArena:
+    """Memory for the weights of one model, in few large mappings so that huge pages cover nearly all of it.
+
+    What is not taken costs address space only.  A mapping lives as long as a tensor taken from it.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> Tensor:
+        """nbytes uninitialised bytes, [nbytes] uint8; OSError or MemoryError if the system refuses them."""
+        spaced = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if spaced > self._free.numel():
+            self._free = _anonymous_memory(max(spaced, _MAPPING_BYTES))
+        taken, self._free = self._free[:nbytes], self._free[spaced:]
+        return taken
+
+
+def empty_packed(format: str, rows: int, cols: int, arena: WeightArena | None = None) -> PackedWeight:
+    """A PackedWeight whose data is uninitialised memory of `arena`, or a mapping of its own."""
+    return PackedWeight(format, rows, cols, (arena or WeightArena()).take(packed_nbytes(format, rows, cols)))
 
 
 def pack_rows(format: str, raw: object, first_row: int, num_rows: int, weight: PackedWeight) -> None:

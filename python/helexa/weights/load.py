@@ -41,6 +41,7 @@ class GGUFWeights:
         self._progress = progress or (lambda progress: None)
         self._matrices: dict[str, ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
+        self._arena = ops.WeightArena()
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
         self._progress(LoadProgress("header", 0.0))
@@ -87,7 +88,7 @@ class GGUFWeights:
     def _pack(self, info: TensorInfo) -> ops.PackedWeight:
         rows, cols = info.shape
         try:
-            weight = ops.empty_packed(info.format, rows, cols)
+            weight = ops.empty_packed(info.format, rows, cols, self._arena)
         except (OSError, MemoryError) as error:
             needed = ops.packed_nbytes(info.format, rows, cols)
             raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
