@@ -363,10 +363,14 @@ async def test_closing_ends_streams_with_an_error_and_refuses_new_ones(engine_of
     engine.close()
 
 
-async def test_closing_with_patience_lets_streams_finish(engine, expected):
+async def test_closing_with_patience_lets_streams_finish(engine_of, history_model, expected):
+    gate = Gate(history_model(VOCAB))
+    engine = engine_of(gate)
     task = asyncio.create_task(collect(engine, [1, 2], SamplingParams(temperature=0.0, max_tokens=50)))
     await wait_until(lambda: engine.stats().in_flight == 1)
-    await asyncio.to_thread(engine.close, 20.0)
+    closing = asyncio.create_task(asyncio.to_thread(engine.close, 20.0))
+    gate.passes.release(100)
+    await closing
     assert (await task)[1] == expected([1, 2], 50, VOCAB)
 
 

@@ -373,6 +373,21 @@ def test_files_of_one_repository_lie_side_by_side(cache, fake_hub):
     assert [entry.name for entry in list_models()] == ["org/repo:Q4_0", "org/repo:Q8_0"]
 
 
+@pytest.mark.parametrize("name", ["../../outside.gguf", "/outside.gguf", "a/../../../outside.gguf"])
+def test_a_hub_cannot_name_a_file_outside_the_cache(cache, fake_hub, tmp_path, name):
+    fake_hub.files = {name: CONTENT}
+    fake_hub.hashes = {name: hashlib.sha256(CONTENT).hexdigest()}
+    with pytest.raises(SourceError):
+        sources.pull("org/repo")
+    assert not list(tmp_path.rglob("outside.gguf"))
+
+
+def test_a_hub_cannot_name_a_part_of_a_path_as_hash(cache, fake_hub):
+    fake_hub.hashes = dict.fromkeys(fake_hub.files, "../../outside")
+    with pytest.raises(SourceError, match="neither is a name"):
+        sources.pull("org/repo:Q8_0")
+
+
 def test_an_interrupted_download_goes_on_where_it_was_cut_off(cache, fake_hub):
     fake_hub.cut_after = 40_000
     with pytest.raises(

@@ -57,7 +57,7 @@ class EngineOptions:
     max_sequences: int = 4
     kv_dtype: str = "bfloat16"
     kv_cache_tokens: int | None = None
-    num_threads: int | None = None  # None: one for each core that the process may use
+    num_threads: int | None = None  # None: one for each physical core that the process may use
     prefill_chunk: int = 512
     prefix_cache: bool = True
     capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
@@ -259,7 +259,7 @@ class Engine:
         torch.set_grad_enabled(False)
         # The kernels bring their own threads; torch's few small operations run faster without waking others.
         torch.set_num_threads(1)
-        ops.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
+        ops.set_num_threads(options.num_threads or 0)
         dtype = kv_dtype(options.kv_dtype)
         model = build()
         num_pages, self.max_context = plan_capacity(

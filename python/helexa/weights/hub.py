@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub  # loads its parts, which take half a second, when they are first used
@@ -42,15 +42,22 @@ def find(repo: str, wanted: str | None) -> RemoteFile:
         info = api.model_info(repo, files_metadata=True, timeout=_TIMEOUT_S)
     except Exception as error:  # the errors of the transport differ between versions of huggingface_hub
         raise SourceError(_reason(repo, error)) from error
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    siblings = {
+        sibling.rfilename: sibling for sibling in info.siblings or [] if _is_inside(sibling.rfilename)
+    }
     chosen = siblings[pick(repo, list(siblings), wanted)]
-    return RemoteFile(
-        repo=repo,
-        file=chosen.rfilename,
-        commit=info.sha or "main",
-        size_bytes=chosen.size or 0,
-        sha256=chosen.lfs.sha256 if chosen.lfs else None,
-    )
+    commit, sha256 = info.sha or "main", chosen.lfs.sha256 if chosen.lfs else None
+    if not (commit.isalnum() and (sha256 is None or sha256.isalnum())):
+        raise SourceError(
+            f"the hub gives {repo} the commit {commit!r} and the hash {sha256!r}: neither is a name"
+        )
+    return RemoteFile(repo, chosen.rfilename, commit, chosen.size or 0, sha256)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name that a hub sent stays within the folder it is joined to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def download(remote: RemoteFile, scratch: Path, report: Report) -> Path:
