@@ -130,7 +130,7 @@ def _endpoint() -> str | None:
 def _reason(repo: str, error: Exception) -> str:
     """One sentence on why the hub did not give what was asked for."""
     kind, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
-    place = _endpoint() or "https://huggingface.co"
+    place = _endpoint() or huggingface_hub.constants.ENDPOINT
     if kind == "GatedRepoError":
         return f"{repo} is gated: accept its terms at {place}/{repo} and set HF_TOKEN"
     if kind == "RepositoryNotFoundError" or status in (401, 403, 404):
