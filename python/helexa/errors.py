@@ -82,6 +82,22 @@ class Unauthorized(HelexaError):
     code = "invalid_api_key"
 
 
+class Forbidden(HelexaError):
+    """The key is known, and may not do this."""
+
+    status = 403
+    code = "permission_denied"
+    type = "permission_error"
+
+
+class QuotaExceeded(HelexaError):
+    """The key has used up its share; `retry_after_s` says when there is more."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+
 class Unavailable(HelexaError):
     """Cannot be served now; a later try may succeed."""
 

@@ -35,6 +35,22 @@ class ToolCall(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
+class FunctionCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The first delta of a call has its whole name; the arguments of all deltas together are JSON."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`index` tells calls apart; `id`, `type` and the name come with the first delta of a call."""
+
+    index: int = msgspec.field(default_factory=int)  # a factory: never omitted
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta | None = None
+
+
 class Message(msgspec.Struct, omit_defaults=True):
     """A turn. Members that clients echo from earlier answers (annotations, audio: null, …) are ignored."""
 
@@ -59,8 +75,12 @@ class Tool(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct):
-    type: Literal["text", "json_object", "json_schema"]
+    """What the answer must be; `regex` and `grammar` (in Lark's syntax) are extensions."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +110,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_retention: str | None = None
     # extensions
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: Annotated[int, Meta(ge=0, le=2**31)] | None = None  # tokens; 0 turns thinking off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +179,7 @@ class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):

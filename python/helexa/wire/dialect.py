@@ -1,0 +1,32 @@
+"""What the gateway needs of an API dialect: a request as canonical chat, and the answer back.
+
+The neuron speaks OpenAI chat completions. Each other dialect is a module of `wire` that parses its requests into a
+canonical body and has a translator that turns the canonical answer into its own. Pure data in, pure data out.
+"""
+
+from typing import Protocol
+
+from helexa.errors import HelexaError
+
+
+class Translator(Protocol):
+    """The answer of one request in its dialect. A stream is `feed`, …, then `finish` or `failure`, once.
+
+    The first bytes of a stream may come from `keep_alive`, before the neuron has answered, and are then valid events
+    of the dialect like all others.
+    """
+
+    def feed(self, events: bytes) -> bytes:
+        """The dialect's events for whole canonical events (and comments); empty if there are none yet."""
+
+    def keep_alive(self) -> bytes:
+        """A sign of life for a moment of silence, which leaves the answer as it is."""
+
+    def finish(self) -> bytes:
+        """The end of a stream whose `[DONE]` was fed."""
+
+    def failure(self, error: HelexaError) -> bytes:
+        """The end of a stream that failed or broke off, as the dialect says it."""
+
+    def whole(self, body: bytes) -> bytes:
+        """The dialect's answer for a whole canonical answer."""
