@@ -45,7 +45,7 @@ class FunctionCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """`index` tells calls apart; `id`, `type` and the name come with the first delta of a call."""
 
-    index: int = msgspec.field(default_factory=int)  # a factory: never omitted
+    index: int
     id: str | None = None
     type: Literal["function"] | None = None
     function: FunctionCallDelta | None = None

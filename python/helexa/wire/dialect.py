@@ -1,7 +1,8 @@
 """What the gateway needs of an API dialect: a request as canonical chat, and the answer back.
 
-The neuron speaks OpenAI chat completions. Each other dialect is a module of `wire` that parses its requests into a
-canonical body and has a translator that turns the canonical answer into its own. Pure data in, pure data out.
+The neuron speaks OpenAI chat completions. Each other dialect is a module of `wire` that parses its requests
+into a canonical body and has a translator that turns the canonical answer into its own. Pure data in, pure
+data out.
 """
 
 from typing import Protocol
@@ -12,8 +13,8 @@ from helexa.errors import HelexaError
 class Translator(Protocol):
     """The answer of one request in its dialect. A stream is `feed`, …, then `finish` or `failure`, once.
 
-    The first bytes of a stream may come from `keep_alive`, before the neuron has answered, and are then valid events
-    of the dialect like all others.
+    The first bytes of a stream may come from `keep_alive`, before the neuron has answered, and are then valid
+    events of the dialect like all others.
     """
 
     def feed(self, events: bytes) -> bytes:

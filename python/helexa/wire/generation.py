@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 # A request header of the gateway: a stream then ends with its usage as a comment, which no client sees as an
 # event, even if the client did not ask for it.
 USAGE_HEADER = "x-helexa-usage"
-# Who asks and how urgently (an integer, higher first), stamped by the gateway; clients' own are stripped there.
+# Who asks, and how urgently (an integer, higher first): stamped by the gateway, which drops clients' own.
 PRINCIPAL_HEADER = "x-helexa-principal"
 PRIORITY_HEADER = "x-helexa-priority"
 MAX_STOPS = 16
