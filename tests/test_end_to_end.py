@@ -4,92 +4,28 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from helexa.cli.up import write_configuration
+from support.stack import Stack, free_port, get, running_stack
 
 pytestmark = pytest.mark.model
 QUESTION = [{"role": "user", "content": "What is the capital of England?"}]
-WAIT_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return json.load(answer)
-
-
-def wait_for(condition: Any, what: str) -> Any:
-    """What `condition` returns once it is true; refused connections count as not yet."""
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        try:
-            if found := condition():
-                return found
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass
-        time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {WAIT_S:.0f} s")
-
-
-@dataclass
-class Stack:
-    """A running gateway with one neuron."""
-
-    url: str
-    neuron_url: str
-    neuron: subprocess.Popen[bytes]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0)
-
-
-@contextmanager
-def running_stack(folder: Path, model: Path) -> Iterator[Stack]:
-    port, metrics_port, neuron_port = free_port(), free_port(), free_port()
-    write_configuration(folder, "starter", str(model), port, metrics_port, neuron_port)
-    processes = []
-    for name in ("neuron", "gateway"):
-        command = [sys.executable, "-m", f"helexa.cli.{name}", "--config", str(folder / f"{name}.toml")]
-        with (folder / f"{name}.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
-    stack = Stack(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{neuron_port}", processes[0])
-    try:
-        wait_for(lambda: any(model["loaded"] for model in get(f"{stack.url}/v1/models")["data"]), "the load")
-        with stack.client as client:
-            yield stack
-            client.close()
-    finally:
-        for process in processes:
-            process.terminate()
-        codes = [process.wait(60) for process in processes]
-    assert codes[1] == 0, (folder / "gateway.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, starter_model: Path) -> Iterator[Stack]:
     with running_stack(tmp_path_factory.mktemp("stack"), starter_model) as running:
         yield running
-        assert running.neuron.poll() is None, "the neuron died"
+        assert running.neuron.running.poll() is None, "the neuron died"
 
 
 def helexa(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
