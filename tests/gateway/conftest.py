@@ -32,6 +32,7 @@ class FakeNeuron:
     load_s: float = 0.0
     load_error: tuple[int, dict[str, Any]] | None = None
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None  # status, error members, headers
+    refusal_s: float = 0.0  # before it
     half_after: int | None = None  # chunks after which the stream ends in the middle of an event
     total_bytes: int = 1000 * MIB
     status: str = "ok"
@@ -65,7 +66,7 @@ class FakeNeuron:
             if not message.get("more_body"):
                 break
         path, asked = scope["path"], json.loads(body or b"{}")
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
             self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
             await self._generate(path, asked, receive, send)
         elif path == "/models/load":
@@ -108,6 +109,7 @@ class FakeNeuron:
             await answer(send, 404, {"error": {"message": "not loaded", "code": "model_not_found"}})
             return
         if self.refusal:
+            await asyncio.sleep(self.refusal_s)
             status, members, headers = self.refusal
             await answer(send, status, {"error": members}, headers)
             return

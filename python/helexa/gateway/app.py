@@ -22,21 +22,23 @@ from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
 from helexa.gateway import listing
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
+from helexa.gateway.dialects import Dialects, all_dialects
+from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
 from helexa.gateway.handlers import Inference, request_id_of
 from helexa.log import fields
 from helexa.settings import log_settings
-from helexa.wire.errors import error_bytes, error_headers, internal_error
+from helexa.wire.errors import internal_error
 
 logger = logging.getLogger(__name__)
 
 CUT_S = 2.0  # for the last words of streams that are cut
-INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 def create_app(gateway: Gateway) -> Starlette:
     """The API as an ASGI application."""
     keys, fleet, catalogue = gateway.keys, gateway.fleet, gateway.catalogue
+    dialects = all_dialects(gateway)
     started = int(time.time())
 
     async def root(_: Request) -> Response:
@@ -57,9 +59,14 @@ def create_app(gateway: Gateway) -> Starlette:
         keys.check(request.headers)
         return JSONResponse(listing.fleet_report(fleet, catalogue))
 
-    inference = [Route(path, Inference(path, gateway), methods=["POST"]) for path in INFERENCE_PATHS]
+    inference = [
+        Route(path, Inference(path, dialect, gateway), methods=["POST"])
+        for dialect in dialects.entries
+        for path in dialect.generating
+    ]
     routes = [
         *inference,
+        *(route for dialect in dialects.entries for route in dialect.routes),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/fleet", fleet_report),
@@ -69,6 +76,7 @@ def create_app(gateway: Gateway) -> Starlette:
     handlers = {HelexaError: _render, HTTPException: _render_http, 500: _render_bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
+    app.state.dialects = dialects
     return app
 
 
@@ -85,12 +93,10 @@ def create_metrics_app(gateway: Gateway) -> Starlette:
 
 async def _render(request: Request, error: Exception) -> Response:
     assert isinstance(error, HelexaError)
-    headers = {
-        "content-type": "application/json",
-        "x-request-id": request_id_of(request.scope, request.headers),
-        **error_headers(error),
-    }
-    return Response(error_bytes(error), error.status, headers)
+    dialects: Dialects | None = getattr(request.app.state, "dialects", None)
+    refuse = dialects.of(request.url.path).refuse if dialects else openai_refusal
+    refusal = refuse(error, request_id_of(request.scope, request.headers))
+    return Response(refusal.body, refusal.status, dict(refusal.headers))
 
 
 async def _render_http(request: Request, error: Exception) -> Response:

@@ -12,12 +12,12 @@ import msgspec
 from starlette.datastructures import Headers
 
 from helexa.errors import HelexaError, PayloadTooLarge
+from helexa.gateway.dialects import Asked, Dialect, Job
 from helexa.gateway.gateway import Gateway
 from helexa.gateway.metrics import Meter
 from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call
 from helexa.log import fields
-from helexa.wire.body import decode
 from helexa.wire.generation import USAGE_HEADER
 
 logger = logging.getLogger(__name__)
@@ -40,29 +40,25 @@ class ClientGone(Exception):
     """The client has closed its connection; there is nobody to answer."""
 
 
-class _Head(msgspec.Struct):
-    """All that the gateway itself reads of a request; the neuron judges the rest."""
-
-    model: str
-    stream: bool | None = None
-
-
 class Inference:
     """The ASGI endpoint of one generating route."""
 
-    def __init__(self, path: str, gateway: Gateway):
+    def __init__(self, path: str, dialect: Dialect, gateway: Gateway):
         self._path = path
+        self._prepare = dialect.generating[path]
+        self._id_header = dialect.id_header
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         request_id = request_id_of(scope, headers)
         meter = Meter(self._gateway.metrics, "", time.perf_counter())
-        reply = Reply(send, request_id)
+        reply = Reply(send, request_id, self._id_header)
         try:
             self._gateway.keys.check(headers)
             body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
-            call = self._parse(body, headers, request_id, meter)
+            job = await self._prepare(Asked(body, headers))
+            call = self._call(job, headers, request_id, meter)
             serving = self._gateway.relays.start(relay(self._gateway.dispatcher, call, reply), reply)
             await _unless_gone(receive, serving)
         except ClientGone:
@@ -77,15 +73,14 @@ class Inference:
             meter.end()
             _log(self._path, request_id, meter)
 
-    def _parse(self, body: bytes, headers: Headers, request_id: str, meter: Meter) -> Call:
-        head = decode(body, _Head)
+    def _call(self, job: Job, headers: Headers, request_id: str, meter: Meter) -> Call:
         catalogue, nodes = self._gateway.catalogue, self._gateway.fleet.nodes.values()
-        model = catalogue.resolve(head.model)
-        if model != head.model:
-            body = _rename(body, model)
+        model = catalogue.resolve(job.model)
+        body = job.body if model == job.model else _rename(job.body, model)
         if model in catalogue.models or any(model in node.models for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
-        return Call(self._path, model, body, _forwarded(headers, request_id), head.stream is True, meter)
+        passed = _forwarded(headers, request_id)
+        return Call(job.path, model, body, passed, job.stream, meter, job.translator)
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:

@@ -1,8 +1,8 @@
-"""Passes a neuron's answer on to the client, byte for byte and as it comes.
+"""Passes a neuron's answer on to the client, byte for byte and as it comes, or through a translator.
 
 Only whole events are forwarded, so that a neuron that dies within one cannot leave half of it on the client's
-wire. Nothing is parsed on the way. An answer that ends before its time is ended for the client with an error
-event, a finish and [DONE].
+wire. Nothing is parsed here on the way. An answer that ends before its time is ended for the client with an
+error event, a finish and [DONE], or with what its dialect has for that.
 """
 
 import asyncio
@@ -42,15 +42,18 @@ _DROPPED_HEADERS = frozenset(
 class Reply:
     """The client's side of a request: remembers whether the answer has begun."""
 
-    def __init__(self, send: Send, request_id: str):
+    def __init__(self, send: Send, request_id: str, id_header: str | None = None):
         self._send = send
-        self._request_id = request_id
+        value = request_id.encode("latin-1")
+        self._ids = [(b"x-request-id", value)]
+        if id_header:
+            self._ids.append((id_header.encode(), value))
         self.started = False
         self.cut: HelexaError | None = None  # why we end it before its time
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started = True
-        tagged = [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]
+        tagged = [*headers, *self._ids]
         await self._send({"type": "http.response.start", "status": status, "headers": tagged})
 
     async def write(self, block: bytes, *, more: bool = True) -> None:
@@ -88,7 +91,7 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
     upstream: Upstream | None = None
     try:
         try:
-            upstream = await (_keep_alive(opening, reply) if call.stream else opening)
+            upstream = await (_keep_alive(opening, call, reply) if call.stream else opening)
             call.meter.node = upstream.node.name
             if upstream.response.status >= 300 or not call.stream:
                 await _pass_answer(upstream, call, reply)
@@ -118,12 +121,12 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
             upstream.close()
 
 
-async def _keep_alive(opening: asyncio.Task[Upstream], reply: Reply) -> Upstream:
-    """Waits; after a silent second the client sees comments, so that it does not take us for dead."""
+async def _keep_alive(opening: asyncio.Task[Upstream], call: Call, reply: Reply) -> Upstream:
+    """Waits; each silent second the client sees a sign of life, so that it does not take us for dead."""
     while not (await asyncio.wait((opening,), timeout=KEEP_ALIVE_S))[0]:
         if not reply.started:
             await reply.start(200, _EVENT_STREAM)
-        await reply.write(sse.KEEP_ALIVE)
+        await reply.write(call.translator.keep_alive() if call.translator else sse.KEEP_ALIVE)
     return opening.result()
 
 
@@ -144,16 +147,19 @@ async def _pass_answer(upstream: Upstream, call: Call, reply: Reply) -> None:
         raise _broken(upstream, error) from error
     if response.status >= 300:
         refusal = parse_error(response.status, body, response.headers.get("retry-after"))
-        call.meter.code = refusal.code
-        if reply.started:
+        if reply.started or call.translator:
             raise refusal
+        call.meter.code = refusal.code
     call.meter.feed_answer(body)
+    if call.translator:
+        body = call.translator.whole(body)
     await reply.start(response.status, [*_headers(response), (b"content-length", b"%d" % len(body))])
     await reply.write(body, more=False)
 
 
 async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
     meter, content, held_back = call.meter, upstream.response.content, b""
+    translator = call.translator
     if not reply.started:
         await reply.start(upstream.response.status, _headers(upstream.response))
     try:
@@ -168,14 +174,17 @@ async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
                 if not chunk:
                     continue
             meter.feed(chunk)
-            await reply.write(chunk)
+            if translator is None:
+                await reply.write(chunk)
+            elif block := translator.feed(chunk):
+                await reply.write(block)
     except (aiohttp.ClientError, TimeoutError) as error:
         raise _broken(upstream, error) from error
     if not meter.tail.rstrip().endswith(b"[DONE]"):
         raise UpstreamClosed(f"{upstream.node.name} ended its answer before it was complete")
     if found := _ERROR_EVENT.search(meter.tail):
         call.meter.code = found[1].decode()
-    await reply.write(b"", more=False)
+    await reply.write(translator.finish() if translator else b"", more=False)
 
 
 def _end_of_events(chunk: bytes) -> int:
@@ -195,7 +204,11 @@ def _broken(upstream: Upstream, error: Exception) -> HelexaError:
 
 async def _end_with_error(call: Call, reply: Reply, error: HelexaError) -> None:
     """Says in the stream what went wrong, then ends it as a complete answer would."""
-    await reply.write(sse.encode(error_body(error)) + sse.encode(_finish(call)) + sse.DONE, more=False)
+    if call.translator:
+        last_words = call.translator.failure(error)
+    else:
+        last_words = sse.encode(error_body(error)) + sse.encode(_finish(call)) + sse.DONE
+    await reply.write(last_words, more=False)
 
 
 def _finish(call: Call) -> dict[str, Any]:

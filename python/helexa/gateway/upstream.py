@@ -26,6 +26,7 @@ from helexa.gateway.loader import Loader
 from helexa.gateway.metrics import Meter, Metrics
 from helexa.gateway.poller import Poller, reason
 from helexa.gateway.router import Decision, choose
+from helexa.wire.dialect import Translator
 from helexa.wire.errors import parse_error
 
 # Answers that mean "not here, not now"; another replica may still serve the request.
@@ -45,6 +46,7 @@ class Call:
     headers: Mapping[str, str]
     stream: bool
     meter: Meter
+    translator: Translator | None = None  # None: the answer passes through as it is
 
 
 class Upstream:
