@@ -18,6 +18,7 @@ import pytest
 
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
@@ -66,6 +67,7 @@ class Script:
     max_context: int = 200
     max_sequences: int = 2
     hold: asyncio.Event | None = None  # generation waits for it before its first token
+    prefilled: int = 0  # tokens of the prompt that are computed meanwhile
     fail_at: int | None = None  # token at which generation fails
     error: Exception = field(default_factory=lambda: HelexaError("the device broke"))
     load_hold: threading.Event | None = None
@@ -90,7 +92,9 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.is_closed = False
 
-    async def generate(self, token_ids: list[int], params: SamplingParams) -> AsyncIterator[Delta]:
+    async def generate(
+        self, token_ids: list[int], params: SamplingParams, *, priority: int, progress: GenerationProgress
+    ) -> AsyncIterator[Delta]:
         if self.is_closed:
             raise ShuttingDown("closed")
         self.running += 1
@@ -98,7 +102,10 @@ class FakeEngine:
         is_done = False
         try:
             if self.script.hold:
+                progress.computed_tokens, progress.prompt_tokens = self.script.prefilled, len(token_ids)
+                progress.is_prefilling = self.script.prefilled > 0
                 await self.script.hold.wait()
+                progress.is_prefilling = False
             data = self.script.reply.encode()[: params.max_tokens]
             for position, token_id in enumerate(data):
                 if position == self.script.fail_at:

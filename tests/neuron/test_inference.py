@@ -68,6 +68,26 @@ async def test_usage_is_a_comment_for_a_gateway_whose_client_did_not_ask(client)
     assert raw.count(b'"completion_tokens"') == 1
 
 
+async def test_a_silent_stream_says_how_far_its_prompt_is_computed(client, script, eventually):
+    script.hold, script.prefilled = asyncio.Event(), 5
+    raw = b""
+    async with client.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as response:
+        async for chunk in response.aiter_raw():
+            raw += chunk
+            if b": prefill 5/12\n\n" in raw:
+                script.prefilled = 0
+                script.hold.set()
+    assert b": prefill 5/12\n\n" in raw
+    assert raw.endswith(sse.DONE)
+    assert b"prefill" not in raw.partition(b"data:")[2]
+
+
+async def test_a_stream_that_waits_for_its_turn_is_kept_alive(client, script):
+    script.hold = asyncio.Event()
+    async with client.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as response:
+        assert await anext(response.aiter_raw()) == sse.KEEP_ALIVE
+
+
 async def test_sampling_fields_reach_the_engine(client, script):
     body = CHAT | {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 3,

@@ -28,6 +28,8 @@ from helexa.neuron.handlers import Control
 from helexa.neuron.inference import ChatInference, CompletionInference
 from helexa.neuron.metrics import Metrics
 from helexa.neuron.registry import Registry, Report
+from helexa.neuron.text_work import TextWork
+from helexa.neuron.texts import TextRoutes
 from helexa.settings import log_settings
 from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
@@ -53,17 +55,19 @@ class Neuron:
         self.config = config
         self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
         self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
+        self.text_work = TextWork()
         self.control = Control(config, self.registry, self.metrics)
 
     @property
     def app(self) -> Starlette:
         chat, completions = (
-            kind(self.registry, self.metrics, self.config.neuron)
+            kind(self.registry, self.metrics, self.config.neuron, self.text_work)
             for kind in (ChatInference, CompletionInference)
         )
         app = Starlette(
             routes=[
                 *self.control.routes,
+                *TextRoutes(self.registry, self.config.neuron, self.text_work).routes,
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/completions", completions, methods=["POST"]),
             ],
@@ -87,6 +91,7 @@ class Neuron:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await self.registry.close(0.0)
+            self.text_work.close()
 
 
 class Edge:

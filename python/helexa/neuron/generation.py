@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta
 from helexa.engine.stream import Usage as EngineUsage
 from helexa.neuron.metrics import Metrics, Tokens
@@ -21,6 +22,8 @@ class Job:
     token_ids: list[int]
     params: SamplingParams
     prompt: int = 0
+    priority: int = 0
+    progress: GenerationProgress = field(default_factory=GenerationProgress)
 
 
 @dataclass
@@ -35,6 +38,13 @@ class Record:
     num_tokens: int = 0  # generated so far, over all choices
     usages: dict[int, EngineUsage] = field(default_factory=dict)  # by choice
     finish_reasons: dict[int, str] = field(default_factory=dict)
+
+    def prefill(self) -> tuple[int, int] | None:
+        """Tokens computed and in all of the prompts that are being computed; None when none is."""
+        running = [job.progress for job in self.jobs if job.progress.is_prefilling]
+        if not running:
+            return None
+        return sum(one.computed_tokens for one in running), sum(one.prompt_tokens for one in running)
 
     def tokens(self) -> Tokens:
         """What the request has cost; if it was cut off, its prompt counts once that was computed."""
@@ -79,9 +89,13 @@ async def run(engine: Engine, record: Record, metrics: Metrics) -> AsyncGenerato
 
 
 async def _one(engine: Engine, job: Job) -> AsyncGenerator[tuple[int, Delta], None]:
-    async with aclosing(engine.generate(job.token_ids, job.params)) as deltas:
+    async with aclosing(_generate(engine, job)) as deltas:
         async for delta in deltas:
             yield 0, delta
+
+
+def _generate(engine: Engine, job: Job) -> AsyncGenerator[Delta, None]:
+    return engine.generate(job.token_ids, job.params, priority=job.priority, progress=job.progress)
 
 
 async def _merge(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -93,7 +107,7 @@ async def _merge(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, D
     async def work() -> None:
         try:
             for index, job in waiting:
-                async with aclosing(engine.generate(job.token_ids, job.params)) as deltas:
+                async with aclosing(_generate(engine, job)) as deltas:
                     async for delta in deltas:
                         await queue.put((index, delta))
             await queue.put(None)

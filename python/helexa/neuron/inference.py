@@ -23,6 +23,7 @@ from helexa.neuron.metrics import Metrics
 from helexa.neuron.prompt import chat_token_ids, completion_token_ids, refuse_unsupported, sampling_params
 from helexa.neuron.registry import LoadedModel, Registry
 from helexa.neuron.streaming import ClientGone, EventStream, read_body, unless_client_leaves
+from helexa.neuron.text_work import TextWork
 from helexa.wire import sse
 from helexa.wire.chat import ChatRequest, parse_chat
 from helexa.wire.completions import CompletionRequest, parse_completion
@@ -37,10 +38,11 @@ class Inference(ABC, Generic[R]):
 
     route: str
 
-    def __init__(self, registry: Registry, metrics: Metrics, config: NeuronSection):
+    def __init__(self, registry: Registry, metrics: Metrics, config: NeuronSection, work: TextWork):
         self._registry = registry
         self._metrics = metrics
         self._config = config
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = Record()
@@ -72,7 +74,7 @@ class Inference(ABC, Generic[R]):
         model = self._registry.get(request.model)
         assert model.engine is not None
         record.model = model.id
-        record.jobs, answers = await asyncio.to_thread(self.prepare, model.engine, request)
+        record.jobs, answers = await self._work.run(self.prepare, model.engine, request)
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
             events = self._events(model, record, answers, request.include_usage, is_noted)
@@ -81,7 +83,12 @@ class Inference(ABC, Generic[R]):
                 record.outcome = error.code
                 return answers.failure(error)
 
-            await EventStream(events, failure, self._config.keep_alive_s)(http.scope, http.receive, send)
+            def sign_of_life() -> bytes:
+                prefill = record.prefill()
+                return sse.comment("prefill {}/{}".format(*prefill)) if prefill else sse.KEEP_ALIVE
+
+            stream = EventStream(events, failure, self._config.keep_alive_s, sign_of_life)
+            await stream(http.scope, http.receive, send)
         else:
             body = await unless_client_leaves(http.receive, self._whole(model, record, answers))
             await Response(body, media_type="application/json")(http.scope, http.receive, send)

@@ -6,6 +6,7 @@ import msgspec
 
 from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import ContextTooLong, InvalidParameter
 from helexa.wire.chat import ChatRequest, Message
 from helexa.wire.completions import CompletionRequest, Prompt
@@ -14,6 +15,7 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty",
 )  # fmt: skip
+_MOST_COUNTED = 4  # contexts; a prompt may be counted up to there, at 150 bytes of memory a character
 _RESERVED = (
     "messages",
     "tools",
@@ -44,11 +46,15 @@ def refuse_unsupported(request: ChatRequest) -> None:
             raise InvalidParameter(f"'{name}' is not supported here; {instead}", param=name)
 
 
-def chat_token_ids(engine: Engine, request: ChatRequest) -> list[int]:
-    """The prompt that the model's own template makes of the messages; InvalidParameter or ContextTooLong."""
-    if engine.tokenizer is None or engine.chat_template is None:
-        what = "vocabulary" if engine.tokenizer is None else "chat template; use /v1/completions"
-        raise InvalidParameter(f"the file of model '{request.model}' has no {what}", param="messages")
+def chat_token_ids(engine: Engine, request: ChatRequest, *, is_counted: bool = False) -> list[int]:
+    """The prompt that the model's own template makes of the messages; InvalidParameter or ContextTooLong.
+
+    is_counted: it is only to be counted, and may be longer than the context by some way.
+    """
+    tokenizer = require_tokenizer(engine, "messages")
+    if engine.chat_template is None:
+        message = f"the file of model '{request.model}' has no chat template; use /v1/completions"
+        raise InvalidParameter(message, param="messages")
     keywords = request.chat_template_kwargs or {}
     for name in _RESERVED:
         if name in keywords:
@@ -56,23 +62,43 @@ def chat_token_ids(engine: Engine, request: ChatRequest) -> list[int]:
             raise InvalidParameter(f"'{param}' is set by the server; leave it out", param=param)
     messages = [_template_message(index, message) for index, message in enumerate(request.messages)]
     text = engine.chat_template.render(messages, add_generation_prompt=True, **keywords)
-    _check_length(engine, engine.tokenizer.least_tokens(text), "messages", "at least ")
-    return _fitting(engine, engine.tokenizer.encode(text, add_special=False), "messages")
+    most = _MOST_COUNTED * engine.max_context if is_counted else engine.max_context
+    _check_length(engine, tokenizer.least_tokens(text), most, "messages", "at least ")
+    token_ids = tokenizer.encode(text, add_special=False)
+    return token_ids if is_counted else _fitting(engine, token_ids, "messages")
 
 
 def completion_token_ids(engine: Engine, prompt: Prompt) -> list[int]:
     """A text prompt tokenized as it stands, or token ids checked against the vocabulary."""
-    if engine.tokenizer is None:
-        raise InvalidParameter("the file of this model has no vocabulary", param="prompt")
+    tokenizer = require_tokenizer(engine, "prompt")
     if isinstance(prompt, str):
-        _check_length(engine, engine.tokenizer.least_tokens(prompt), "prompt", "at least ")
-        return _fitting(engine, engine.tokenizer.encode(prompt, add_special=True), "prompt")
-    if unknown := next((token_id for token_id in prompt if token_id >= engine.config.vocab_size), None):
-        message = (
-            f"'prompt' has token {unknown}; the model's vocabulary has {engine.config.vocab_size} tokens"
-        )
-        raise InvalidParameter(message, param="prompt")
+        _check_length(engine, tokenizer.least_tokens(prompt), engine.max_context, "prompt", "at least ")
+        return _fitting(engine, tokenizer.encode(prompt, add_special=True), "prompt")
+    check_token_ids(engine, prompt, "prompt")
     return _fitting(engine, prompt, "prompt")
+
+
+def counted_token_ids(engine: Engine, prompt: str, add_special: bool) -> list[int]:
+    """A text tokenized to be counted, which may be longer than the context by some way."""
+    tokenizer = require_tokenizer(engine, "prompt")
+    most = _MOST_COUNTED * engine.max_context
+    _check_length(engine, tokenizer.least_tokens(prompt), most, "prompt", "at least ")
+    return tokenizer.encode(prompt, add_special=add_special)
+
+
+def require_tokenizer(engine: Engine, param: str) -> Tokenizer:
+    """The model's tokenizer. Raises InvalidParameter if its file has none."""
+    if engine.tokenizer is None:
+        raise InvalidParameter("the file of this model has no vocabulary", param=param)
+    return engine.tokenizer
+
+
+def check_token_ids(engine: Engine, token_ids: list[int], param: str) -> None:
+    """Raises InvalidParameter for a token beyond the vocabulary."""
+    size = engine.config.vocab_size
+    if (highest := max(token_ids, default=0)) >= size:
+        message = f"'{param}' has token {highest}; the model's vocabulary has {size} tokens"
+        raise InvalidParameter(message, param=param)
 
 
 def sampling_params(request: ChatRequest | CompletionRequest, choice: int) -> SamplingParams:
@@ -93,12 +119,12 @@ def _fitting(engine: Engine, token_ids: list[int], param: str) -> list[int]:
     """`token_ids` if there is room for at least one token of answer after them."""
     if not token_ids:
         raise InvalidParameter(f"'{param}' makes no tokens; expected some text", param=param)
-    _check_length(engine, len(token_ids), param)
+    _check_length(engine, len(token_ids), engine.max_context, param)
     return token_ids
 
 
-def _check_length(engine: Engine, num_tokens: int, param: str, how: str = "") -> None:
-    if num_tokens >= engine.max_context:
+def _check_length(engine: Engine, num_tokens: int, most: int, param: str, how: str = "") -> None:
+    if num_tokens >= most:
         raise ContextTooLong(
             f"This model's maximum context length is {engine.max_context} tokens, but the {param} "
             f"came to {how}{num_tokens} tokens. Reduce the length of the {param}.",

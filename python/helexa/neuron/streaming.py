@@ -82,6 +82,7 @@ class EventStream:
 
     The status goes out with the first event, or with the first comment after `keep_alive_s` of silence. An
     error before that is raised and can still be an ordinary answer; a later one becomes events by `failure`.
+    `sign_of_life` makes the comments.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class EventStream:
         events: AsyncGenerator[bytes, None],
         failure: Callable[[HelexaError], bytes],
         keep_alive_s: float,
+        sign_of_life: Callable[[], bytes] = lambda: sse.KEEP_ALIVE,
     ):
         self._events = events
+        self._sign_of_life = sign_of_life
         self._failure = failure
         self._keep_alive_s = keep_alive_s
         self._is_started = False
@@ -123,7 +126,7 @@ class EventStream:
         while True:
             silent_s = time.monotonic() - self._last_sent_s
             if silent_s >= self._keep_alive_s:
-                await self._send(send, sse.KEEP_ALIVE)
+                await self._send(send, self._sign_of_life())
             else:
                 await asyncio.sleep(self._keep_alive_s - silent_s)
 

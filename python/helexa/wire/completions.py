@@ -13,6 +13,20 @@ Prompt = str | list[int]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
+def as_prompts(given: str | list[str | TokenId | list[TokenId]], param: str) -> list[Prompt]:
+    """What a prompt field may hold, as a list. Raises InvalidParameter for an empty prompt or a mixture."""
+    if isinstance(given, str):
+        prompts: list[Prompt] = [given]
+    else:
+        ids = [item for item in given if isinstance(item, int)]
+        if ids and len(ids) < len(given):
+            raise InvalidParameter(f"'{param}' mixes token ids with other prompts", param=param)
+        prompts = [ids] if ids else [item for item in given if not isinstance(item, int)]
+    if not prompts or not all(prompts):
+        raise InvalidParameter(f"'{param}' is empty; expected text or token ids", param=param)
+    return prompts
+
+
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/completions."""
 
@@ -27,8 +41,6 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         super().__post_init__()
         prompts = self.prompts
-        if not prompts or not all(prompts):
-            raise InvalidParameter("'prompt' is empty; expected text or token ids", param="prompt")
         if len(prompts) * self.num_choices > MAX_CHOICES:
             message = (
                 f"{len(prompts)} prompts with n={self.num_choices}; at most {MAX_CHOICES} answers are allowed"
@@ -47,15 +59,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts, each a text or a list of token ids; a flat list of integers is one prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [item for item in self.prompt if isinstance(item, int)]
-        if ids and len(ids) == len(self.prompt):
-            return [ids]
-        texts = [item for item in self.prompt if not isinstance(item, int)]
-        if ids:
-            raise InvalidParameter("'prompt' mixes token ids with other prompts", param="prompt")
-        return list(texts)
+        return as_prompts(self.prompt, "prompt")
 
     @property
     def token_limit(self) -> int | None:
