@@ -1,0 +1,152 @@
+"""The items of a response while they are written: each says its own events, from `added` to `done`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from helexa.wire.responses.custom_input import CustomInput
+from helexa.wire.responses.reasoning import seal
+
+Json = dict[str, Any]
+Emit = Callable[..., None]  # emit(type, **members)
+
+
+class OutputItem:
+    """One item; `item` is its latest state, and after `close` its final one."""
+
+    def __init__(self, emit: Emit, index: int, item: Json):
+        self.item = item
+        self._emit = emit
+        self._where = {"item_id": item["id"], "output_index": index}
+        emit("response.output_item.added", output_index=index, item=dict(item))
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        """A further piece of the item's text."""
+        raise NotImplementedError
+
+    def close(self, status: str = "completed") -> Json:
+        """Ends the item; returns its final state."""
+        self._end(status)
+        if "status" in self.item:
+            self.item["status"] = status
+        self._emit(
+            "response.output_item.done", output_index=self._where["output_index"], item=dict(self.item)
+        )
+        return self.item
+
+    def _end(self, status: str) -> None:
+        raise NotImplementedError
+
+
+class MessageItem(OutputItem):
+    """The model's text."""
+
+    def __init__(self, emit: Emit, index: int, token: str):
+        members = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        super().__init__(emit, index, {"id": f"msg_{token}", **members})
+        self._pieces: list[str] = []
+        self._logprobs: list[Json] = []
+        emit("response.content_part.added", **self._where, content_index=0, part=self._part(""))
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        self._pieces.append(text)
+        self._logprobs += logprobs or ()
+        self._emit(
+            "response.output_text.delta", **self._where, content_index=0, delta=text, logprobs=logprobs or []
+        )
+
+    def _end(self, status: str) -> None:
+        part = self._part("".join(self._pieces))
+        self.item["content"] = [part]
+        self._emit(
+            "response.output_text.done",
+            **self._where,
+            content_index=0,
+            text=part["text"],
+            logprobs=self._logprobs,
+        )
+        self._emit("response.content_part.done", **self._where, content_index=0, part=part)
+
+    def _part(self, text: str) -> Json:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
+
+
+class ReasoningItem(OutputItem):
+    """The model's reasoning: as its text, or as the summary that the client asked for."""
+
+    def __init__(self, emit: Emit, index: int, token: str, *, as_summary: bool, is_sealed: bool):
+        super().__init__(emit, index, {"id": f"rs_{token}", "type": "reasoning", "summary": []})
+        self._pieces: list[str] = []
+        self._is_sealed = is_sealed
+        self._as_summary = as_summary
+        self._place: Json
+        if as_summary:
+            self._event, self._part_event = (
+                "response.reasoning_summary_text",
+                "response.reasoning_summary_part",
+            )
+            self._place, self._kind = {**self._where, "summary_index": 0}, "summary_text"
+        else:
+            self._event, self._part_event = "response.reasoning_text", "response.content_part"
+            self._place, self._kind = {**self._where, "content_index": 0}, "reasoning_text"
+        emit(f"{self._part_event}.added", **self._place, part={"type": self._kind, "text": ""})
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        self._pieces.append(text)
+        self._emit(f"{self._event}.delta", **self._place, delta=text)
+
+    def _end(self, status: str) -> None:
+        text = "".join(self._pieces)
+        part = {"type": self._kind, "text": text}
+        self.item["summary" if self._as_summary else "content"] = [part]
+        if self._is_sealed:
+            self.item["encrypted_content"] = seal(text)
+        self._emit(f"{self._event}.done", **self._place, text=text)
+        self._emit(f"{self._part_event}.done", **self._place, part=part)
+
+
+class FunctionCallItem(OutputItem):
+    """A call of a function; the text is its arguments."""
+
+    def __init__(
+        self, emit: Emit, index: int, token: str, call_id: str, name: str, namespace: str | None = None
+    ):
+        members = {"type": "function_call", "status": "in_progress", "arguments": "", "call_id": call_id}
+        inside = {} if namespace is None else {"namespace": namespace}
+        super().__init__(emit, index, {"id": f"fc_{token}", **members, "name": name, **inside})
+        self._pieces: list[str] = []
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        self._pieces.append(text)
+        self._emit("response.function_call_arguments.delta", **self._where, delta=text)
+
+    def _end(self, status: str) -> None:
+        arguments = "".join(self._pieces) or ("{}" if status == "completed" else "")
+        self.item["arguments"] = arguments
+        self._emit("response.function_call_arguments.done", **self._where, arguments=arguments)
+
+
+class CustomCallItem(OutputItem):
+    """A call of a custom tool; pushed is JSON, as the model calls functions, and said is the text inside."""
+
+    def __init__(
+        self, emit: Emit, index: int, token: str, call_id: str, name: str, namespace: str | None = None
+    ):
+        members = {"type": "custom_tool_call", "status": "in_progress", "call_id": call_id, "input": ""}
+        inside = {} if namespace is None else {"namespace": namespace}
+        super().__init__(emit, index, {"id": f"ctc_{token}", **members, "name": name, **inside})
+        self._text = CustomInput()
+        self._pieces: list[str] = []
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        self._say(self._text.feed(text))
+
+    def _end(self, status: str) -> None:
+        self._say(self._text.finish())
+        said = "".join(self._pieces)
+        self.item["input"] = said
+        self._emit("response.custom_tool_call_input.done", **self._where, input=said)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._emit("response.custom_tool_call_input.delta", **self._where, delta=text)
