@@ -1,42 +1,146 @@
-"""API keys: who may use the gateway. Keys are kept as digests and compared in constant time."""
+"""Who asks, and what they may: API keys, and those who need none.
+
+Keys are known by their SHA-256 alone, which is enough for random keys of 256 bits. A key is looked up under a
+keyed hash of that digest, whose key is drawn anew by each process: how long a comparison takes tells nobody
+anything about the keys.
+"""
 
 import hashlib
 import hmac
+import ipaddress
+import re
+import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 
-from helexa.errors import Unauthorized
+from helexa.errors import Forbidden, Unauthorized
 from helexa.gateway.config import GatewayConfig, is_loopback, split_address
+from helexa.gateway.keys import MADE_KEY, KeyRecord, Limit, digest, read_keys
+from helexa.wire.generation import PRINCIPAL_HEADER, PRIORITY_HEADER
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks. Neurons know them by `id`; an empty one is whoever works on this machine."""
+
+    id: str = ""
+    name: str = ""  # for people
+    models: tuple[str, ...] = ()  # names or patterns of them; all if there are none
+    limits: tuple[Limit, ...] = ()
+    priority: int = 0
+    is_admin: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What neurons are told."""
+        return {PRINCIPAL_HEADER: self.id, PRIORITY_HEADER: str(self.priority)} if self.id else {}
+
+    def may_use(self, *names: str) -> bool:
+        """Whether one of the names of a model is allowed."""
+        return not self.models or any(fnmatchcase(name, pattern) for name in names for pattern in self.models)
+
+    def require_model(self, *names: str) -> None:
+        """Raises Forbidden unless one of the names of a model is allowed."""
+        if not self.may_use(*names):
+            raise Forbidden(
+                f"this API key may not use model {names[0]!r:.200}; GET /v1/models lists those that it may",
+                param="model",
+            )
+
+    def require_admin(self) -> None:
+        """Raises Forbidden unless they may load and unload models."""
+        if not self.is_admin:
+            raise Forbidden("this needs an admin key, as `helexa keys add NAME --admin` makes one")
 
 
 class Keys:
-    """The configured keys; asked for only if there are some and other machines can reach the listener."""
+    """The keys of configuration and keys file. Without one, only users of this machine are served."""
 
     def __init__(self, config: GatewayConfig):
-        host, _ = split_address(config.gateway.listen)
-        self.required = bool(config.auth.keys) and not is_loopback(host)
-        self._digests = [_digest(key) for key in config.auth.keys]
+        self._secret = secrets.token_bytes(32)
+        self.configure(config)
 
-    def check(self, headers: Mapping[str, str]) -> None:
-        """Raises Unauthorized unless a known key comes as `Authorization: Bearer KEY` or `x-api-key: KEY`."""
-        if not self.required:
-            return
-        given = list(_given(headers))
-        if not given:
+    def configure(self, config: GatewayConfig) -> None:
+        """Takes over the configuration and reads its keys file. Raises ConfigError and changes nothing."""
+        file = Path(config.auth.keys_file) if config.auth.keys_file else None
+        records = read_keys(file) if file else ()
+        given = [(key, f"config-{place}", False) for place, key in enumerate(config.auth.keys, 1)]
+        given += [(key, f"admin-{place}", True) for place, key in enumerate(config.auth.admin_keys, 1)]
+        known = {
+            self._place_of(digest(key)): (digest(key), Principal(name, name, is_admin=is_admin))
+            for key, name, is_admin in given
+        }
+        for record in records:
+            own = bytes.fromhex(record.digest)
+            known[self._place_of(own)] = own, _principal(record)
+        self.file = file
+        self.records = records
+        self._known = known
+        self._anonymous = self._without_key(config, any(entry.is_admin for _, entry in known.values()))
+        self._is_local = config.auth.anonymous is None
+
+    @property
+    def principals(self) -> list[Principal]:
+        return [principal for _, principal in self._known.values()]
+
+    def check(self, headers: Mapping[str, str]) -> Principal:
+        """Who sent these headers, with a key as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+
+        Raises Unauthorized for a revoked key, and for none or any other where a key is required.
+        """
+        offered = list(_offered(headers))
+        for key in offered:
+            own = digest(key)
+            found, principal = self._known.get(self._place_of(own), (b"", None))
+            if principal is not None and hmac.compare_digest(found, own):
+                return principal
+        if any(MADE_KEY.fullmatch(key) for key in offered):
+            raise Unauthorized("the API key is not known here; it may have been revoked")
+        if self._anonymous and not (self._is_local and _is_public_name(headers.get("host", ""))):
+            return self._anonymous
+        if not offered:
             raise Unauthorized("an API key is required: send Authorization: Bearer KEY or x-api-key: KEY")
-        for key in given:
-            digest = _digest(key)
-            if any(hmac.compare_digest(digest, known) for known in self._digests):
-                return
         raise Unauthorized("the API key is not known here")
 
+    def _place_of(self, own: bytes) -> bytes:
+        return hashlib.blake2b(own, key=self._secret, digest_size=16).digest()
 
-def _given(headers: Mapping[str, str]) -> Iterable[str]:
+    @staticmethod
+    def _without_key(config: GatewayConfig, has_admin: bool) -> Principal | None:
+        """Who is served without a key: everybody or nobody as configured, else users of this machine."""
+        if config.auth.anonymous is not None:
+            return Principal("anonymous", "anonymous") if config.auth.anonymous else None
+        host, _ = split_address(config.gateway.listen)
+        return Principal(is_admin=not has_admin) if is_loopback(host) else None
+
+
+def _principal(record: KeyRecord) -> Principal:
+    return Principal(
+        record.id, record.name, record.models, record.limits, record.priority, is_admin=record.admin
+    )
+
+
+def _offered(headers: Mapping[str, str]) -> Iterable[str]:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
+    if scheme.lower() == "bearer" and token.strip():
         yield token.strip()
-    if key := headers.get("x-api-key"):
-        yield key.strip()
+    if key := headers.get("x-api-key", "").strip():
+        yield key
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _is_public_name(host: str) -> bool:
+    """Whether the request was sent to a name that anybody may own.
+
+    A page of a foreign site reaches this machine's loopback by letting its own name point there. Addresses
+    and names that only private networks have, cannot be owned so.
+    """
+    name = re.sub(r":\d+$", "", host).strip("[]").rstrip(".").lower()
+    if "." not in name or name.endswith((".localhost", ".local", ".internal", ".lan", ".home.arpa")):
+        return False
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return True
+    return False

@@ -50,20 +50,39 @@ class GatewaySection:
 
 @dataclass(frozen=True)
 class EvictionSection:
-    """[eviction]: which of the models that may be displaced goes first."""
+    """[eviction]: which model leaves its node, and when."""
 
     strategy: Literal["priority", "lru"] = "priority"
+    turn_s: float = (
+        30.0  # how long a model may keep its place, when asked for, while another one waits for it
+    )
+    idle_ttl_s: float = (
+        0.0  # models of the catalogue are unloaded after that long without a request; 0: never
+    )
+    defrag_after_cycles: int = 50  # unloads on a node after which its memory is looked at; 0: never
+    defrag_min_mb: int = 512  # MiB beyond those of its models that make an idle neuron load them anew
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True)
 class AuthSection:
-    """[auth]: a key is asked for once there are some and other machines can reach the listener."""
+    """[auth]: who is served; without a key nobody but users of this machine, unless `anonymous` says else."""
 
     keys: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    admin_keys: tuple[str, ...] = field(default=(), metadata={"secret": True})  # may load and unload models
+    keys_file: str | None = None  # of `helexa keys`, relative to the file that names it
+    anonymous: bool | None = None  # whether those without a key are served; on loopback only
 
     def __post_init__(self) -> None:
-        if any(len(key) < 8 for key in self.keys):
-            raise ValueError("a key in auth.keys has fewer than 8 characters")
+        for name, keys in (("keys", self.keys), ("admin_keys", self.admin_keys)):
+            if any(len(key) < 8 for key in keys):
+                raise ValueError(f"a key in auth.{name} has fewer than 8 characters")
+        if twice := len(self.keys + self.admin_keys) - len({*self.keys, *self.admin_keys}):
+            raise ValueError(f"auth.keys and auth.admin_keys have {twice} of their keys twice")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from helexa.gateway.loader import Loader
 from helexa.gateway.metrics import Metrics
 from helexa.gateway.poller import Poller
 from helexa.gateway.proxy import Relays
+from helexa.gateway.quota import Ledger
 from helexa.gateway.upstream import Dispatcher
 
 FIRST_POLL_S = 2.0
@@ -35,6 +36,7 @@ class Gateway:
     dispatcher: Dispatcher
     relays: Relays
     keys: Keys
+    ledger: Ledger
 
 
 @asynccontextmanager
@@ -52,7 +54,8 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
             with suppress(TimeoutError):
                 await asyncio.wait_for(poller.first_round(), FIRST_POLL_S)
             yield Gateway(
-                config, catalogue, fleet, metrics, poller, loader, dispatcher, Relays(), Keys(config)
+                *(config, catalogue, fleet, metrics, poller, loader, dispatcher, Relays()),
+                *(Keys(config), Ledger()),
             )
         finally:
             polling.cancel()

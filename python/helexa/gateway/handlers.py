@@ -12,6 +12,8 @@ import msgspec
 from starlette.datastructures import Headers
 
 from helexa.errors import HelexaError, PayloadTooLarge
+from helexa.gateway.auth import Principal
+from helexa.gateway.billing import CLIENT_CLOSED, Bill
 from helexa.gateway.dialects import Asked, Dialect, Job
 from helexa.gateway.gateway import Gateway
 from helexa.gateway.metrics import Meter
@@ -54,15 +56,17 @@ class Inference:
         request_id = request_id_of(scope, headers)
         meter = Meter(self._gateway.metrics, "", time.perf_counter())
         reply = Reply(send, request_id, self._id_header)
+        principal, bill = Principal(), None
         try:
-            self._gateway.keys.check(headers)
+            principal = self._gateway.keys.check(headers)
             body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
-            job = await self._prepare(Asked(body, headers))
-            call = self._call(job, headers, request_id, meter)
+            job = await self._prepare(Asked(body, headers, principal.id))
+            call = self._call(job, principal, headers, request_id, meter)
+            bill = Bill(self._gateway.ledger, principal, call)
             serving = self._gateway.relays.start(relay(self._gateway.dispatcher, call, reply), reply)
             await _unless_gone(receive, serving)
         except ClientGone:
-            meter.code = "client_closed_request"
+            meter.code = CLIENT_CLOSED
         except HelexaError as error:
             meter.code = error.code
             raise
@@ -71,15 +75,18 @@ class Inference:
             raise
         finally:
             meter.end()
-            _log(self._path, request_id, meter)
+            if bill is not None:
+                bill.settle()
+            _log(self._path, request_id, principal, meter)
 
-    def _call(self, job: Job, headers: Headers, request_id: str, meter: Meter) -> Call:
+    def _call(self, job: Job, principal: Principal, headers: Headers, request_id: str, meter: Meter) -> Call:
         catalogue, nodes = self._gateway.catalogue, self._gateway.fleet.nodes.values()
         model = catalogue.resolve(job.model)
+        principal.require_model(job.model, model)
         body = job.body if model == job.model else _rename(job.body, model)
         if model in catalogue.models or any(model in node.models for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
-        passed = _forwarded(headers, request_id)
+        passed = _forwarded(headers, request_id) | principal.headers
         return Call(job.path, model, body, passed, job.stream, meter, job.translator)
 
 
@@ -147,12 +154,13 @@ def _forwarded(headers: Headers, request_id: str) -> dict[str, str]:
     return kept | ours | {USAGE_HEADER: "comment"}  # for the metrics
 
 
-def _log(path: str, request_id: str, meter: Meter) -> None:
+def _log(path: str, request_id: str, principal: Principal, meter: Meter) -> None:
     logger.info(
         "request",
         extra=fields(
             path=path,
             request=request_id,
+            key=principal.name or None,
             model=meter.model or None,
             node=meter.node or None,
             error=meter.code,

@@ -66,6 +66,7 @@ class Meter:
         self.started = started
         self.first_token_s: float | None = None
         self.usage: dict[str, int] = {}
+        self.completion_tokens = 0  # as told, or counted where nobody told; known once ended
         self.code: str | None = None
         self._metrics = metrics
         self._inter_token: Histogram | None = None
@@ -112,7 +113,7 @@ class Meter:
         metrics.prompt_tokens.labels(*where).inc(self.usage.get("prompt_tokens", 0))
         metrics.cached_tokens.labels(*where).inc(self.usage.get("cached_tokens", 0))
         # A stream that broke off has told no usage; then events count for tokens.
-        completion = self.usage.get("completion_tokens", self._events)
+        self.completion_tokens = completion = self.usage.get("completion_tokens", self._events)
         metrics.completion_tokens.labels(*where).inc(completion)
         if self.first_token_s is not None:
             metrics.first_token.labels(*where).observe(self.first_token_s)

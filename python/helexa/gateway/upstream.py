@@ -174,6 +174,7 @@ class Dispatcher:
         return Upstream(node, call.model, response, self._poller)
 
     async def _send(self, node: Node, call: Call) -> aiohttp.ClientResponse:
+        call.meter.node = node.name
         return await self._session.post(
             node.endpoint + call.path,
             data=call.body if len(call.body) < _LARGE_BYTES else io.BytesIO(call.body),
