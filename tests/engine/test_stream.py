@@ -44,7 +44,7 @@ def test_an_unfinished_character_at_the_end_becomes_a_replacement(answer):
 
 def test_tokens_after_a_stop_string_are_neither_sent_nor_counted(answer):
     delta = answer(stop=("END",)).feed(tokens("one END two"))
-    assert (delta.text, delta.finish_reason) == ("one ", "stop")
+    assert (delta.text, delta.finish_reason, delta.stop) == ("one ", "stop", "END")
     assert delta.usage.completion_tokens == len("one END")
 
 
@@ -53,7 +53,7 @@ def test_a_stop_string_across_deltas_is_held_back(answer):
     assert making.feed(tokens("one E")).text == "one "
     assert making.feed(tokens("N")).text == ""
     delta = making.feed([*tokens("E"), Finished("length")])
-    assert (delta.text, delta.finish_reason) == ("ENE", "length")
+    assert (delta.text, delta.finish_reason, delta.stop) == ("ENE", "length", None)
 
 
 def test_a_token_beyond_the_vocabulary_has_no_text(answer):

@@ -46,6 +46,7 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
+    stop: str | None = None  # the stop string that ended the text
 
 
 class LoopMailbox:
@@ -127,7 +128,7 @@ class Answer:
         for event in events:
             if isinstance(event, Finished):
                 piece, reason = self._flush(event.reason)
-                return Delta(text + piece, token_ids, logprobs, reason, self.usage())
+                return Delta(text + piece, token_ids, logprobs, reason, self.usage(), self._stop.hit)
             self._num_tokens += 1
             if event.token_id in self._sequence.stop_token_ids:
                 continue
@@ -138,7 +139,7 @@ class Answer:
                 piece, hit = self._stop.push(self._detokenizer.push(event.token_id))
                 text += piece
                 if hit is not None:
-                    return Delta(text, token_ids, logprobs, "stop", self.usage())
+                    return Delta(text, token_ids, logprobs, "stop", self.usage(), hit)
         return Delta(text, token_ids, logprobs)
 
     def usage(self) -> Usage:

@@ -40,6 +40,7 @@ class Answers(ABC):
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
         self._finish_reasons: list[FinishReason | None] = [None] * num_choices
+        self._stops: list[str | None] = [None] * num_choices
         self._begun: set[int] = set()
 
     def add(self, index: int, delta: Delta) -> None:
@@ -48,6 +49,7 @@ class Answers(ABC):
         self._logprobs[index] += delta.logprobs or ()
         if delta.finish_reason:
             self._finish_reasons[index] = cast(FinishReason, delta.finish_reason)
+            self._stops[index] = delta.stop
 
     @abstractmethod
     def events(self, index: int, delta: Delta) -> bytes:
@@ -96,14 +98,21 @@ class ChatAnswers(Answers):
             )
         if delta.finish_reason:
             self._finish_reasons[index] = cast(FinishReason, delta.finish_reason)
-            found += self._chunk([ChunkChoice(index, ChatDelta(), None, self._finish_reasons[index])])
+            reason, stop = self._finish_reasons[index], delta.stop or msgspec.UNSET
+            found += self._chunk([ChunkChoice(index, ChatDelta(), None, reason, stop)])
         return found
 
     def whole(self, usage: Usage) -> bytes:
         choices = [
-            Choice(index, AnswerMessage("".join(texts)), reason, self._wire(logprobs or None))
-            for index, (texts, logprobs, reason) in enumerate(
-                zip(self._texts, self._logprobs, self._finish_reasons, strict=True)
+            Choice(
+                index,
+                AnswerMessage("".join(texts)),
+                reason,
+                self._wire(logprobs or None),
+                stop or msgspec.UNSET,
+            )
+            for index, (texts, logprobs, reason, stop) in enumerate(
+                zip(self._texts, self._logprobs, self._finish_reasons, self._stops, strict=True)
             )
         ]
         return encode(

@@ -160,10 +160,13 @@ class AnswerMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
+    """`stop_reason` is an extension, as other servers have it: the stop string that ended the text."""
+
     index: int
     message: AnswerMessage
     finish_reason: FinishReason | None
     logprobs: ChoiceLogprobs | None = None
+    stop_reason: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +190,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
     delta: ChatDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
