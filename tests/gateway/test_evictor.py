@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from helexa.gateway.evictor import Resident, victims
 
 
-def resident(model, rank=100, memory=10, last_used=0.0, busy=False):
-    return Resident(model, rank, memory, last_used, busy)
+def resident(model, rank=100, memory=10, last_used=0.0, is_kept=False):
+    return Resident(model, rank, memory, last_used, is_kept)
 
 
 OLD, NEW, LOW = (
@@ -30,7 +30,7 @@ OLD, NEW, LOW = (
         pytest.param([LOW, OLD], 5, 100, "lru", ("old",), id="lru looks at the time alone"),
         pytest.param([OLD], 5, 99, "priority", None, id="a higher class stays"),
         pytest.param([OLD], 5, 100, "priority", ("old",), id="equal classes displace each other"),
-        pytest.param([resident("busy", busy=True)], 5, 100, "priority", None, id="who works stays"),
+        pytest.param([resident("busy", is_kept=True)], 5, 100, "priority", None, id="who works stays"),
         pytest.param(
             [resident("unknown", memory=0), OLD], 5, 100, "priority", ("old",), id="no known room, no use"
         ),
@@ -55,7 +55,7 @@ residents_of_any_kind = st.lists(
         rank=st.integers(0, 3),
         memory_bytes=st.integers(0, 50),
         last_used=st.floats(0, 10),
-        busy=st.booleans(),
+        is_kept=st.booleans(),
     ),
     unique_by=lambda resident: resident.model,
     max_size=8,
@@ -66,7 +66,7 @@ residents_of_any_kind = st.lists(
 def test_victims_make_enough_room_and_none_of_them_could_stay(residents, needed, rank, strategy):
     named = victims(residents, needed, rank, strategy)
     by_name = {resident.model: resident for resident in residents}
-    may_go = [resident for resident in residents if resident.rank <= rank and not resident.busy]
+    may_go = [resident for resident in residents if resident.rank <= rank and not resident.is_kept]
     if named is None:
         assert sum(resident.memory_bytes for resident in may_go) < needed
         return

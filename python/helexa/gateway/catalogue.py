@@ -45,6 +45,7 @@ class ModelEntry:
     min_device_vram_mb: int = 0
     pinned_on: tuple[str, ...] = ()
     residency_priority: int | None = None
+    idle_ttl_s: float | None = None  # unloaded after so long without a request; 0: never; None: [eviction]
     limit: Limit | None = None
     cost: Cost | None = None
     capabilities: tuple[str, ...] = ()
@@ -56,6 +57,8 @@ class ModelEntry:
             raise ValueError(f"model {self.id!r}: path excludes name, source and quant")
         if self.min_devices < 1 or self.vram_mb < 0 or self.min_device_vram_mb < 0:
             raise ValueError(f"model {self.id!r}: min_devices must be at least 1, sizes at least 0")
+        if self.idle_ttl_s is not None and self.idle_ttl_s < 0:
+            raise ValueError(f"model {self.id!r}: idle_ttl_s must not be negative")
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""What the gateway knows about its neurons: plain data that poller and proxy write and the router reads.
+"""What the gateway knows of its neurons: plain data that others write and the router reads.
 
 A neuron's own word (status, load, memory) is as old as its last poll; what this gateway runs is exact.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from helexa.errors import HelexaError
-from helexa.wire.control import Discovery, Health, ModelInfo, ModelLoad
+from helexa.wire.control import Discovery, Health, ModelInfo, ModelLoad, Progress
 
 FAILURES_UNTIL_UNHEALTHY = 3
 
@@ -40,6 +40,13 @@ class Node:
     active: Counter[str] = field(default_factory=Counter)  # requests of this gateway, by model
     active_at_poll: Counter[str] = field(default_factory=Counter)
     last_used: dict[str, float] = field(default_factory=dict)  # monotonic seconds
+    loaded_since: dict[str, float] = field(
+        default_factory=dict
+    )  # monotonic; of what was loaded before us, absent
+    load_seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # what loading took last, also of those now gone
+    unloads: int = 0  # since its memory was last looked at
 
     @property
     def routable(self) -> bool:
@@ -75,6 +82,11 @@ class Node:
         load = self.loads.get(model)
         return load is None or load.poisoned is None
 
+    def progress(self, model: str) -> Progress:
+        """How far the load of the model is, as of the last poll."""
+        info = self.models.get(model)
+        return (info.progress if info else None) or Progress(phase="queued", percent=0.0)
+
     def busy(self, model: str) -> int:
         """Requests running or queued: this gateway's own now, others' as of the last poll."""
         load = self.loads.get(model)
@@ -83,14 +95,45 @@ class Node:
 
 
 @dataclass
+class Claim:
+    """A model that waits for its turn on a node where others are loaded. Times are monotonic seconds."""
+
+    since: float
+    node: str = ""
+    displaces: tuple[str, ...] = ()  # these have had their turn: they get no new requests on the node
+    due_since: float | None = None
+    num_requests: int = 0  # that wait for it; those that would not wait are expected to come back
+    asked_at: float = 0.0
+
+    def follow(self, node: str, displaced: tuple[str, ...], is_due: bool, now: float) -> None:
+        """Notes what the router has found."""
+        self.node = node
+        self.displaces = displaced if is_due else ()
+        if not is_due:
+            self.due_since = None
+        elif self.due_since is None:
+            self.due_since = now
+
+    def is_spent(self, now: float, room_wait_s: float) -> bool:
+        """Whether the others have been at work for too long for it to go on holding them up."""
+        return self.due_since is not None and now - self.due_since >= room_wait_s
+
+
+@dataclass
 class Fleet:
-    """All neurons, and the loads that this gateway has under way or has seen fail."""
+    """All neurons, the loads that this gateway has under way or has seen fail, and who waits for a turn."""
 
     nodes: dict[str, Node]
     loading: dict[str, str] = field(default_factory=dict)  # model → node
+    recovering: set[str] = field(default_factory=set)  # those of `loading` that failed on their device
+    claims: dict[str, Claim] = field(default_factory=dict)  # by model
     failed: dict[tuple[str, str], HelexaError] = field(
         default_factory=dict
     )  # (node, model) → why; forgotten in time
 
     def routable(self) -> Iterator[Node]:
         return (node for node in self.nodes.values() if node.routable)
+
+    def is_yielding(self, node: Node, model: str) -> bool:
+        """Whether the model must give up its place on the node as soon as its requests have ended."""
+        return any(claim.node == node.name and model in claim.displaces for claim in self.claims.values())

@@ -13,8 +13,10 @@ from helexa.gateway.auth import Keys
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.housekeeper import Housekeeper
 from helexa.gateway.loader import Loader
 from helexa.gateway.metrics import Metrics
+from helexa.gateway.placer import Placer
 from helexa.gateway.poller import Poller
 from helexa.gateway.proxy import Relays
 from helexa.gateway.quota import Ledger
@@ -48,8 +50,13 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
     async with aiohttp.ClientSession(connector=_connector(), auto_decompress=False) as session:
         poller = Poller(fleet, session, config.gateway.poll_interval_s)
         loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
-        dispatcher = Dispatcher(config, catalogue, fleet, session, poller, loader, metrics)
-        polling = asyncio.create_task(poller.run(), name="poller")
+        placer = Placer(config, catalogue, fleet, poller, loader, metrics)
+        dispatcher = Dispatcher(config, fleet, session, poller, placer)
+        keeper = Housekeeper(config.eviction, catalogue, fleet, loader, placer)
+        background = [
+            asyncio.create_task(poller.run(), name="poller"),
+            asyncio.create_task(keeper.run(), name="housekeeper"),
+        ]
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(poller.first_round(), FIRST_POLL_S)
@@ -58,8 +65,9 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
                 *(Keys(config), Ledger()),
             )
         finally:
-            polling.cancel()
-            await asyncio.gather(polling, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await loader.close()
 
 

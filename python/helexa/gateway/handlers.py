@@ -17,6 +17,7 @@ from helexa.gateway.billing import CLIENT_CLOSED, Bill
 from helexa.gateway.dialects import Asked, Dialect, Job
 from helexa.gateway.gateway import Gateway
 from helexa.gateway.metrics import Meter
+from helexa.gateway.placer import wait_of
 from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call
 from helexa.log import fields
@@ -87,7 +88,8 @@ class Inference:
         if model in catalogue.models or any(model in node.models for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
         passed = _forwarded(headers, request_id) | principal.headers
-        return Call(job.path, model, body, passed, job.stream, meter, job.translator)
+        wait_s = wait_of(headers)
+        return Call(job.path, model, body, passed, job.stream, meter, job.translator, wait_s)
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:

@@ -43,10 +43,6 @@ class Loader:
         self._timeout = aiohttp.ClientTimeout(total=load_timeout_s)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ensure(self, decision: Decision) -> None:
-        """Returns when the load has succeeded, or raises its error. A caller that leaves does not end it."""
-        await asyncio.shield(self.begin(decision))
-
     def begin(self, decision: Decision) -> asyncio.Task[None]:
         """The load of the model, begun now unless it was under way."""
         task = self._tasks.get(decision.model)
@@ -54,6 +50,8 @@ class Loader:
             # The fleet shows the plan before anything is awaited: no other request plans with the same room.
             node = self._fleet.nodes[decision.node]
             self._fleet.loading[decision.model] = decision.node
+            if decision.action == "recover":
+                self._fleet.recovering.add(decision.model)
             for victim in decision.evict:
                 node.models.pop(victim, None)
             task = asyncio.create_task(self._load(node, decision), name=f"load {decision.model}")
@@ -71,6 +69,7 @@ class Loader:
     def _ended(self, model: str, task: asyncio.Task[None]) -> None:
         del self._tasks[model]
         del self._fleet.loading[model]
+        self._fleet.recovering.discard(model)
         if not task.cancelled():
             task.exception()  # retrieved, also when every client has left
         self._poller.notify()
@@ -82,8 +81,10 @@ class Loader:
         )
         outcome = "cancelled"
         try:
+            if decision.evict:
+                self._metrics.swaps.labels(model, node.name).inc()
             for victim in decision.evict:
-                await self._unload(node, victim)
+                await self._unload(node, victim, "room")
             await self._post(node, "/models/load", self._request(decision))
             if not await self._poller.poll(node) or not node.is_loaded(model):
                 raise Unavailable(f"{node.name} loaded model {model!r} but does not show it")
@@ -98,6 +99,7 @@ class Loader:
             seconds = time.perf_counter() - started
             self._metrics.loads.labels(model, node.name, outcome).inc()
         self._metrics.load_time.labels(model, node.name).observe(seconds)
+        node.load_seconds[model] = seconds
         logger.info("load_finished", extra=fields(model=model, node=node.name, seconds=seconds))
 
     def _request(self, decision: Decision) -> LoadRequest:
@@ -113,21 +115,34 @@ class Loader:
         self._fleet.failed[key] = error
         asyncio.get_running_loop().call_later(FAILURE_MEMORY_S, self._fleet.failed.pop, key, None)
 
-    async def _unload(self, node: Node, model: str) -> None:
-        await self._post(
-            node, "/models/unload", UnloadRequest(model_id=model, drain_s=EVICTION_DRAIN_S), gone_is_fine=True
-        )
-        self._metrics.evictions.labels(model, node.name).inc()
-        logger.info("evicted", extra=fields(model=model, node=node.name))
+    async def retire(self, node: Node, model: str) -> None:
+        """Unloads a model that nobody has asked for in a long time."""
+        node.models.pop(model, None)  # before anything is awaited: no request goes there any more
+        await self._unload(node, model, "idle")
+        await self._poller.poll(node)
+
+    async def defragment(self, node: Node) -> None:
+        """Has the neuron give back what it holds beyond its models, by loading these anew."""
+        node.unloads = 0
+        await self._post(node, "/defrag", None)
+        self._metrics.defrags.labels(node.name).inc()
+        await self._poller.poll(node)
+
+    async def _unload(self, node: Node, model: str, why: str) -> None:
+        request = UnloadRequest(model_id=model, drain_s=EVICTION_DRAIN_S)
+        await self._post(node, "/models/unload", request, gone_is_fine=True)
+        node.unloads += 1
+        self._metrics.evictions.labels(model, node.name, why).inc()
+        logger.info("evicted", extra=fields(model=model, node=node.name, why=why))
 
     async def _post(
-        self, node: Node, path: str, request: msgspec.Struct, *, gone_is_fine: bool = False
+        self, node: Node, path: str, request: msgspec.Struct | None, *, gone_is_fine: bool = False
     ) -> None:
         headers = {"content-type": "application/json"}
         try:
             async with self._session.post(
                 node.endpoint + path,
-                data=msgspec.json.encode(request),
+                data=b"{}" if request is None else msgspec.json.encode(request),
                 headers=headers,
                 timeout=self._timeout,
             ) as response:

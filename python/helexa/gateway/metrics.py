@@ -44,7 +44,16 @@ class Metrics:
         self.completion_tokens = counter("completion_tokens", "Generated tokens")
         self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens found in the prefix cache")
         self.loads = counter("loads", "Loads that the gateway asked for, by outcome", "outcome")
-        self.evictions = counter("evictions", "Models unloaded to make room")
+        self.swaps = counter("swaps", "Loads for which other models had to leave")
+        self.evictions = counter(
+            "evictions", "Models unloaded to make room, or because nobody asked", "reason"
+        )
+        self.defrags = Counter(
+            "helexa_defrags",
+            "Times that a node loaded its models anew to give memory back",
+            ("node",),
+            registry=self.registry,
+        )
         self.duration = histogram(
             "request_duration_seconds", "From arrival to the end of the answer", _DURATIONS
         )
@@ -54,6 +63,9 @@ class Metrics:
         self.inter_token = histogram("inter_token_seconds", "Between chunks of text", _INTER_TOKEN)
         self.token_rate = histogram("tokens_per_second", "Of each answer, after its first token", _RATES)
         self.load_time = histogram("load_seconds", "Loads that succeeded", _DURATIONS)
+        self.model_wait = histogram(
+            "model_wait_seconds", "Of requests that waited for a load or for their model's turn", _DURATIONS
+        )
         self.registry.register(_FleetCollector(fleet))
 
 

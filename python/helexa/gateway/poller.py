@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from typing import TypeVar
 
 import aiohttp
@@ -88,6 +89,7 @@ class Poller:
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
             self._failed(node, error)
             return False
+        _note_loads(node, models, is_first=node.health is None)
         node.health = health
         node.models = {info.id: info for info in models}
         node.loads = {load.id: load for load in health.models}
@@ -140,3 +142,18 @@ class Poller:
                 "node_down", extra=fields(node=node.name, endpoint=node.endpoint, error=node.error)
             )
             self.notify()
+
+
+def _note_loads(node: Node, models: list[ModelInfo], *, is_first: bool) -> None:
+    """Keeps the time at which each model was seen to be loaded, and how long that took."""
+    loaded = {info.id for info in models if info.status == "loaded"}
+    for gone in node.loaded_since.keys() - loaded:
+        del node.loaded_since[gone]
+    now = time.monotonic()
+    for info in models:
+        if info.load_seconds is not None:
+            node.load_seconds.setdefault(info.id, info.load_seconds)
+        before = node.models.get(info.id)
+        is_new = before is None or before.status != "loaded" or before.loaded_at != info.loaded_at
+        if info.id in loaded and is_new and not is_first:
+            node.loaded_since[info.id] = now

@@ -1,31 +1,24 @@
 """From a request to a neuron's answer: place it, wait for its model, connect, try elsewhere where safe."""
 
-import copy
 import io
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import aiohttp
 
 from helexa.errors import (
-    CannotHost,
     DevicePoisoned,
     HelexaError,
     ModelLoading,
-    NoPlacement,
-    Unavailable,
     UnknownModel,
     UpstreamClosed,
     UpstreamTimeout,
 )
-from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Fleet, Node
-from helexa.gateway.loader import Loader
-from helexa.gateway.metrics import Meter, Metrics
+from helexa.gateway.metrics import Meter
+from helexa.gateway.placer import Placer
 from helexa.gateway.poller import Poller, reason
-from helexa.gateway.router import Decision, choose
 from helexa.wire.dialect import Translator
 from helexa.wire.errors import parse_error
 
@@ -47,6 +40,7 @@ class Call:
     stream: bool
     meter: Meter
     translator: Translator | None = None  # None: the answer passes through as it is
+    wait_s: float | None = None  # how long the client would wait for its model; None: any time
 
 
 class Upstream:
@@ -77,21 +71,15 @@ class Dispatcher:
     def __init__(
         self,
         config: GatewayConfig,
-        catalogue: Catalogue,
         fleet: Fleet,
         session: aiohttp.ClientSession,
         poller: Poller,
-        loader: Loader,
-        metrics: Metrics,
+        placer: Placer,
     ):
-        self._catalogue = catalogue
         self._fleet = fleet
         self._session = session
         self._poller = poller
-        self._loader = loader
-        self._metrics = metrics
-        self._strategy = config.eviction.strategy
-        self._placement_wait_s = config.gateway.placement_wait_s
+        self._placer = placer
         connect_s = config.gateway.connect_timeout_s
         self._stream_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=connect_s, sock_read=config.gateway.idle_timeout_s
@@ -105,7 +93,7 @@ class Dispatcher:
         tried: dict[str, HelexaError] = {}  # by node, why not there
         outdated: set[str] = set()  # nodes that had unloaded the model since the last poll
         while True:
-            node = await self._place(call, tried)
+            node = await self._placer.place(call.model, tried, call.wait_s)
             try:
                 upstream = await self._connect(node, call)
             except UpstreamClosed as error:
@@ -115,44 +103,6 @@ class Dispatcher:
                 upstream.close()
                 continue
             return upstream
-
-    async def _place(self, call: Call, tried: dict[str, HelexaError]) -> Node:
-        """The node to send to, its count of requests already raised. Waits for loads and for room."""
-        deadline = time.monotonic() + self._placement_wait_s
-        waited_for_load = False
-        while True:
-            try:
-                decision = choose(
-                    self._fleet, self._catalogue, call.model, avoid=tried.keys(), strategy=self._strategy
-                )
-            except HelexaError as error:
-                if tried:
-                    raise next(reversed(tried.values())) from None
-                if not _may_pass(error) or time.monotonic() >= deadline:
-                    raise copy.copy(error) from None
-                await self._poller.wait(1.0)
-                continue
-            if decision.action == "serve":
-                node = self._fleet.nodes[decision.node]
-                node.active[call.model] += 1
-                node.last_used[call.model] = time.monotonic()
-                return node
-            if decision.action == "recover":
-                self._loader.begin(decision)
-                raise Unavailable(
-                    f"model {call.model!r} failed on its device and is recovering", retry_after_s=2
-                )
-            if not waited_for_load:
-                waited_for_load = True
-                self._metrics.cold_starts.labels(call.model, decision.node).inc()
-            await self._load(decision)
-
-    async def _load(self, decision: Decision) -> None:
-        """Waits for the load; its failure is remembered in the fleet, where the next choice finds it."""
-        try:
-            await self._loader.ensure(decision)
-        except HelexaError:
-            return
 
     async def _connect(self, node: Node, call: Call) -> Upstream:
         """The response's headers. A kept connection may be closed at that moment: tries once more."""
@@ -216,8 +166,3 @@ async def _refusal(response: aiohttp.ClientResponse) -> HelexaError:
 def _finished(node: Node, model: str, poller: Poller) -> None:
     node.active[model] -= 1
     poller.notify()
-
-
-def _may_pass(error: HelexaError) -> bool:
-    """Whether waiting may help: room is taken by models at work."""
-    return isinstance(error, NoPlacement) and not isinstance(error, CannotHost)

@@ -111,6 +111,7 @@ class Health(Answer, frozen=True):
     activation: Activation
     models: list[ModelLoad]
     devices: list[DeviceHealth] = []
+    unaccounted_bytes: int = 0  # main memory that the process holds beyond that of its models
 
 
 # GET /models
@@ -124,6 +125,7 @@ class Limit(Answer, frozen=True):
 class Progress(Answer, frozen=True):
     phase: str  # queued, resolve, header, weights, ready
     percent: float
+    remaining_s: float | None = None  # an estimate
 
 
 class ErrorInfo(Answer, frozen=True):
