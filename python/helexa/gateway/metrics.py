@@ -142,7 +142,11 @@ _MODEL_GAUGES = (
     "tok_s_prefill",
     "tok_s_decode",
 )
-_REJECTIONS = {"rejected_queue_full": "queue_full", "rejected_timeout": "wait_timeout"}
+_REJECTIONS = {
+    "rejected_queue_full": "queue_full",
+    "rejected_timeout": "wait_timeout",
+    "rejected_per_principal": "per_principal",
+}
 
 
 class _FleetCollector(Collector):

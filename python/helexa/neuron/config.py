@@ -28,17 +28,20 @@ class NeuronSection:
 
 @dataclass(frozen=True)
 class AdmissionSection:
-    """[admission], for each model: requests that run, requests that wait, and how long they may."""
+    """[admission], for each model: requests that run, requests that wait, how long, and whose they are."""
 
     max_in_flight: int | None = None  # as many as the engine has sequences
     max_queue_depth: int = 16
     max_wait_s: float = 120.0
+    max_per_principal: int | None = None  # running and waiting, of one key; all seats and 3/4 of the queue
 
     def __post_init__(self) -> None:
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {self.max_in_flight}")
         if self.max_queue_depth < 0 or self.max_wait_s <= 0:
             raise ValueError("max_queue_depth must not be negative and max_wait_s must be positive")
+        if self.max_per_principal is not None and self.max_per_principal < 1:
+            raise ValueError(f"max_per_principal must be at least 1, not {self.max_per_principal}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,14 +95,18 @@ class LoadedModel:
         self._leases: set[Lease] = set()
 
     @asynccontextmanager
-    async def lease(self, seats: int) -> AsyncIterator[Engine]:
+    async def lease(
+        self, seats: int, *, principal: str = "", priority: int = 0, kv_tokens: int = 0
+    ) -> AsyncIterator[Engine]:
         """Waits for seats, holds them, and gives the engine. Raises Overloaded, or the error of an unload."""
         if self.engine is None or self.admission is None:
             raise Unavailable(f"model '{self.id}' is {self.status}", retry_after_s=1)
         lease = Lease()
         self._leases.add(lease)
         try:
-            async with self.admission.seat(seats):
+            async with self.admission.seat(
+                seats, principal=principal, priority=priority, kv_tokens=kv_tokens
+            ):
                 yield self.engine
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -179,6 +183,7 @@ class LoadedModel:
             max_queue_depth=self.admission.max_queue_depth,
             rejected_queue_full=self.admission.rejected_queue_full,
             rejected_timeout=self.admission.rejected_timeout,
+            rejected_per_principal=self.admission.rejected_per_principal,
             kv_tokens_used=stats.kv_tokens_used,
             kv_tokens_total=stats.kv_tokens_total,
             tok_s_prefill=stats.prefill_tok_s,
@@ -409,4 +414,10 @@ class Registry:
 
 def _admission(section: AdmissionSection, engine: Engine) -> Admission:
     seats = section.max_in_flight or engine.options.max_sequences
-    return Admission(seats, section.max_queue_depth, section.max_wait_s)
+    return Admission(
+        seats,
+        section.max_queue_depth,
+        section.max_wait_s,
+        max_per_principal=section.max_per_principal,
+        kv_tokens_total=engine.stats().kv_tokens_total,
+    )

@@ -87,6 +87,7 @@ class ModelLoad(Answer, frozen=True):
     max_queue_depth: int = 0
     rejected_queue_full: int = 0
     rejected_timeout: int = 0
+    rejected_per_principal: int = 0
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
     tok_s_prefill: float = 0.0
