@@ -30,6 +30,7 @@ class FakeNeuron:
     pause_s: float = 0.0  # between words
     first_word_s: float = 0.0  # the headers wait as well
     load_s: float = 0.0
+    memory_mib: int = 100  # of what it loads
     load_error: tuple[int, dict[str, Any]] | None = None
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None  # status, error members, headers
     refusal_s: float = 0.0  # before it
@@ -99,7 +100,7 @@ class FakeNeuron:
         if self.load_error:
             await answer(send, self.load_error[0], {"error": self.load_error[1]})
             return
-        self.hold(asked["model_id"])
+        self.hold(asked["model_id"], self.memory_mib)
         self.load_reports.pop(asked["model_id"], None)
         await answer(send, 200, self.models[asked["model_id"]])
 

@@ -152,7 +152,7 @@ class Placer:
             if decision is not None and stay.wait(decision, now).is_spent(now, self._room_wait_s):
                 others = ", ".join(decision.evict)
                 raise NoPlacement(
-                    f"model {stay.model!r} needs the room of {others} on {decision.node}, at work"
+                    f"model {stay.model!r} needs the room of {others} on {decision.node}, still at work"
                 )
             if left_s is not None and left_s <= 0:
                 raise self._not_yet(stay.model, decision, now)
