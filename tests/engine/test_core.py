@@ -2,14 +2,14 @@
 
 from collections import deque
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa.engine.cache import KVCache
-from helexa.engine.core import EngineCore, LogitsReceiver
+from helexa.engine.collector import LogitsCollector
+from helexa.engine.core import EngineCore
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner, bucket_of
@@ -62,7 +62,7 @@ class Bench:
         runner = Runner(model, cache, max_sequences=max_sequences, max_context=context, capture=False)
         self.core = EngineCore(runner, scheduler, self.pool, self.prefix, self.jobs.append)
 
-    def submit(self, prompt, num_new=5, sampler=None, stop=(), receiver=None, logits=None):
+    def submit(self, prompt, num_new=5, sampler=None, stop=(), receiver=None, rows=None):
         length = min(len(prompt) + num_new, self.core.scheduler.max_context)
         sequence = Sequence(
             list(prompt),
@@ -70,7 +70,7 @@ class Bench:
             sampler=sampler or self.greedy,
             stop_token_ids=frozenset(stop),
             receiver=receiver or Inbox(),
-            logits=logits,
+            rows=rows,
         )
         self.core.submit(sequence)
         return sequence
@@ -203,11 +203,10 @@ def test_all_logits_come_in_chunks_and_never_from_the_prefix_cache(bench, expect
     machine = bench()
     prompt = [(i * i) % VOCAB for i in range(20)]
     for _ in range(2):
-        logits = np.full((20, VOCAB), np.nan, np.float32)
-        receiver = LogitsReceiver(logits)
-        machine.submit(prompt, 0, receiver=receiver, logits=logits)
+        collector = LogitsCollector(20, VOCAB)
+        machine.submit(prompt, 0, receiver=collector, rows=collector)
         machine.run()
-        assert receiver.future.result(0) is logits
+        logits = collector.future.result(0)
         assert logits.argmax(1).tolist() == [expected(prompt[: i + 1], 1, VOCAB)[0] for i in range(20)]
     assert machine.pool.num_used == 0
 

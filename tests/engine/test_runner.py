@@ -122,5 +122,5 @@ def test_prefill_gives_logits_only_where_they_are_wanted():
     with torch.no_grad():
         assert runner.prefill(sequence, 4).shape == (0, config.vocab_size)
         sequence.num_computed = 4
-        assert runner.prefill(sequence, 2, all_logits=True).shape == (2, config.vocab_size)
+        assert runner.prefill(sequence, 2, all_rows=True).shape == (2, config.vocab_size)
         assert runner.prefill(sequence, 2).shape == (1, config.vocab_size)

@@ -1,7 +1,10 @@
 """The inference engine: loads a model and serves token ids, text and logits from it. Imports torch."""
 
 from helexa.engine.engine import Engine, EngineOptions, EngineStats
+from helexa.engine.grammar import GrammarSpec
+from helexa.engine.guide import Thinking
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
+from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 
 __all__ = [
@@ -9,8 +12,11 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStats",
+    "GenerationProgress",
+    "GrammarSpec",
     "SamplingDefaults",
     "SamplingParams",
+    "Thinking",
     "TokenLogprob",
     "Usage",
 ]

@@ -7,11 +7,7 @@ each event loop.
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
@@ -38,24 +34,6 @@ class Rate:
     @property
     def tokens_per_s(self) -> float:
         return self._tokens / self._seconds if self._seconds else 0.0
-
-
-class LogitsReceiver:
-    """Resolves a future when the logits of all tokens are there."""
-
-    mailbox: Mailbox | None = None
-
-    def __init__(self, logits: npt.NDArray[np.float32]):
-        self.future: Future[npt.NDArray[np.float32]] = Future()
-        self._logits = logits
-
-    def receive(self, event: Sampled | Finished) -> None:
-        if self.future.done() or not isinstance(event, Finished):
-            return
-        if event.error is not None:
-            self.future.set_exception(event.error)
-        else:
-            self.future.set_result(self._logits)
 
 
 class EngineCore:
@@ -156,14 +134,28 @@ class EngineCore:
     def _prefill(self, runner: Runner, plan: Plan) -> None:
         (sequence,) = plan.sequences
         start = sequence.num_computed
-        logits = runner.prefill(sequence, plan.num_tokens, all_logits=sequence.logits is not None)
+        self._report(sequence)
+        wanted = sequence.rows
+        rows = runner.prefill(
+            sequence,
+            plan.num_tokens,
+            all_rows=wanted is not None and wanted.wants_all,
+            hidden=wanted is not None and wanted.wants_hidden,
+        )
         self.scheduler.complete(plan)
-        if sequence.logits is not None:
-            sequence.logits[start : start + plan.num_tokens] = logits.numpy()
+        self._report(sequence)
+        if wanted is not None:
+            wanted.take(rows, start)
             if sequence.num_pending == 0:
                 self._finish(sequence, Finished("stop"))
         elif sequence.num_pending == 0:
-            self._sample(sequence, logits[0], time.perf_counter())
+            self._sample(sequence, rows[0], time.perf_counter())
+
+    def _report(self, sequence: Sequence) -> None:
+        if (progress := sequence.progress) is not None:
+            progress.computed_tokens = sequence.num_computed
+            progress.prompt_tokens = len(sequence.token_ids)
+            progress.is_prefilling = sequence.num_pending > 0
 
     def _sample(self, sequence: Sequence, row: Any, now_s: float) -> None:
         assert sequence.sampler is not None
@@ -177,7 +169,7 @@ class EngineCore:
             sequence.first_token_s = now_s
         sequence.last_token_s = now_s
         self._emit(sequence, sampled)
-        if sampled.token_id in sequence.stop_token_ids:
+        if sampled.is_last or sampled.token_id in sequence.stop_token_ids:
             self._finish(sequence, Finished("stop"))
         elif len(sequence.token_ids) >= sequence.max_length:
             self._finish(sequence, Finished("length"))

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +24,21 @@ import torch
 from helexa import ops
 from helexa.engine.cache import KVCache, free_memory_bytes, kv_dtype, page_nbytes, plan_capacity
 from helexa.engine.chat_template import ChatTemplate
-from helexa.engine.core import EngineCore, LogitsReceiver
+from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, Pooling
+from helexa.engine.core import EngineCore
+from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
+from helexa.engine.guide import Guide
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
 from helexa.engine.scheduler import Scheduler
-from helexa.engine.sequence import Finished, Receiver, Sequence
+from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
 from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.worker import DeviceWorker
-from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown
+from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
 from helexa.layers.step import PAGE_TOKENS
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
@@ -106,6 +109,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
         generation_defaults: SamplingDefaults | None = None,
+        pooling: Pooling | None = "last",
     ):
         """Calls `build` on the device thread and returns when the model is ready."""
         self.config = config
@@ -114,9 +118,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.generation_defaults = generation_defaults or SamplingDefaults()
+        self.pooling = (
+            pooling  # of embeddings, where a request says nothing; None: one that is not implemented
+        )
         self.max_context = config.max_position_embeddings
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
+        self._grammars: GrammarCompiler | None = None
         self._is_closing = False
         self._core: EngineCore | None = None
         self._worker = DeviceWorker(f"{options.device}-0", self._on_fault)
@@ -148,6 +156,7 @@ class Engine:
                     engine_options,
                     name=str(file.metadata.get("general.name") or Path(path).stem),
                     generation_defaults=SamplingDefaults.from_gguf(file.metadata),
+                    pooling=_pooling(file.metadata.get(f"{config.model_type}.pooling_type")),
                 )
                 try:
                     engine.tokenizer, engine.chat_template = text.result()
@@ -169,18 +178,27 @@ class Engine:
         return engine
 
     async def generate(
-        self, token_ids: Iterable[int], params: SamplingParams | None = None, *, namespace: str = ""
+        self,
+        token_ids: Iterable[int],
+        params: SamplingParams | None = None,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        progress: GenerationProgress | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The answer to the prompt, piece by piece.
 
         Leaving the generator cancels the request and frees its pages before the next step. Prompts share
-        cached prefixes only within one namespace. Raises ContextTooLong, InvalidParameter, ShuttingDown or,
-        as soon as the device has failed, DevicePoisoned.
+        cached prefixes only within one namespace. Of those that wait, the highest priority comes first.
+        `progress` is kept up to date until the generator is left. Raises ContextTooLong, InvalidParameter,
+        ShuttingDown or, as soon as the device has failed, DevicePoisoned.
         """
         loop = asyncio.get_running_loop()
         stream = Stream(self._mailbox(loop), loop)
         params = params or SamplingParams()
-        sequence = self._sequence(self._checked(token_ids), params, namespace, stream)
+        matcher = None if params.grammar is None else await self._matcher(params.grammar)
+        sequence = self._sequence(self._checked(token_ids), params, stream, matcher)
+        sequence.namespace, sequence.priority, sequence.progress = namespace, priority, progress
         answer = Answer(sequence, self.tokenizer, params.stop, params.logprobs is not None)
         self._submit(sequence, stream)
         try:
@@ -201,13 +219,40 @@ class Engine:
             if not sequence.finished:
                 self._cancel(sequence)
 
+    async def check_grammar(self, spec: GrammarSpec) -> None:
+        """Raises InvalidParameter, with the reason, for a grammar that `generate` would refuse."""
+        await self._matcher(spec)
+
     def logits(self, token_ids: Iterable[int]) -> npt.NDArray[np.float32]:
         """Logits [T, V] float32 after each token; waits for the device and raises what `generate` raises."""
         tokens = self._checked(token_ids)
-        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        receiver = LogitsReceiver(logits)
-        self._submit(Sequence(tokens, len(tokens), receiver=receiver, logits=logits), receiver)
-        return receiver.future.result()
+        collector = LogitsCollector(len(tokens), self.config.vocab_size)
+        self._collect(tokens, collector)
+        return collector.future.result()
+
+    async def embed(
+        self, token_ids: Iterable[int], pooling: str | None = None, *, priority: int = 0
+    ) -> npt.NDArray[np.float32]:
+        """The text as one vector [D] float32 of length 1, the mean of its hidden states or the last one.
+
+        pooling: "mean" or "last"; None takes what the model's file names, or else the last. Raises what
+        `generate` raises, and UnsupportedModel if the file wants another pooling and none is given.
+        """
+        pooling = pooling or self.pooling
+        if pooling is None:
+            raise UnsupportedModel(
+                f"the model {self.name} pools its embeddings in a way that is not implemented; "
+                "give pooling as 'mean' or 'last'"
+            )
+        if pooling not in get_args(Pooling):
+            raise InvalidParameter(f"pooling is {pooling!r}; expected 'mean' or 'last'", param="pooling")
+        collector = EmbeddingCollector(cast(Pooling, pooling))
+        sequence = self._collect(self._checked(token_ids), collector, priority)
+        try:
+            return await asyncio.wrap_future(collector.future)
+        finally:
+            if not sequence.finished:
+                self._cancel(sequence)
 
     def stats(self) -> EngineStats:
         """Counters as they stand; never waits for the device."""
@@ -304,8 +349,26 @@ class Engine:
             )
         return tokens
 
+    async def _matcher(self, spec: GrammarSpec) -> Matcher:
+        """A matcher at the start of the grammar; one that is new is compiled on another thread."""
+        if self.tokenizer is None:
+            raise InvalidParameter("the model has no vocabulary, which a grammar needs", param=PARAM)
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self.tokenizer)
+        if self._grammars.is_compiled(spec):
+            return self._grammars.compile(spec)
+        return await asyncio.to_thread(self._grammars.compile, spec)
+
+    def _guide(self, params: SamplingParams, matcher: Matcher | None) -> Guide | None:
+        if matcher is None and params.thinking is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidParameter("the model has no vocabulary, which thinking needs", param="thinking")
+        return Guide(self.tokenizer, params.thinking, matcher)
+
     def _sequence(
-        self, tokens: list[int], params: SamplingParams, namespace: str, receiver: Receiver
+        self, tokens: list[int], params: SamplingParams, receiver: Receiver, matcher: Matcher | None
     ) -> Sequence:
         params.check_vocabulary(self.config.vocab_size)
         stop_token_ids = frozenset(params.stop_token_ids)
@@ -317,11 +380,15 @@ class Engine:
         return Sequence(
             tokens,
             max_length,
-            sampler=Sampler(params.resolve(self.generation_defaults), tokens),
+            sampler=Sampler(params.resolve(self.generation_defaults), tokens, self._guide(params, matcher)),
             stop_token_ids=stop_token_ids,
             receiver=receiver,
-            namespace=namespace,
         )
+
+    def _collect(self, tokens: list[int], collector: Collector, priority: int = 0) -> Sequence:
+        sequence = Sequence(tokens, len(tokens), receiver=collector, rows=collector, priority=priority)
+        self._submit(sequence, collector)
+        return sequence
 
     def _submit(self, sequence: Sequence, receiver: Receiver) -> None:
         if self._is_closing or self._core is None:
@@ -370,3 +437,10 @@ def _read_text_parts(file: GGUFFile) -> tuple[Tokenizer | None, ChatTemplate | N
         return None, None
     tokenizer = Tokenizer.from_gguf(file.metadata)
     return tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer)
+
+
+def _pooling(kind: object) -> Pooling | None:
+    """The pooling that a file's pooling_type names, None for one that is not implemented."""
+    if kind is None or kind == 0:
+        return "last"
+    return {1: "mean", 3: "last"}.get(kind) if isinstance(kind, int) else None  # type: ignore[return-value]

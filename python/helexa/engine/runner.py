@@ -52,13 +52,18 @@ class Runner:
         graph.replay()
         return logits
 
-    def prefill(self, sequence: Sequence, num_tokens: int, *, all_logits: bool = False) -> Tensor:
-        """Logits [R, V] of the next num_tokens tokens: of all, or of the sequence's last one, or none."""
+    def prefill(
+        self, sequence: Sequence, num_tokens: int, *, all_rows: bool = False, hidden: bool = False
+    ) -> Tensor:
+        """Logits [R, V] of the next num_tokens tokens: of all, or of the sequence's last one, or none.
+
+        hidden: the normalised hidden states [R, D] that the logits are made of, instead.
+        """
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         page_tokens = self.cache.page_tokens
         positions = np.arange(start, end, dtype=np.int32)
         pages = np.array(sequence.pages[: -(-end // page_tokens)], dtype=np.int32)
-        first = 0 if all_logits else num_tokens - (end == len(sequence.token_ids))
+        first = 0 if all_rows else num_tokens - (end == len(sequence.token_ids))
         step = Step(
             token_ids=torch.tensor(sequence.token_ids[start:end], dtype=torch.int32),
             positions=torch.from_numpy(positions),
@@ -70,7 +75,7 @@ class Runner:
             v_cache=self.cache.v,
             logits_rows=slice(first, num_tokens),
         )
-        return self._model(step)
+        return self._model.hidden(step) if hidden else self._model(step)
 
     def _fill(self, sequences: ListOf[Sequence], rows: int) -> None:
         token_ids, positions, slots, kv_lengths = self._write

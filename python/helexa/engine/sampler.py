@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from helexa.engine.guide import Guide
 from helexa.engine.sampling_params import ResolvedParams, SamplingDefaults, SamplingParams
 from helexa.errors import DeviceError
 
@@ -33,11 +34,17 @@ IdArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A chosen token. Log-probabilities are the model's own: before penalties, bias and temperature."""
+    """A chosen token.
+
+    Log-probabilities are the model's own, over the tokens that a grammar allows: before penalties, bias and
+    temperature. A token that was never the model's choice has 0.
+    """
 
     token_id: int
     logprob: float | None
     top: list[tuple[int, float]]
+    is_thinking: bool = False  # it belongs to the block in which the model thinks
+    is_last: bool = False  # the grammar allows nothing after it
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,11 +62,13 @@ def _mix(value: int) -> int:
 class Sampler:
     """Chooses the tokens of one sequence; keeps what its penalties need to know about the tokens so far."""
 
-    def __init__(self, params: ResolvedParams, prompt_token_ids: Sequence[int]):
+    def __init__(self, params: ResolvedParams, prompt_token_ids: Sequence[int], guide: Guide | None = None):
         self._params = params
+        self._guide = guide
         self._seed = (secrets.randbits(64) if params.seed is None else params.seed) & _MASK
         self._greedy = params.temperature < GREEDY_BELOW
         self._scratch: FloatArray = np.empty(0, np.float32)
+        self._restricted: FloatArray = np.empty(0, np.float32)
         bias = params.logit_bias or {}
         self._bias_ids: IdArray = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias: FloatArray = np.fromiter(bias.values(), np.float32, len(bias))
@@ -74,18 +83,52 @@ class Sampler:
         is NaN or +inf, or none is finite.
         """
         logits: FloatArray = logits_row.numpy()
+        if self._guide is not None:
+            return self._sample_guided(self._guide, logits, position)
+        token_id = self._choose(logits, position)
+        if self._history is not None:
+            self._history.add(token_id)
+        if self._params.logprobs is None:
+            return Sampled(token_id, None, [])
+        return Sampled(token_id, *self._logprobs(logits, token_id, self._params.logprobs))
+
+    def _sample_guided(self, guide: Guide, logits: FloatArray, position: int) -> Sampled:
+        choice = guide.next()
+        if isinstance(choice, int):
+            chosen = choice
+        else:
+            if choice is not None:
+                logits = self._masked(logits, choice)
+            chosen = self._choose(logits, position)
+        token_id = guide.accept(chosen)
+        if self._history is not None:
+            self._history.add(token_id)
+        logprob, top = None, []
+        if (num_top := self._params.logprobs) is not None:
+            if isinstance(choice, int) or token_id != chosen:
+                logprob, top = 0.0, [(token_id, 0.0)][:num_top]
+            else:
+                logprob, top = self._logprobs(logits, token_id, num_top)
+        return Sampled(token_id, logprob, top, guide.is_thinking, guide.is_complete)
+
+    def _masked(self, logits: FloatArray, allowed: npt.NDArray[np.bool_]) -> FloatArray:
+        """The logits of allowed tokens, -inf elsewhere, in a buffer that the next call reuses."""
+        if self._restricted.size != logits.size:
+            self._restricted = np.empty_like(logits)
+        self._restricted.fill(-np.inf)
+        size = min(allowed.size, logits.size)  # models may have more rows than their vocabulary has tokens
+        np.copyto(self._restricted[:size], logits[:size], where=allowed[:size])
+        return self._restricted
+
+    def _choose(self, logits: FloatArray, position: int) -> int:
         adjusted = self._adjust(logits)
         token_id = int(adjusted.argmax())
         peak = adjusted[token_id]
         if not math.isfinite(peak):
             raise DeviceError(f"the logits at position {position} are not finite: the largest is {peak}")
-        if not self._greedy:
-            token_id = self._draw(adjusted, peak, uniform(self._seed, position))
-        if self._history is not None:
-            self._history.add(token_id)
-        if self._params.logprobs is None:
-            return Sampled(token_id, None, [])
-        return self._with_logprobs(logits, token_id, self._params.logprobs)
+        if self._greedy:
+            return token_id
+        return self._draw(adjusted, peak, uniform(self._seed, position))
 
     def _adjust(self, logits: FloatArray) -> FloatArray:
         if self._history is None and not self._bias_ids.size:
@@ -123,16 +166,21 @@ class Sampler:
         with np.errstate(over="ignore"):
             return np.subtract(peak, logits, out=self._scratch)
 
-    def _with_logprobs(self, logits: FloatArray, token_id: int, num_top: int) -> Sampled:
+    def _logprobs(
+        self, logits: FloatArray, token_id: int, num_top: int
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """The log-probability of the token, and the most likely ones with theirs."""
         gaps = self._gaps(logits, logits.max())
         log_total = math.log(float(np.exp(-gaps).sum(dtype=np.float64)))
         ids = nearest(gaps, min(num_top, gaps.size)) if num_top else np.empty(0, np.int64)
         ids = ids[np.argsort(gaps[ids], kind="stable")]
+        if self._guide is not None:
+            ids = ids[np.isfinite(gaps[ids])]  # a token that a grammar excludes is no alternative
 
         def logprob(index: int) -> float:
             return max(_FLOOR, -float(gaps[index]) - log_total)
 
-        return Sampled(token_id, logprob(token_id), [(int(index), logprob(index)) for index in ids])
+        return logprob(token_id), [(int(index), logprob(index)) for index in ids]
 
 
 class _History:

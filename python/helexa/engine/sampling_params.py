@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from helexa.engine.grammar import GrammarSpec
+from helexa.engine.guide import Thinking
 from helexa.errors import InvalidFile, InvalidParameter
 
 MAX_LOGPROBS = 20  # the limit of OpenAI's top_logprobs
@@ -85,6 +87,8 @@ class RequestLimits:
     stop_token_ids: tuple[int, ...] = ()
     max_tokens: int | None = None
     ignore_eos: bool = False
+    grammar: GrammarSpec | None = None  # what the answer follows; after the block in which the model thinks
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         for token_id, bias in (self.logit_bias or {}).items():

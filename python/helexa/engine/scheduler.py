@@ -70,7 +70,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues the sequence; raises ContextTooLong if it could never run."""
-        room = self.max_context - (sequence.logits is None)
+        room = self.max_context - (sequence.rows is None)
         if len(sequence.token_ids) > room:
             raise ContextTooLong(
                 f"the prompt has {len(sequence.token_ids)} tokens, but at most {room} fit the context of "

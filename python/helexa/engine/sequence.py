@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from helexa.engine.prefix_cache import Node
     from helexa.engine.sampler import Sampled
     from helexa.errors import HelexaError
@@ -23,6 +21,15 @@ class Finished:
     error: "HelexaError | None" = None
 
 
+@dataclass(slots=True)
+class GenerationProgress:
+    """How far a prompt is computed; the device thread writes it, anybody may read it at any time."""
+
+    computed_tokens: int = 0  # with those that the prefix cache spared
+    prompt_tokens: int = 0  # after a preemption, with the answer so far, which is computed again
+    is_prefilling: bool = False
+
+
 class Receiver(Protocol):
     """Where the events of a sequence go; without a mailbox, `receive` is called on the device thread."""
 
@@ -36,6 +43,15 @@ class Mailbox(Protocol):
     """Carries the events of many receivers to their thread in one go."""
 
     def post(self, batch: "list[tuple[Receiver, Sampled | Finished]]") -> bool: ...
+
+
+class Rows(Protocol):
+    """Takes rows that the model computes of a prompt: logits or hidden states, of all tokens or the last."""
+
+    wants_hidden: bool
+    wants_all: bool
+
+    def take(self, rows: Any, start: int, /) -> None: ...
 
 
 class RowSampler(Protocol):
@@ -58,9 +74,9 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     receiver: Receiver | None = None
     namespace: str = ""  # sequences share cached prefixes only within one namespace
-    logits: "np.ndarray | None" = (
-        None  # [T, V] float32: wanted for all prompt tokens; nothing is sampled then
-    )
+    priority: int = 0  # higher goes first
+    progress: GenerationProgress | None = None
+    rows: "Rows | None" = None  # where what is computed of the prompt goes; nothing is sampled then
 
     num_prompt_tokens: int = 0
     num_computed: int = 0
@@ -90,9 +106,9 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return len(self.token_ids) - self.num_computed == 1 and self.logits is None
+        return len(self.token_ids) - self.num_computed == 1 and self.rows is None
 
     @property
     def shares_pages(self) -> bool:
-        """Whether the prefix cache may serve this sequence; who wants all logits must compute all tokens."""
-        return self.logits is None
+        """Whether the prefix cache may serve this sequence; who wants all rows must compute all tokens."""
+        return self.rows is None

@@ -26,6 +26,9 @@ class Model(Protocol):
     def __call__(self, step: Step) -> Tensor:
         """Logits [R, vocab_size] float32 of step.logits_rows; capturable."""
 
+    def hidden(self, step: Step) -> Tensor:
+        """What the logits are made of: hidden states [R, hidden_size] float32 behind the last norm."""
+
 
 def build_model(config: ModelConfig, source: TensorSource) -> Model:
     """The model of config.model_type with the weights of `source`.

@@ -90,6 +90,10 @@ class DecoderForCausalLM:
     def __call__(self, step: Step) -> Tensor:
         return self.lm_head(self.model(step))
 
+    def hidden(self, step: Step) -> Tensor:
+        """Normalised hidden states [R, hidden_size] float32 of step.logits_rows."""
+        return self.model(step)
+
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",

@@ -1,0 +1,167 @@
+"""Grammars that an answer must follow, compiled once each into matchers that know which tokens may come next.
+
+Grammars, parser and masks are those of `llguidance`; what it says about a bad grammar is what the client
+reads. The compiled form is copied for each sequence, which takes microseconds.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from helexa.engine.tokenizer import Tokenizer
+from helexa.errors import InvalidParameter
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+PARAM = "response_format"
+
+_CACHED = 128  # compiled grammars that are kept
+_MESSAGE = 500  # characters of an error that are passed on
+# Blanks are bounded, or a weak model fills its answer with them; this is enough for any indented document.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """A grammar as the request gives it. source: a JSON schema as JSON text, a regular expression or Lark."""
+
+    kind: GrammarKind
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            known = ", ".join(get_args(GrammarKind))
+            raise InvalidParameter(f"the grammar is of kind {self.kind!r}; expected {known}", param=PARAM)
+
+
+class Matcher:
+    """The state of one text within a grammar: what may come next, and whether it may end here."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+        self._matcher = matcher
+        self._bits: npt.NDArray[np.uint8] = np.zeros(4 * -(-vocab_size // 32), np.uint8)
+        self._address = self._bits.ctypes.data
+        self._vocab_size = vocab_size
+        self._num_tokens = 0
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, [vocab_size]: at least one, and an end only where the text is whole."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._bits.nbytes)
+        mask = np.unpackbits(self._bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if self._matcher.is_error() or not mask.any():
+            raise self._failure()
+        return mask
+
+    def consume(self, token_id: int) -> None:
+        """Goes on by one token, which must be allowed; InvalidParameter if the grammar gets too complex."""
+        self._num_tokens += 1
+        if not self._matcher.consume_token(token_id):
+            raise self._failure()
+
+    def allows(self, token_id: int) -> bool:
+        return self._matcher.validate_tokens([token_id]) == 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow any more."""
+        return self._matcher.is_stopped()
+
+    def _failure(self) -> InvalidParameter:
+        reason = self._matcher.get_error() or "no token of the vocabulary can go on from here"
+        return InvalidParameter(
+            f"the grammar failed after {self._num_tokens} tokens: {_shortened(reason)}", param=PARAM
+        )
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary and keeps the latest; may be called from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._vocabulary: _Vocabulary | None = None
+        self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._building = threading.Lock()
+
+    def compile(self, spec: GrammarSpec) -> Matcher:
+        """A matcher at the start of the grammar.
+
+        It takes microseconds for a grammar of late, milliseconds for a new one, and half a second the first
+        time of all. Raises InvalidParameter for a grammar that is refused.
+        """
+        vocabulary = self._ready_vocabulary()
+        with self._lock:
+            matcher = self._compiled.get(spec)
+            if matcher is not None:
+                self._compiled.move_to_end(spec)
+        if matcher is None:
+            matcher = vocabulary.compile(spec)
+            with self._lock:
+                self._compiled[spec] = matcher
+                while len(self._compiled) > _CACHED:
+                    self._compiled.popitem(last=False)
+        return Matcher(matcher.deep_copy(), self._tokenizer.vocab_size)
+
+    def is_compiled(self, spec: GrammarSpec) -> bool:
+        """Whether `compile` will answer at once."""
+        return spec in self._compiled
+
+    def _ready_vocabulary(self) -> "_Vocabulary":
+        with self._building:
+            if self._vocabulary is None:
+                self._vocabulary = _Vocabulary(self._tokenizer)
+            return self._vocabulary
+
+
+class _Vocabulary:
+    """The tokens as the parser wants them. Control tokens are no text; what ends a text is one of them."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        ends = sorted(tokenizer.eos_token_ids)
+        if not ends:  # the parser needs one; this one lies beyond the vocabulary and never comes
+            ends = [len(self.tokens)]
+            self.tokens.append(b"<|end|>")
+        self.eos_token_id = ends[0]
+        self.special_token_ids = sorted({*filter(tokenizer.is_special, range(tokenizer.vocab_size)), *ends})
+        self._parsed = llguidance.LLTokenizer(self, eos_token=ends)  # type: ignore[arg-type]
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of text that the grammar leaves no choice about, as the model would spell it."""
+        token_ids = self._tokenizer.encode(text, parse_special=False)
+        if b"".join(self.tokens[token_id] for token_id in token_ids) == text.encode():
+            return token_ids
+        return self._parsed.greedy_tokenize(text)  # the tokenizer normalises, and a grammar does not
+
+    def compile(self, spec: GrammarSpec) -> llguidance.LLMatcher:
+        matcher = llguidance.LLMatcher(self._parsed, _source(spec), log_level=0)
+        if matcher.is_error():
+            raise InvalidParameter(f"the grammar is refused: {_shortened(matcher.get_error())}", param=PARAM)
+        return matcher
+
+
+def _source(spec: GrammarSpec) -> str:
+    """The grammar in the parser's own form."""
+    if spec.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(spec.source)
+    if spec.kind == "lark":
+        return llguidance.LLMatcher.grammar_from_lark(spec.source)
+    schema = '{"type": "object"}' if spec.kind == "json_object" else spec.source
+    try:
+        json.loads(schema)
+    except ValueError as error:
+        raise InvalidParameter(f"the JSON schema is not JSON: {error}", param=PARAM) from None
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _MESSAGE else message[:_MESSAGE] + " …"
