@@ -75,6 +75,19 @@ class NotFound(BadRequest):
     code = "not_found"
 
 
+class UnknownResponse(BadRequest):
+    """No response of that id is stored; it may have expired, or belong to another key."""
+
+    status = 404
+    code = "response_not_found"
+
+
+class UnknownPreviousResponse(BadRequest):
+    """The request continues a response that is not stored any more, or never was."""
+
+    code = "previous_response_not_found"
+
+
 class Unauthorized(HelexaError):
     """A key is required and is missing or wrong."""
 

@@ -22,10 +22,11 @@ from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
 from helexa.gateway import listing
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
-from helexa.gateway.dialects import Dialects, all_dialects
+from helexa.gateway.dialects import Dialects, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
 from helexa.gateway.handlers import Inference, request_id_of
+from helexa.gateway.responses import responses
 from helexa.log import fields
 from helexa.settings import log_settings
 from helexa.wire.errors import internal_error
@@ -33,6 +34,11 @@ from helexa.wire.errors import internal_error
 logger = logging.getLogger(__name__)
 
 CUT_S = 2.0  # for the last words of streams that are cut
+
+
+def all_dialects(gateway: Gateway) -> Dialects:
+    """Every API that the gateway offers."""
+    return Dialects((openai(), responses(gateway.keys, gateway.store)))
 
 
 def create_app(gateway: Gateway) -> Starlette:

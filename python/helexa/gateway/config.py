@@ -101,6 +101,20 @@ class NeuronEntry:
 
 
 @dataclass(frozen=True)
+class StoreSection:
+    """[store]: where the responses are kept that clients want to continue or look at again."""
+
+    path: str | None = None  # of a file, relative to the one that names it; without one, in memory
+    max_bytes: int = 64 * 2**20
+    ttl_s: float = 7 * 86400.0  # since the response, or an answer to it, was last used
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "ttl_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """The whole file."""
 
@@ -108,6 +122,7 @@ class GatewayConfig:
     gateway: GatewaySection = GatewaySection()
     eviction: EvictionSection = EvictionSection()
     auth: AuthSection = AuthSection()
+    store: StoreSection = StoreSection()
     log: LogConfig = field(default_factory=LogConfig)
     neurons: tuple[NeuronEntry, ...] = (NeuronEntry("local", "http://127.0.0.1:13131"),)
 

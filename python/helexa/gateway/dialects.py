@@ -1,7 +1,7 @@
 """Which API a path belongs to: how its requests become calls of a neuron, and how its failures look.
 
 The neuron speaks one wire, OpenAI's. Its own routes pass through unchanged; every other dialect is a module
-of `wire` that writes a canonical body and translates the answer back, and an entry of `all_dialects`.
+of `wire` that writes a canonical body and translates the answer back, and an entry of `app.all_dialects`.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,7 +12,6 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute
 
 from helexa.errors import HelexaError
-from helexa.gateway.gateway import Gateway
 from helexa.wire.body import decode
 from helexa.wire.dialect import Translator
 from helexa.wire.errors import error_bytes, error_headers
@@ -39,6 +38,7 @@ class Job:
     body: bytes
     stream: bool = False
     translator: Translator | None = None
+    told_in_stream: frozenset[str] = frozenset()  # codes of errors that are events, even as a stream's first
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,6 @@ def _passed(path: str) -> Prepare:
 def openai() -> Dialect:
     """What the neuron speaks itself."""
     return Dialect("openai", ("",), {path: _passed(path) for path in PASSED_PATHS})
-
-
-def all_dialects(gateway: Gateway) -> "Dialects":
-    """Every API that the gateway offers."""
-    return Dialects((openai(),))
 
 
 @dataclass(frozen=True)

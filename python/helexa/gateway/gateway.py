@@ -20,6 +20,7 @@ from helexa.gateway.placer import Placer
 from helexa.gateway.poller import Poller
 from helexa.gateway.proxy import Relays
 from helexa.gateway.quota import Ledger
+from helexa.gateway.store import ResponseStore
 from helexa.gateway.upstream import Dispatcher
 
 FIRST_POLL_S = 2.0
@@ -39,6 +40,7 @@ class Gateway:
     relays: Relays
     keys: Keys
     ledger: Ledger
+    store: ResponseStore
 
 
 @asynccontextmanager
@@ -47,6 +49,7 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
     nodes = [Node(neuron.name, neuron.endpoint.rstrip("/")) for neuron in config.neurons]
     fleet = Fleet({node.name: node for node in nodes})
     metrics = Metrics(fleet)
+    store = ResponseStore(config.store)
     async with aiohttp.ClientSession(connector=_connector(), auto_decompress=False) as session:
         poller = Poller(fleet, session, config.gateway.poll_interval_s)
         loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
@@ -62,13 +65,14 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
                 await asyncio.wait_for(poller.first_round(), FIRST_POLL_S)
             yield Gateway(
                 *(config, catalogue, fleet, metrics, poller, loader, dispatcher, Relays()),
-                *(Keys(config), Ledger()),
+                *(Keys(config), Ledger(), store),
             )
         finally:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await loader.close()
+            await store.close()
 
 
 def _connector() -> aiohttp.TCPConnector:

@@ -91,7 +91,8 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
     upstream: Upstream | None = None
     try:
         try:
-            upstream = await (_keep_alive(opening, call, reply) if call.stream else opening)
+            shows_life = call.stream and call.wait_s is None  # who would not wait for long wants a status
+            upstream = await (_keep_alive(opening, call, reply) if shows_life else opening)
             call.meter.node = upstream.node.name
             if upstream.response.status >= 300 or not call.stream:
                 await _pass_answer(upstream, call, reply)
@@ -112,7 +113,9 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
         if upstream is not None and isinstance(failure, UpstreamError):
             upstream.distrust()
         if not reply.started:
-            raise failure
+            if not call.stream or failure.code not in call.told_in_stream:
+                raise failure
+            await reply.start(200, _EVENT_STREAM)
         await _end_with_error(call, reply, failure)
     finally:
         if upstream is None:

@@ -41,6 +41,7 @@ class Call:
     meter: Meter
     translator: Translator | None = None  # None: the answer passes through as it is
     wait_s: float | None = None  # how long the client would wait for its model; None: any time
+    told_in_stream: frozenset[str] = frozenset()  # codes of errors that are events, even as a stream's first
 
 
 class Upstream:

@@ -1,6 +1,7 @@
 """OpenAI Responses as pure data: requests into canonical chat, canonical answers into responses."""
 
+from helexa.wire.responses.items import listed
 from helexa.wire.responses.request import ResponsesRequest, parse_responses
-from helexa.wire.responses.translator import ResponseTranslator, refusal
+from helexa.wire.responses.translator import ResponseTranslator, renamed
 
-__all__ = ["ResponseTranslator", "ResponsesRequest", "parse_responses", "refusal"]
+__all__ = ["ResponseTranslator", "ResponsesRequest", "listed", "parse_responses", "renamed"]

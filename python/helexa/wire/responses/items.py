@@ -4,7 +4,7 @@ What one turn of the model was, its reasoning, text and calls, are items of thei
 message there. Nothing is left out silently: an item that a model cannot read is an error that names it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from helexa.errors import InvalidParameter
@@ -125,6 +125,24 @@ class Conversation:
         self._turn = {"role": "assistant", "content": None}
         self.messages.append(self._turn)
         return self._turn
+
+
+def listed(items: Sequence[Json], token: str) -> list[Json]:
+    """Input items as they are stored and shown: each with an id and a type, messages with parts."""
+    return [_listed(item, f"item_{token}_{index}") for index, item in enumerate(items)]
+
+
+def _listed(item: Json, item_id: str) -> Json:
+    kind = kind_of(item)
+    shown: Json = {"id": item_id, "type": kind, "status": "completed"}
+    shown |= {key: value for key, value in item.items() if value is not None}
+    if kind == "message" and isinstance(item.get("content"), str):
+        is_said = item.get("role") == "assistant"
+        part: Json = {"type": "output_text" if is_said else "input_text", "text": item["content"]}
+        shown["content"] = [part | ({"annotations": []} if is_said else {})]
+    if kind == "reasoning":
+        shown.setdefault("summary", [])
+    return shown
 
 
 def content_of(content: Any, where: str) -> str | list[Json]:

@@ -164,30 +164,19 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         """The ids of stored items that the input refers to."""
         return [str(item.get("id")) for item in self.items if kind_of(item) == "item_reference"]
 
-    def tools_for(self, items: Sequence[Json]) -> Tools:
-        """What the model is offered, with what `items`, the whole input, add to it."""
-        return Tools([*(self.tools or ()), *added_tools(items)], self.tool_choice)
+    def to_chat(self, items: Sequence[Json], *, history: Sequence[Json] = ()) -> tuple[bytes, Tools]:
+        """The canonical body, and the tools as it names them.
 
-    def to_chat(
-        self,
-        model: str,
-        *,
-        history: Sequence[Json] = (),
-        referenced: Mapping[str, Json] | None = None,
-    ) -> tuple[bytes, Tools]:
-        """The canonical body for `model`, and the tools as it names them.
-
-        history: the items of earlier responses, in order. referenced: stored items by id. Raises
+        items: the input, with references resolved. history: the items of earlier responses, in order. Raises
         InvalidParameter for what a model cannot read.
         """
-        items = [self._resolved(item, referenced or {}) for item in self.items]
-        tools = self.tools_for([*history, *items])
+        tools = Tools([*(self.tools or ()), *added_tools([*history, *items])], self.tool_choice)
         conversation = Conversation(self.instructions)
         conversation.extend(history, "previous_response_id")
         conversation.extend(items, "input")
         if not conversation.messages:
             raise InvalidParameter("'input' has no messages; expected some text", param="input")
-        body: Json = {"model": model, "messages": conversation.messages}
+        body: Json = {"model": self.model, "messages": conversation.messages}
         if tools.functions:
             body["tools"] = tools.functions
         if tools.choice is not None:
@@ -233,14 +222,14 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             "json_schema": {key: wanted[key] for key in names if wanted.get(key) is not None},
         }
 
-    def _resolved(self, item: Json, referenced: Mapping[str, Json]) -> Json:
-        if kind_of(item) != "item_reference":
-            return item
-        found = referenced.get(str(item.get("id")))
-        if found is None:
-            message = f"the input refers to the item {item.get('id')!r:.80}, which is not stored"
+    def resolved(self, referenced: Mapping[str, Json]) -> list[Json]:
+        """The input with the items in place of the references to them. InvalidParameter for one not there."""
+        if missing := next((item_id for item_id in self.references if item_id not in referenced), None):
+            message = f"the input refers to the item {missing!r:.80}, which is not stored"
             raise InvalidParameter(message, param="input")
-        return found
+        return [
+            referenced[str(item["id"])] if kind_of(item) == "item_reference" else item for item in self.items
+        ]
 
 
 def parse_responses(body: bytes) -> ResponsesRequest:

@@ -16,7 +16,7 @@ import orjson
 
 from helexa.errors import BadRequest, ContextTooLong, HelexaError, UpstreamError
 from helexa.wire import sse
-from helexa.wire.errors import error_bytes, error_headers, parse_error
+from helexa.wire.errors import parse_error
 from helexa.wire.responses.output import (
     CustomCallItem,
     FunctionCallItem,
@@ -82,9 +82,9 @@ class ResponseTranslator:
         created_at: int | None = None,
     ):
         """token: 32 hex digits, which the ids of the response and its items hold; a new one if not given."""
+        self.token = token or secrets.token_hex(16)
         self._request = request
         self._tools = tools
-        self._token = token or secrets.token_hex(16)
         self._events: list[bytes] = []
         self._number = 0
         self._num_signs = 0
@@ -93,7 +93,7 @@ class ResponseTranslator:
         self._finish_reason: str | None = None
         self._has_begun = False
         self._has_ended = False
-        self.response = _skeleton(request, tools, f"resp_{self._token}", created_at or int(time.time()))
+        self.response = _skeleton(request, tools, f"resp_{self.token}", created_at or int(time.time()))
 
     def feed(self, events: bytes) -> bytes:
         """The events that these canonical ones become."""
@@ -220,7 +220,7 @@ class ResponseTranslator:
         return len(self.response["output"])
 
     def _item_token(self, index: int) -> str:
-        return f"{self._token}_{index}"
+        return f"{self.token}_{index}"
 
     def _begin(self) -> None:
         if not self._has_begun:
@@ -264,11 +264,6 @@ class ResponseTranslator:
         taken = b"".join(self._events)
         self._events.clear()
         return taken
-
-
-def refusal(error: HelexaError) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an error before the first byte, with fields as this dialect names them."""
-    return error.status, error_headers(error), error_bytes(renamed(error))
 
 
 def renamed(error: HelexaError) -> HelexaError:
