@@ -128,6 +128,13 @@ class Stack:
     def is_loaded(self) -> bool:
         return any(model["loaded"] for model in get(f"{self.url}/v1/models")["data"])
 
+    def came_up(self) -> bool:
+        """Like is_loaded, while both processes are to be alive."""
+        for daemon in (self.gateway, self.neuron):
+            if daemon.running.poll() is not None:
+                pytest.fail(f"{daemon.name} ended:\n{daemon.log}")
+        return self.is_loaded()
+
     def load(self) -> dict[str, Any]:
         """The load of the model as the neuron tells it."""
         return next(
@@ -173,7 +180,7 @@ def running_stack(
     stack.gateway.start()
     try:
         if wait:
-            wait_for(stack.is_loaded, "the load")
+            wait_for(stack.came_up, "the load")
         yield stack
     finally:
         stack.client.close()
