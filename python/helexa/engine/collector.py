@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from helexa.engine.sampler import Sampled
 from helexa.engine.sequence import Finished, Mailbox
-from helexa.errors import DeviceError
+from helexa.errors import DeviceError, HelexaError
 
 Pooling = Literal["mean", "last"]
 FloatArray = npt.NDArray[np.float32]
@@ -23,6 +23,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.future: Future[FloatArray] = Future()
+        self.future.set_running_or_notify_cancel()  # who waits may go, and cannot resolve it in between
 
     def take(self, rows: Any, start: int) -> None:
         """rows: [R, V] or [R, D] float32, of the tokens from `start` on; may be empty."""
@@ -38,7 +39,7 @@ class Collector:
             if event.error is not None:
                 raise event.error
             self.future.set_result(self.result())
-        except Exception as error:
+        except HelexaError as error:
             self.future.set_exception(error)
 
 

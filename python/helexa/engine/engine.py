@@ -118,9 +118,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.generation_defaults = generation_defaults or SamplingDefaults()
-        self.pooling = (
-            pooling  # of embeddings, where a request says nothing; None: one that is not implemented
-        )
+        self.pooling = pooling  # of embeddings, unless a request says; None: one that is not implemented
         self.max_context = config.max_position_embeddings
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}

@@ -1,15 +1,18 @@
 """Decides what the device does next: who is admitted, what a step computes, who gives way. No tensors.
 
-Admission is first come, first served: pages for the whole prompt first, then a seat. A step is either one
-decode of every sequence that has one pending token, or one chunk of one prompt; while both wait they
-alternate, with smaller chunks, so that running streams go on. Several prompts take turns and pick up the
-pages that the others have completed in the meantime. When pages run out, unused cached prefixes go first,
-then the youngest sequence returns to the queue and is recomputed later.
+The highest priority is admitted first, and within one priority who came first: pages for the whole prompt,
+then a seat. A step is either one decode of every sequence that has one pending token, or one chunk of one
+prompt; while both wait they alternate, with smaller chunks, so that running streams go on. Several prompts
+take turns and pick up the pages that the others have completed in the meantime. When pages run out, unused
+cached prefixes go first, then the youngest sequence of the lowest priority returns to the queue and is
+recomputed later.
 """
 
 import time
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import Match, Node, PrefixCache
@@ -34,6 +37,9 @@ class Plan:
     num_tokens: int
     is_prefill: bool
     copies: list[PageCopy] = field(default_factory=list)
+
+
+_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -79,7 +85,7 @@ class Scheduler:
                 max=self.max_context,
                 prompt_tokens=len(sequence.token_ids),
             )
-        self.waiting.append(sequence)
+        self._enqueue(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
         """Forgets a finished or cancelled sequence and frees its pages; False if it was not here."""
@@ -186,19 +192,19 @@ class Scheduler:
         return missing <= 0 or (self._prefix is not None and self._prefix.evict(missing) == missing)
 
     def _with_room(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Those that have a page for their next token; to make room, the youngest of all may be sent away."""
+        """Those that have a page for their next token; to make room, the last in rank of all may be sent away."""
         page_tokens = self._pool.page_tokens
         for sequence in decoding:
             if sequence.pages and sequence.num_computed == len(sequence.pages) * page_tokens:
                 self._grow(sequence)
-        # The oldest of all always stays, but that may be one that prefills.
+        # The first in rank always stays, but that may be one that prefills.
         return [sequence for sequence in decoding if sequence.pages]
 
     def _grow(self, sequence: Sequence) -> None:
         while not self._make_free(1):
-            youngest = max(self.running, key=lambda candidate: candidate.number)
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = max(self.running, key=_rank)
+            self._preempt(last)
+            if last is sequence:
                 return
         sequence.pages.append(self._pool.allocate())
         sequence.pages_version += 1
@@ -209,12 +215,17 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_rank)
+        if self.waiting[0] is sequence:
+            self._is_blocked = False
 
     def _plan_prefill(self, chunk: int) -> Plan:
         sequence = min(
             (sequence for sequence in self.running if not sequence.is_decoding),
-            key=lambda sequence: (sequence.last_turn, sequence.number),
+            key=lambda sequence: (sequence.last_turn, *sequence.rank),
         )
         self._turn += 1
         sequence.last_turn = self._turn

@@ -100,6 +100,11 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """The order in which sequences are served: the highest priority first, then the oldest."""
+        return -self.priority, self.number
+
+    @property
     def num_pending(self) -> int:
         """Tokens that are known and not yet computed."""
         return len(self.token_ids) - self.num_computed

@@ -32,6 +32,7 @@ class Usage:
     queue_ms: float
     prefill_ms: float  # from admission to the first token
     decode_ms: float  # from the first token to the last
+    reasoning_tokens: int = 0  # of the completion, in the block that SamplingParams.thinking describes
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,10 @@ class Stream:
 
 
 class Answer:
-    """Builds the deltas of one sequence from its events: detokenizes, holds back stop strings, counts."""
+    """Builds the deltas of one sequence from its events: detokenizes, holds back stop strings, counts.
+
+    Stop strings are those of the answer: the text of a thinking block does not end it.
+    """
 
     def __init__(
         self, sequence: Sequence, tokenizer: Tokenizer | None, stop: tuple[str, ...], logprobs: bool
@@ -119,6 +123,7 @@ class Answer:
         self._stop = StopStrings(stop)
         self._has_logprobs = logprobs
         self._num_tokens = 0
+        self._num_reasoning = 0
 
     def feed(self, events: list[Sampled | Finished]) -> Delta:
         """The delta of all these events, none of which is an error."""
@@ -130,13 +135,18 @@ class Answer:
                 piece, reason = self._flush(event.reason)
                 return Delta(text + piece, token_ids, logprobs, reason, self.usage(), self._stop.hit)
             self._num_tokens += 1
+            self._num_reasoning += event.is_thinking
             if event.token_id in self._sequence.stop_token_ids:
                 continue
             token_ids.append(event.token_id)
             if logprobs is not None and event.logprob is not None:
                 logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top))
             if self._detokenizer is not None and event.token_id < self._vocab_size:
-                piece, hit = self._stop.push(self._detokenizer.push(event.token_id))
+                piece = self._detokenizer.push(event.token_id)
+                if event.is_thinking:
+                    text += self._stop.flush() + piece
+                    continue
+                piece, hit = self._stop.push(piece)
                 text += piece
                 if hit is not None:
                     return Delta(text, token_ids, logprobs, "stop", self.usage(), hit)
@@ -156,6 +166,7 @@ class Answer:
             queue_ms=(admitted_s - sequence.arrived_s) * 1e3,
             prefill_ms=(first_s - admitted_s) * 1e3,
             decode_ms=(last_s - first_s) * 1e3,
+            reasoning_tokens=self._num_reasoning,
         )
 
     def _flush(self, reason: str) -> tuple[str, str]:
