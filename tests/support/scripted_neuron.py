@@ -215,7 +215,8 @@ class _Answer:
         self._created = int(time.time())
         self._cut = turn.cut
         stop = asked.get("stop") or ()
-        text, is_stopped = _until(turn.text, [stop] if isinstance(stop, str) else stop)
+        text, self._stop = _until(turn.text, [stop] if isinstance(stop, str) else stop)
+        is_stopped = self._stop is not None
         pieces: list[ChatDelta] = [
             ChatDelta(reasoning_content=part) for part in _pieces(turn.reasoning, piece)
         ]
@@ -239,7 +240,8 @@ class _Answer:
     def chunk(
         self, delta: ChatDelta | None, finish: FinishReason | None = None, usage: Usage | None = None
     ) -> ChatChunk:
-        choices = [ChunkChoice(0, delta, None, finish)] if delta is not None else []
+        stop = self._stop if finish == "stop" and self._stop else msgspec.UNSET
+        choices = [ChunkChoice(0, delta, None, finish, stop)] if delta is not None else []
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def chunks(self) -> Iterator[ChatChunk]:
@@ -268,7 +270,7 @@ class _Answer:
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[Choice(0, message, self._finish)],
+            choices=[Choice(0, message, self._finish, None, self._stop or msgspec.UNSET)],
             usage=self.usage(),
         )
 
@@ -301,9 +303,9 @@ def _pieces(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
-def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    ends = [end for stop in stops if (end := text.find(stop)) >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
+def _until(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    ends = [(end, stop) for stop in stops if (end := text.find(stop)) >= 0]
+    return (text[: min(ends)[0]], min(ends)[1]) if ends else (text, None)
 
 
 def _start(status: int, headers: dict[str, str]) -> dict[str, Any]:

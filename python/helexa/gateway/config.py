@@ -115,6 +115,13 @@ class StoreSection:
 
 
 @dataclass(frozen=True)
+class AnthropicSection:
+    """[anthropic]"""
+
+    normalize_billing_line: bool = True  # hold constant what changes in the line before Claude Code's prompt
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """The whole file."""
 
@@ -123,6 +130,7 @@ class GatewayConfig:
     eviction: EvictionSection = EvictionSection()
     auth: AuthSection = AuthSection()
     store: StoreSection = StoreSection()
+    anthropic: AnthropicSection = AnthropicSection()
     log: LogConfig = field(default_factory=LogConfig)
     neurons: tuple[NeuronEntry, ...] = (NeuronEntry("local", "http://127.0.0.1:13131"),)
 

@@ -1,0 +1,41 @@
+"""Errors in Anthropic's envelope."""
+
+from typing import Any
+
+from helexa.errors import HelexaError, Overloaded
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def error_status(error: HelexaError) -> int:
+    """The HTTP status; a prompt that is too long is always a 400, as agents expect it."""
+    return 400 if _is_overflow(error) else error.status
+
+
+def error_body(error: HelexaError, request_id: str | None = None) -> dict[str, Any]:
+    """`{"type": "error", "error": {type, message}}`, with the request id where there is one.
+
+    Too long a prompt is worded as Anthropic words it, since agents read the numbers and compact.
+    """
+    status = error_status(error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if status == 503 and error.code == Overloaded.code:
+        kind = "overloaded_error"
+    message = error.message
+    if _is_overflow(error):
+        message = f"prompt is too long: {error.extra['prompt_tokens']} tokens > {error.extra['max']} maximum"
+    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    return body | {"request_id": request_id} if request_id else body
+
+
+def _is_overflow(error: HelexaError) -> bool:
+    return error.extra.keys() >= {"max", "prompt_tokens"}
