@@ -20,12 +20,13 @@ from starlette.routing import Route
 from helexa import __version__
 from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
 from helexa.gateway import listing
+from helexa.gateway.anthropic import anthropic
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
 from helexa.gateway.dialects import Dialects, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
-from helexa.gateway.handlers import Inference, request_id_of
+from helexa.gateway.handlers import App, Generating, Inference, request_id_of
 from helexa.gateway.responses import responses
 from helexa.log import fields
 from helexa.settings import log_settings
@@ -38,10 +39,12 @@ CUT_S = 2.0  # for the last words of streams that are cut
 
 def all_dialects(gateway: Gateway) -> Dialects:
     """Every API that the gateway offers."""
-    return Dialects((openai(), responses(gateway.keys, gateway.store)))
+    return Dialects(
+        (openai(), responses(gateway.keys, gateway.store), anthropic(gateway.config.anthropic))
+    )
 
 
-def create_app(gateway: Gateway) -> Starlette:
+def create_app(gateway: Gateway) -> Generating:
     """The API as an ASGI application."""
     keys, fleet, catalogue = gateway.keys, gateway.fleet, gateway.catalogue
     dialects = all_dialects(gateway)
@@ -65,13 +68,11 @@ def create_app(gateway: Gateway) -> Starlette:
         keys.check(request.headers)
         return JSONResponse(listing.fleet_report(fleet, catalogue))
 
-    inference = [
-        Route(path, Inference(path, dialect, gateway), methods=["POST"])
-        for dialect in dialects.entries
-        for path in dialect.generating
-    ]
+    endpoints = {
+        path: Inference(path, dialect, gateway) for dialect in dialects.entries for path in dialect.generating
+    }
     routes = [
-        *inference,
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         *(route for dialect in dialects.entries for route in dialect.routes),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
@@ -83,7 +84,7 @@ def create_app(gateway: Gateway) -> Starlette:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.dialects = dialects
-    return app
+    return Generating(app, endpoints)
 
 
 def create_metrics_app(gateway: Gateway) -> Starlette:
@@ -177,7 +178,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _run(app: Starlette, listener: socket.socket, stop: asyncio.Event, grace_s: float) -> None:
+async def _run(app: App, listener: socket.socket, stop: asyncio.Event, grace_s: float) -> None:
     settings = hypercorn.config.Config()
     settings.bind = [f"fd://{listener.detach()}"]
     settings.errorlog = logging.getLogger("hypercorn.error")

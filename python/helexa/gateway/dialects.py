@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.routing import BaseRoute
 
 from helexa.errors import HelexaError
@@ -25,7 +24,7 @@ class Asked:
     """A request as it came, its key already checked."""
 
     body: bytes
-    headers: Headers
+    headers: Mapping[str, str]  # by name in lower case
     principal: str = ""  # whose request it is; what a dialect keeps is kept apart by it
 
 

@@ -1,15 +1,18 @@
-"""The generating routes. What is wrong with a request is raised as HelexaError; `app` renders it."""
+"""The generating routes, as an application of their own in front of all others: the hot path.
+
+Each request is one task, with one more that waits for its client to leave.
+"""
 
 import asyncio
 import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from starlette.datastructures import Headers
 
 from helexa.errors import HelexaError, PayloadTooLarge
 from helexa.gateway.auth import Principal
@@ -21,12 +24,14 @@ from helexa.gateway.placer import wait_of
 from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call
 from helexa.log import fields
+from helexa.wire.errors import internal_error
 from helexa.wire.generation import USAGE_HEADER
 
 logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Of one connection only, ours to set, or not for a neuron's eyes.
 _PRIVATE_HEADERS = frozenset(
@@ -43,44 +48,61 @@ class ClientGone(Exception):
     """The client has closed its connection; there is nobody to answer."""
 
 
+class Generating:
+    """The ASGI application: POST to a generating route is answered by its endpoint, all else by `app`."""
+
+    def __init__(self, app: App, endpoints: Mapping[str, "Inference"]):
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (endpoint or self._app)(scope, receive, send)
+
+
 class Inference:
     """The ASGI endpoint of one generating route."""
 
     def __init__(self, path: str, dialect: Dialect, gateway: Gateway):
         self._path = path
+        self._dialect = dialect
         self._prepare = dialect.generating[path]
-        self._id_header = dialect.id_header
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = request_id_of(scope, headers)
         meter = Meter(self._gateway.metrics, "", time.perf_counter())
-        reply = Reply(send, request_id, self._id_header)
-        principal, bill = Principal(), None
+        reply = Reply(send, request_id, self._dialect.id_header)
+        principal, bill, failure = Principal(), None, None
         try:
             principal = self._gateway.keys.check(headers)
             body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
             job = await self._prepare(Asked(body, headers, principal.id))
             call = self._call(job, principal, headers, request_id, meter)
             bill = Bill(self._gateway.ledger, principal, call)
-            serving = self._gateway.relays.start(relay(self._gateway.dispatcher, call, reply), reply)
-            await _unless_gone(receive, serving)
+            with _while_connected(receive):
+                await self._gateway.relays.run(relay(self._gateway.dispatcher, call, reply), reply)
         except ClientGone:
             meter.code = CLIENT_CLOSED
         except HelexaError as error:
-            meter.code = error.code
-            raise
+            failure = error
         except Exception:
-            meter.code = HelexaError.code
-            raise
+            logger.exception("request_crashed", extra=fields(path=self._path, request=request_id))
+            failure = internal_error()
         finally:
+            if failure is not None:
+                meter.code = failure.code
             meter.end()
             if bill is not None:
                 bill.settle()
             _log(self._path, request_id, principal, meter)
+        if failure is not None and not reply.started:
+            await reply.refuse(self._dialect.refuse(failure, request_id))
 
-    def _call(self, job: Job, principal: Principal, headers: Headers, request_id: str, meter: Meter) -> Call:
+    def _call(
+        self, job: Job, principal: Principal, headers: Mapping[str, str], request_id: str, meter: Meter
+    ) -> Call:
         catalogue, nodes = self._gateway.catalogue, self._gateway.fleet.nodes.values()
         model = catalogue.resolve(job.model)
         principal.require_model(job.model, model)
@@ -88,11 +110,11 @@ class Inference:
         if model in catalogue.models or any(model in node.models for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
         passed = _forwarded(headers, request_id) | principal.headers
-        wait_s = wait_of(headers)
-        return Call(job.path, model, body, passed, job.stream, meter, job.translator, wait_s)
+        wait_s, told = wait_of(headers), job.told_in_stream
+        return Call(job.path, model, body, passed, job.stream, meter, job.translator, wait_s, told)
 
 
-async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
+async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int) -> bytes:
     """The request's whole body. Raises ClientGone, or PayloadTooLarge as soon as it is known to be."""
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
@@ -110,7 +132,7 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
             return b"".join(parts)
 
 
-def request_id_of(scope: Scope, headers: Headers) -> str:
+def request_id_of(scope: Scope, headers: Mapping[str, str]) -> str:
     """The client's x-request-id if it is a plain one, else a new one; the same for the whole request."""
     known: str | None = scope.get("helexa.request_id")
     if known is None:
@@ -120,23 +142,27 @@ def request_id_of(scope: Scope, headers: Headers) -> str:
     return known
 
 
-async def _unless_gone(receive: Receive, task: asyncio.Task[None]) -> None:
-    """Waits for the task, which is cancelled when the client leaves; then raises ClientGone."""
-    watcher = asyncio.create_task(_gone(receive))
-    watcher.add_done_callback(lambda _: task.cancel())
+@contextmanager
+def _while_connected(receive: Receive) -> Iterator[None]:
+    """A block that is cancelled when the client leaves, and raises ClientGone then."""
+    task = asyncio.current_task()
+    assert task is not None
+    watcher = asyncio.create_task(_cancel_when_gone(task, receive))
     try:
-        await task
+        yield
     except asyncio.CancelledError:
         if not watcher.done() or watcher.cancelled():
             raise
+        task.uncancel()
         raise ClientGone from None
     finally:
         watcher.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _cancel_when_gone(task: asyncio.Task[Any], receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 def _rename(body: bytes, model: str) -> bytes:
@@ -146,7 +172,7 @@ def _rename(body: bytes, model: str) -> bytes:
     return msgspec.json.encode(members)
 
 
-def _forwarded(headers: Headers, request_id: str) -> dict[str, str]:
+def _forwarded(headers: Mapping[str, str], request_id: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in headers.items()

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import aiohttp
 import orjson
 
 from helexa.errors import HelexaError, ShuttingDown, UpstreamClosed, UpstreamError, UpstreamTimeout
+from helexa.gateway.dialects import Refusal
 from helexa.gateway.upstream import Call, Dispatcher, Upstream
 from helexa.wire import sse
 from helexa.wire.errors import error_body, internal_error, parse_error
@@ -59,22 +60,35 @@ class Reply:
     async def write(self, block: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": block, "more_body": more})
 
+    async def refuse(self, refusal: Refusal) -> None:
+        """The whole answer to a request that failed before it began."""
+        headers = [
+            (name.encode("latin-1"), value.encode("latin-1")) for name, value in refusal.headers.items()
+        ]
+        headers.append((b"content-length", b"%d" % len(refusal.body)))
+        self.started = True
+        await self._send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self.write(refusal.body, more=False)
+
 
 class Relays:
     """The requests being served, so that a shutdown can end them with a word instead of silence."""
 
     def __init__(self) -> None:
-        self._running: dict[asyncio.Task[None], Reply] = {}
+        self._running: dict[asyncio.Task[Any], Reply] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, work: Coroutine[Any, Any, None], reply: Reply) -> asyncio.Task[None]:
-        """Runs `work`, which answers through `reply`, as a task."""
-        task = asyncio.ensure_future(work)
+    async def run(self, work: Awaitable[None], reply: Reply) -> None:
+        """Awaits `work`, which answers through `reply`."""
+        task = asyncio.current_task()
+        assert task is not None
         self._running[task] = reply
-        task.add_done_callback(self._running.pop)
-        return task
+        try:
+            await work
+        finally:
+            del self._running[task]
 
     async def drain(self, grace_s: float) -> None:
         """Returns when all have ended; ends them with an error after `grace_s`."""
@@ -87,58 +101,71 @@ class Relays:
 
 async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
     """Serves one request. Raises HelexaError only while nothing has been sent."""
-    opening = asyncio.create_task(dispatcher.open(call))
     upstream: Upstream | None = None
     try:
-        try:
-            shows_life = call.stream and call.wait_s is None  # who would not wait for long wants a status
-            upstream = await (_keep_alive(opening, call, reply) if shows_life else opening)
-            call.meter.node = upstream.node.name
-            if upstream.response.status >= 300 or not call.stream:
-                await _pass_answer(upstream, call, reply)
-            else:
-                await _pass_stream(upstream, call, reply)
-        except HelexaError as error:
-            failure = error
-        except asyncio.CancelledError:
-            if reply.cut is None:
-                raise
-            failure = reply.cut
-        except Exception:
-            logger.exception("relay_crashed")
-            failure = internal_error()
+        if call.stream and call.wait_s is None:  # who would not wait for long wants a status
+            async with _Silence(call, reply):
+                upstream = await dispatcher.open(call)
         else:
-            return
-        call.meter.code = failure.code
-        if upstream is not None and isinstance(failure, UpstreamError):
-            upstream.distrust()
-        if not reply.started:
-            if not call.stream or failure.code not in call.told_in_stream:
-                raise failure
-            await reply.start(200, _EVENT_STREAM)
-        await _end_with_error(call, reply, failure)
+            upstream = await dispatcher.open(call)
+        if upstream.response.status >= 300 or not call.stream:
+            await _pass_answer(upstream, call, reply)
+        else:
+            await _pass_stream(upstream, call, reply)
+        return
+    except HelexaError as error:
+        failure = error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if reply.cut is None or task is None:
+            raise
+        task.uncancel()
+        failure = reply.cut
+    except Exception:
+        logger.exception("relay_crashed")
+        failure = internal_error()
     finally:
-        if upstream is None:
-            upstream = await _abandon(opening)
         if upstream is not None:
             upstream.close()
+    call.meter.code = failure.code
+    if upstream is not None and isinstance(failure, UpstreamError):
+        upstream.distrust()
+    if not reply.started:
+        if not call.stream or failure.code not in call.told_in_stream:
+            raise failure
+        await reply.start(200, _EVENT_STREAM)
+    await _end_with_error(call, reply, failure)
 
 
-async def _keep_alive(opening: asyncio.Task[Upstream], call: Call, reply: Reply) -> Upstream:
-    """Waits; each silent second the client sees a sign of life, so that it does not take us for dead."""
-    while not (await asyncio.wait((opening,), timeout=KEEP_ALIVE_S))[0]:
-        if not reply.started:
-            await reply.start(200, _EVENT_STREAM)
-        await reply.write(call.translator.keep_alive() if call.translator else sse.KEEP_ALIVE)
-    return opening.result()
+class _Silence:
+    """Within it, the client of a stream sees a sign of life each second, so that it goes on waiting."""
 
+    def __init__(self, call: Call, reply: Reply):
+        self._call = call
+        self._reply = reply
+        self._task: asyncio.Task[None] | None = None
 
-async def _abandon(opening: asyncio.Task[Upstream]) -> Upstream | None:
-    """What the task had opened when its client left, if anything."""
-    opening.cancel()
-    await asyncio.wait((opening,))
-    failed = opening.cancelled() or opening.exception() is not None
-    return None if failed else opening.result()
+    async def __aenter__(self) -> None:
+        self._wait()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            await self._task  # what it is writing comes before what follows
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._begin)
+
+    def _begin(self) -> None:
+        if self._task is None or self._task.done():  # else the client does not read
+            self._task = asyncio.create_task(self._sign())
+        self._wait()
+
+    async def _sign(self) -> None:
+        translator = self._call.translator
+        if not self._reply.started:
+            await self._reply.start(200, _EVENT_STREAM)
+        await self._reply.write(translator.keep_alive() if translator else sse.KEEP_ALIVE)
 
 
 async def _pass_answer(upstream: Upstream, call: Call, reply: Reply) -> None:

@@ -100,10 +100,14 @@ class Dispatcher:
             except UpstreamClosed as error:
                 tried[node.name] = error
                 continue
-            if await self._should_move_on(upstream, call, tried, outdated):
-                upstream.close()
-                continue
-            return upstream
+            moves_on = True
+            try:
+                moves_on = await self._should_move_on(upstream, call, tried, outdated)
+            finally:
+                if moves_on:
+                    upstream.close()
+            if not moves_on:
+                return upstream
 
     async def _connect(self, node: Node, call: Call) -> Upstream:
         """The response's headers. A kept connection may be closed at that moment: tries once more."""
