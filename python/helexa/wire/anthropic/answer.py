@@ -2,8 +2,8 @@
 
 Signs of life. While a prompt is computed there is nothing to say, and clients give up: comments keep their
 connections, pings keep most of them, but Claude Code drops a stream after 300 s without an event that is no
-ping. So now and then there comes one that changes nothing: an empty delta of the open block or, before the first
-block, a `message_delta` that has no stop reason yet. No block is opened for it, which clients would send back.
+ping. So now and then comes one that changes nothing: an empty delta of the open block or, before the first
+block, a `message_delta` that has no stop reason yet. No block is opened for it, which would be sent back.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """The body of POST /v1/messages and /v1/messages/count_tokens, and the canonical chat request that it means.
 
-Fields that need Anthropic's servers (containers, MCP connectors, hosted tools) are refused; what only concerns
-its caches, tiers or context editing is accepted and has no effect.
+Fields that need Anthropic's servers (containers, MCP connectors, hosted tools) are refused; what concerns
+only its caches, tiers or context editing is accepted and has no effect.
 """
 
 from typing import Annotated, Any, Literal
