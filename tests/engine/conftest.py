@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helexa.engine.sampler import Sampled
+from helexa.engine.tokenizer import Tokenizer
 
 
 def next_token(history: Iterable[int], vocab_size: int) -> int:
@@ -87,3 +88,37 @@ def expected():
 def history():
     """next_token(history, vocab_size) of the history model."""
     return next_token
+
+
+def byte_tokenizer(pre="smollm", merges=('{ "', '" :', "\\n \\n"), end="<|im_end|>", markers=True):
+    """A tokenizer of all bytes, a few merges, a control token and, if wanted, markers of thinking."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    merges = [merge.replace("\\n", spelled[10]) for merge in merges]
+    tokens = [spelled[byte] for byte in range(256)] + [merge.replace(" ", "") for merge in merges]
+    types = [1] * len(tokens)
+    for text, kind in [("<|im_start|>", 3), (end, 3)] + ([("<think>", 4), ("</think>", 4)] * markers):
+        if text:
+            tokens.append(text)
+            types.append(kind)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+    }
+    if end:
+        metadata["tokenizer.ggml.eos_token_id"] = tokens.index(end)
+    return Tokenizer.from_gguf(metadata)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    return byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()

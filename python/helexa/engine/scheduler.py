@@ -192,7 +192,7 @@ class Scheduler:
         return missing <= 0 or (self._prefix is not None and self._prefix.evict(missing) == missing)
 
     def _with_room(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Those that have a page for their next token; to make room, the last in rank of all may be sent away."""
+        """Those that have a page for their next token; to make room, the last in rank may be sent away."""
         page_tokens = self._pool.page_tokens
         for sequence in decoding:
             if sequence.pages and sequence.num_computed == len(sequence.pages) * page_tokens:
