@@ -9,10 +9,16 @@ import re
 
 PARAMETER = "input"
 _HEAD = re.compile(r'\s*\{\s*"' + PARAMETER + r'"\s*:\s*"')
-# What can be decoded without knowing what follows; the first half of a surrogate pair cannot.
-_PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_SINGLE = r"\\u(?![dD][89abAB])[0-9a-fA-F]{4}"
-_TEXT = re.compile(rf'(?:[^"\\]+|\\["\\/bfnrt]|{_PAIR}|{_SINGLE})*')
+# What can be decoded without knowing what follows: an escape cut short cannot, nor the first half of a pair.
+_HEX = "[0-9a-fA-F]"
+_HALF = rf"\\u[dD][89abAB]{_HEX}{{2}}"
+_PAIR = rf"{_HALF}\\u[dD][c-fC-F]{_HEX}{{2}}"
+_ALONE = rf"{_HALF}(?=[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F])"
+_SINGLE = rf"\\u(?![dD][89abAB]){_HEX}{{4}}"
+_NO_ESCAPE = rf"\\u(?={_HEX}{{0,3}}[^0-9a-fA-F])"
+_TEXT = re.compile(rf'(?:[^"\\]+|\\[^u]|{_PAIR}|{_ALONE}|{_SINGLE}|{_NO_ESCAPE})*')
+_ESCAPE = re.compile(rf"\\u({_HEX}{{4}})|\\(.)", re.DOTALL)
+_MEANT = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 
 class CustomInput:
@@ -60,5 +66,10 @@ def arguments_of(text: str) -> str:
 
 
 def _decoded(text: str) -> str:
-    decoded: str = json.loads(f'"{text}"', strict=False)
-    return decoded
+    """The text of a JSON string; a backslash before what it cannot escape is one, half a pair U+FFFD."""
+
+    def meant(escape: re.Match[str]) -> str:
+        return chr(int(escape[1], 16)) if escape[1] else _MEANT.get(escape[2], escape[0])
+
+    decoded = _ESCAPE.sub(meant, text)
+    return decoded.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
