@@ -6,7 +6,6 @@ written.
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,21 +24,6 @@ def kv_dtype(name: str) -> torch.dtype:
             f"kv_dtype is {name!r}; expected one of {', '.join(KV_DTYPES)}", param="kv_dtype"
         )
     return KV_DTYPES[name]
-
-
-def free_memory_bytes() -> int:
-    """What this process may take without swapping: the system's estimate, or its group's limit if less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            free = min(free, int(limit) - int(used) + int(reclaimable.get("inactive_file", 0)))
-    except OSError:  # no such controller here
-        pass
-    return max(free, 0)
 
 
 def page_nbytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
@@ -96,6 +80,10 @@ class KVCache:
         self.num_pages = shapes[0][0]
         self.k = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
         self.v = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in (*self.k, *self.v))
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first num_tokens positions of a page to another, in all layers."""

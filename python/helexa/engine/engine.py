@@ -22,12 +22,13 @@ import numpy.typing as npt
 import torch
 
 from helexa import ops
-from helexa.engine.cache import KVCache, free_memory_bytes, kv_dtype, page_nbytes, plan_capacity
+from helexa.engine.cache import KVCache, kv_dtype, page_nbytes, plan_capacity
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, Pooling
 from helexa.engine.core import EngineCore
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
+from helexa.engine.memory import allocation_errors, available_bytes
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner
@@ -120,6 +121,7 @@ class Engine:
         self.generation_defaults = generation_defaults or SamplingDefaults()
         self.pooling = pooling  # of embeddings, unless a request says; None: one that is not implemented
         self.max_context = config.max_position_embeddings
+        self.cache_bytes = 0  # reserved for keys and values, committed as they are written
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._grammars: GrammarCompiler | None = None
@@ -297,6 +299,7 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @allocation_errors()
     def _start(self, build: Callable[[], Model]) -> EngineCore:
         options = self.options
         torch.set_grad_enabled(False)
@@ -312,9 +315,10 @@ class Engine:
             max_context=options.max_context,
             max_sequences=options.max_sequences,
             kv_cache_tokens=options.kv_cache_tokens,
-            free_bytes=free_memory_bytes(),
+            free_bytes=available_bytes(),
         )
         cache = KVCache(kv_cache_shapes(self.config, num_pages + 1), dtype)
+        self.cache_bytes = cache.nbytes
         runner = Runner(
             model,
             cache,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
 
+from helexa.engine import memory
 from helexa.wire.control import Cpu, Device, DeviceHealth, Discovery
 
 logger = logging.getLogger(__name__)
@@ -45,15 +46,6 @@ def discover(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) 
     )
 
 
-def memory_available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a new process could take without swapping, here or in this container."""
-    free = _meminfo(proc).get("MemAvailable", 0)
-    limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
-    if limit is None or used is None:
-        return free
-    return max(0, min(free, limit - used + _reclaimable(cgroup)))
-
-
 def device_health() -> list[DeviceHealth]:
     """Memory, load and temperature of the CUDA devices now; a device that does not answer is left out."""
     found: list[DeviceHealth] = []
@@ -61,12 +53,12 @@ def device_health() -> list[DeviceHealth]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             with suppress(pynvml.NVMLError):
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                sizes = pynvml.nvmlDeviceGetMemoryInfo(handle)
                 found.append(
                     DeviceHealth(
                         index=index,
-                        memory_used_bytes=int(memory.used),
-                        memory_free_bytes=int(memory.free),
+                        memory_used_bytes=int(sizes.used),
+                        memory_free_bytes=int(sizes.free),
                         utilization_percent=_optional(_utilization, handle),
                         temperature_c=_optional(_temperature, handle),
                     )
@@ -153,46 +145,19 @@ def _cpu(proc: Path, cgroup: Path) -> Cpu:
         elif key == "core id":
             packages.add((package, value))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    total = _meminfo(proc).get("MemTotal", 0)
-    limit = _number(cgroup / "memory.max")
     return Cpu(
         name=name or platform.processor() or platform.machine(),
         cores=min(len(packages) or threads, threads),
         threads=threads,
         instruction_sets=[known for known in _INSTRUCTION_SETS if known in flags],
-        memory_total_bytes=min(total, limit) if limit is not None else total,
+        memory_total_bytes=memory.total_bytes(proc, cgroup),
     )
-
-
-def _meminfo(proc: Path) -> dict[str, int]:
-    """The fields of /proc/meminfo in bytes."""
-    found = {}
-    for line in _lines(proc / "meminfo"):
-        key, _, value = line.partition(":")
-        number = value.split()[:1]
-        if number and number[0].isdecimal():
-            found[key] = int(number[0]) * 1024
-    return found
-
-
-def _reclaimable(cgroup: Path) -> int:
-    """Page cache that is counted as used in memory.current and goes when memory is asked for."""
-    for line in _lines(cgroup / "memory.stat"):
-        key, _, value = line.partition(" ")
-        if key == "inactive_file" and value.isdecimal():
-            return int(value)
-    return 0
 
 
 def _os_name() -> str:
     with suppress(OSError):
         return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
     return platform.system()
-
-
-def _number(path: Path) -> int | None:
-    text = _first_line(path)
-    return int(text) if text.isdecimal() else None
 
 
 def _first_line(path: Path) -> str:

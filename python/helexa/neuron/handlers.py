@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from helexa import __version__
+from helexa.engine import memory
 from helexa.errors import UnknownModel
 from helexa.neuron import discovery
 from helexa.neuron.config import NeuronConfig
@@ -93,7 +94,7 @@ class Control:
             Health(
                 status="draining" if self._registry.is_draining else "degraded" if is_degraded else "ok",
                 uptime_s=round(time.monotonic() - self._started_s, 3),
-                memory_available_bytes=discovery.memory_available_bytes(),
+                memory_available_bytes=memory.available_bytes(),
                 activation=activation,
                 models=loads,
                 devices=self._devices,
