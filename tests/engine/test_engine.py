@@ -382,13 +382,13 @@ def test_a_model_that_cannot_be_built_leaves_no_thread(engine_of):
     before = threading.active_count()
     with pytest.raises(OutOfMemory, match="too large"):
         Engine(build, CONFIG, EngineOptions(), name="none")
+    assert threading.active_count() == before
 
 
 def test_a_load_that_gets_no_memory_says_so_and_is_no_fault_of_the_device(caplog):
     with pytest.raises(OutOfMemory, match="does not suffice"):
         Engine(lambda: torch.empty(2**60), CONFIG, EngineOptions(), name="none")
     assert "device_poisoned" not in caplog.text
-    assert threading.active_count() == before
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_the_bytes(engine_of):
