@@ -1,13 +1,16 @@
 """gateway.toml as frozen data. Docs: docs/configuration.md."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from helexa.errors import ConfigError
 from helexa.gateway.catalogue import Catalogue, load_catalogue
-from helexa.settings import LogConfig, load_settings
+from helexa.serving import TlsConfig
+from helexa.settings import LogConfig, load_settings, user_folder
+
+KEYS_FILE = "keys.jsonl"
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -16,11 +19,6 @@ def split_address(address: str) -> tuple[str, int]:
     if not separator or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not an address; write host:port, as in 127.0.0.1:31313")
     return host.strip("[]") or "0.0.0.0", int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a listener on `host`."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class AuthSection:
     admin_keys: tuple[str, ...] = field(default=(), metadata={"secret": True})  # may load and unload models
     keys_file: str | None = None  # of `helexa keys`, relative to the file that names it
     anonymous: bool | None = None  # whether those without a key are served; on loopback only
+    neuron_secret: str | None = field(default=None, metadata={"secret": True})  # of neurons that name none
 
     def __post_init__(self) -> None:
         for name, keys in (("keys", self.keys), ("admin_keys", self.admin_keys)):
@@ -86,14 +85,35 @@ class AuthSection:
 
 
 @dataclass(frozen=True)
+class CorsSection:
+    """[cors]: the sites whose pages may use the API in a browser; none, unless named."""
+
+    allow_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.allow_origins:
+            parts = urlsplit(origin)
+            if origin not in ("*", "null") and (not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin):
+                raise ValueError(f"cors.allow_origins: {origin!r} must look like https://host:port, or be *")
+
+
+@dataclass(frozen=True)
 class NeuronEntry:
     """[[neurons]]"""
 
     name: str
     endpoint: str
+    secret: str | None = field(default=None, metadata={"secret": True})  # [auth] neuron_secret if not given
+    tls_ca: str | None = None  # PEM file; for https: only whom it has signed is believed
+    tls_cert: str | None = None  # PEM files that show the neuron who we are
+    tls_key: str | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.endpoint)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(f"neuron {self.name!r}: tls_cert and tls_key belong together")
+        if (self.tls_ca or self.tls_cert) and parts.scheme != "https":
+            raise ValueError(f"neuron {self.name!r} has tls files, but its endpoint is not https")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
             raise ValueError(
                 f"endpoint {self.endpoint!r} of neuron {self.name!r} must look like http://host:13131"
@@ -129,6 +149,8 @@ class GatewayConfig:
     gateway: GatewaySection = GatewaySection()
     eviction: EvictionSection = EvictionSection()
     auth: AuthSection = AuthSection()
+    cors: CorsSection = CorsSection()
+    tls: TlsConfig = TlsConfig()
     store: StoreSection = StoreSection()
     anthropic: AnthropicSection = AnthropicSection()
     log: LogConfig = field(default_factory=LogConfig)
@@ -146,6 +168,13 @@ def load_config(
     """The effective configuration and the catalogue that it names. Raises ConfigError."""
     config = load_settings(GatewayConfig, path, overrides=overrides)
     folder = path.parent if path else Path()
+    keys_file = folder / Path(config.auth.keys_file).expanduser() if config.auth.keys_file else None
+    if keys_file is None:
+        keys_file = (folder if path else user_folder()) / KEYS_FILE
+    config = replace(config, auth=replace(config.auth, keys_file=str(keys_file)))
+    if config.store.path:
+        kept = folder / Path(config.store.path).expanduser()
+        config = replace(config, store=replace(config.store, path=str(kept)))
     if config.models_config is not None:
         named = folder / Path(config.models_config).expanduser()
         if not named.is_file():

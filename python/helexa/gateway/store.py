@@ -55,7 +55,7 @@ class ResponseStore:
 
     def __init__(self, config: StoreSection, clock: Callable[[], float] = time.time):
         """Without a path nothing outlives the process. Raises ConfigError for a file that is no store."""
-        path = Path(config.path).expanduser() if config.path else None
+        path = Path(config.path) if config.path else None
         self._max_bytes = config.max_bytes
         self._ttl_s = config.ttl_s
         self._clock = clock
