@@ -38,6 +38,7 @@ class ChatTemplate:
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "", *, tool_use: str | None = None):
         """tool_use: a template to use instead when there are tools. Raises InvalidFile for a syntax error."""
         self.source = source
+        self.tool_use_source = tool_use or source
         self._special = {"bos_token": bos_token, "eos_token": eos_token}
         self._sandbox = Sandbox()
         self._template = self._compile(source)

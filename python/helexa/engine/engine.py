@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -29,6 +29,7 @@ from helexa.engine.core import EngineCore
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
 from helexa.engine.memory import allocation_errors, available_bytes
+from helexa.engine.output import OutputFormat
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner
@@ -222,6 +223,12 @@ class Engine:
     async def check_grammar(self, spec: GrammarSpec) -> None:
         """Raises InvalidParameter, with the reason, for a grammar that `generate` would refuse."""
         await self._matcher(spec)
+
+    @cached_property
+    def output_format(self) -> OutputFormat:
+        """How the model marks its reasoning and its tool calls, by its chat template and its vocabulary."""
+        template = None if self.chat_template is None else self.chat_template.tool_use_source
+        return OutputFormat.detect(template, () if self.tokenizer is None else self.tokenizer.added_tokens)
 
     def logits(self, token_ids: Iterable[int]) -> npt.NDArray[np.float32]:
         """Logits [T, V] float32 after each token; waits for the device and raises what `generate` raises."""

@@ -65,11 +65,14 @@ class Tokenizer:
         user_defined = {tokens[i]: i for i, kind in kinds.items() if kind == _USER_DEFINED and tokens[i]}
         self.special_tokens: Mapping[str, int] = control
         self.eos_token_ids = frozenset(ends) | {control[name] for name in _END_NAMES if name in control}
-        self._added = control | user_defined
-        self._any_added = _alternatives(self._added)
+        self.added_tokens: Mapping[str, int] = control | user_defined
+        self._any_added = _alternatives(self.added_tokens)
         self._user_defined = _alternatives(user_defined)
         # Characters of ordinary tokens stand for bytes. Composed, at most 1.5 characters go into a byte.
-        longest = max(map(len, tokens), default=1), max((len(t.encode()) for t in self._added), default=1)
+        longest = (
+            max(map(len, tokens), default=1),
+            max((len(t.encode()) for t in self.added_tokens), default=1),
+        )
         self._most_bytes = max(longest) * (2 if rules.nfc else 1)
         for text in control:  # plain text that happens to read like one must not become it
             del vocabulary[text]
@@ -143,7 +146,7 @@ class Tokenizer:
         token_ids: list[int] = []
         for place, piece in enumerate(pattern.split(text) if pattern else [text]):
             if place % 2:
-                token_ids.append(self._added[piece])
+                token_ids.append(self.added_tokens[piece])
             elif piece:
                 token_ids += self._bpe.encode(piece, add_special_tokens=False).ids
         if add_special:
