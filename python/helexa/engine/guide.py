@@ -135,7 +135,7 @@ class Guide:
             # What the model puts between block and answer is no part of the grammar's text.
             between = self._thinking.closing.partition(self._thinking.end)[2]
             if place + len(end) < len(seen):  # the token goes on behind the marker
-                missing = seen[len(self._seen) : place + len(end)].decode()
+                missing = seen[len(self._seen) : place + len(end)].decode(errors="ignore")
                 self._force(self._tokenizer.encode(missing + between), _Phase.ANSWER)
                 return self.accept(token_id)
             self._force(self._tokenizer.encode(between), _Phase.ANSWER)
