@@ -22,8 +22,8 @@ PARAM = "response_format"
 
 _CACHED = 128  # compiled grammars that are kept
 _MESSAGE = 500  # characters of an error that are passed on
-# Blanks are bounded, or a weak model fills its answer with them; this is enough for any indented document.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+# One blank, or a line and its indentation: a weak model would fill its answer with blanks if it might.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"\x20|\r?\n[\x20\t]{0,64}"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class Guide:
                 self._force(opening[1:], _Phase.INSIDE)
             return self._phase is _Phase.ANSWER
         start = self._thinking.start.encode()
-        self._seen = (self._seen + self._tokenizer.token_bytes(token_id)).lstrip()
+        self._seen = (self._seen + self._bytes(token_id)).lstrip()
         if self._seen.startswith(start):
             self._seen = self._seen[len(start) :]
             self.is_thinking = True
@@ -123,7 +123,7 @@ class Guide:
             self._close()  # the grammar's text is still to come
             return self.accept(token_id)
         end = self._thinking.end.encode()
-        seen = self._seen + self._tokenizer.token_bytes(token_id)
+        seen = self._seen + self._bytes(token_id)
         place = seen.find(end)
         if place < 0:
             self._seen = seen[max(0, len(seen) - len(end) + 1) :]
@@ -140,6 +140,10 @@ class Guide:
                 return self.accept(token_id)
             self._force(self._tokenizer.encode(between), _Phase.ANSWER)
         return token_id
+
+    def _bytes(self, token_id: int) -> bytes:
+        # Models may have more tokens than their vocabulary; the surplus has no text.
+        return self._tokenizer.token_bytes(token_id) if token_id < self._tokenizer.vocab_size else b""
 
     def _opening(self) -> list[int]:
         """The tokens of the start marker, if the block may be opened."""
