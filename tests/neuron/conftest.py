@@ -17,10 +17,12 @@ import hypercorn.config
 import pytest
 
 from helexa.engine.chat_template import ChatTemplate
+from helexa.engine.grammar import GrammarSpec
+from helexa.engine.output import OutputFormat
 from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta, TokenLogprob, Usage
-from helexa.errors import HelexaError, ShuttingDown, SourceError
+from helexa.errors import HelexaError, InvalidParameter, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
 from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection
 from helexa.weights.load import LoadProgress
@@ -44,6 +46,9 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
+    def is_special(self, token_id: int) -> bool:
+        return False
+
 
 class FakeTemplate(ChatTemplate):
     """A plain template that remembers what it was last given."""
@@ -66,6 +71,7 @@ class Script:
     delay_s: float = 0.0
     max_context: int = 200
     max_sequences: int = 2
+    output_format: OutputFormat | None = None
     hold: asyncio.Event | None = None  # generation waits for it before its first token
     prefilled: int = 0  # tokens of the prompt that are computed meanwhile
     fail_at: int | None = None  # token at which generation fails
@@ -84,9 +90,11 @@ class FakeEngine:
         self.script = script
         self.tokenizer = FakeTokenizer()
         self.chat_template = FakeTemplate()
+        self.output_format = script.output_format
         self.max_context = script.max_context
         self.config = SimpleNamespace(vocab_size=256, model_type="fake")
         self.options = SimpleNamespace(max_sequences=script.max_sequences, device="cpu")
+        self.cache_bytes = 0
         self.running = 0
         self.cancelled = 0
         self.params: list[SamplingParams] = []
@@ -122,6 +130,10 @@ class FakeEngine:
         finally:
             self.running -= 1
             self.cancelled += not is_done
+
+    async def check_grammar(self, spec: GrammarSpec) -> None:
+        if "wrong" in spec.source:
+            raise InvalidParameter("the grammar is wrong", param="response_format")
 
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(

@@ -102,7 +102,7 @@ async def test_unloading_frees_the_engine_and_forgets_the_model(client, script):
     response = await client.post("/models/unload", json={"model_id": "m"})
     assert response.json() == {"model_id": "m", "status": "unloaded"}
     assert script.engines[0].is_closed
-    assert (await client.get("/models")).json() == []
+    assert (await client.get("/models")).json() == [{"id": "m", "status": "unloaded", "source": "m"}]
     assert (await client.post("/models/unload", json={"model_id": "m"})).status_code == 404
 
 

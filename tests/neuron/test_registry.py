@@ -8,7 +8,7 @@ import pytest
 
 from helexa.errors import BadRequest, ShuttingDown, SourceError, Unavailable
 from helexa.wire import sse
-from helexa.wire.control import LoadRequest
+from helexa.wire.control import LoadOptions, LoadRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
@@ -119,3 +119,92 @@ async def test_models_load_one_after_the_other(make_neuron, script):
     await asyncio.gather(first.task, second.task)
     assert [model.status for model in registry] == ["loaded", "loaded"]
     await registry.close(0.0)
+
+
+async def test_a_load_that_waits_for_another_one_is_stopped_at_once(make_neuron, script):
+    script.load_hold = threading.Event()
+    registry = make_neuron().registry
+    first, second = (registry.start_load(LoadRequest(model_id=name)) for name in ("a", "b"))
+    while not script.loads or second.turn is None:
+        await asyncio.sleep(0.005)
+    await asyncio.wait_for(registry.unload("b"), 5.0)
+    assert isinstance(second.error, Unavailable)
+    assert first.status == "loading"
+    script.load_hold.set()
+    await first.task
+    third = await registry.load(LoadRequest(model_id="c"))
+    assert third.status == "loaded", "the turn that was not taken was passed on"
+    assert len(script.loads) == 2
+    await registry.close(0.0)
+
+
+async def test_failed_loads_of_models_that_are_not_configured_are_forgotten(make_neuron, monkeypatch):
+    monkeypatch.setattr("helexa.neuron.registry._MOST_FAILURES", 3)
+    registry = make_neuron("configured").registry
+    for name in ("configured", *"abcde"):
+        with pytest.raises(SourceError):
+            await registry.load(LoadRequest(model_id=name, source="nowhere"))
+    assert [model.id for model in registry] == ["configured", "c", "d", "e"]
+    monkeypatch.setattr("helexa.neuron.registry._FAILURE_S", 0.0)
+    with pytest.raises(SourceError):
+        await registry.load(LoadRequest(model_id="f", source="nowhere"))
+    await asyncio.sleep(0.01)
+    assert "f" not in [model.id for model in registry]
+
+
+async def test_models_that_are_configured_are_listed_when_they_are_not_loaded(make_neuron):
+    registry = make_neuron("m").registry
+    assert [(info.id, info.status) for info in registry.infos()] == [("m", "unloaded")]
+    await registry.load(LoadRequest(model_id="m"))
+    assert [(info.id, info.status) for info in registry.infos()] == [("m", "loaded")]
+    await registry.unload("m")
+    assert [(info.id, info.status) for info in registry.infos()] == [("m", "unloaded")]
+
+
+async def test_defragmenting_unloads_everything_before_it_loads_anything(make_neuron, serve_neuron, script):
+    made = make_neuron()
+    for name in ("a", "b"):
+        await made.registry.load(LoadRequest(model_id=name, options=LoadOptions(max_context=64)))
+    closed_at_load = []
+    monitored = made.registry._load
+
+    def load(*arguments, **options):
+        closed_at_load.append([engine.is_closed for engine in script.engines[:2]])
+        return monitored(*arguments, **options)
+
+    made.registry._load = load
+    async with serve_neuron(made) as client:
+        response = await client.post("/defrag")
+        assert response.status_code == 200
+        assert isinstance(response.json()["freed_bytes"], int)
+        assert closed_at_load == [[True, True], [True, True]]
+        assert script.loads[2:] == [("/models/a", {"max_context": 64}), ("/models/b", {"max_context": 64})]
+        assert (await client.post("/v1/chat/completions", json=CHAT | {"model": "b"})).status_code == 200
+
+
+async def test_models_at_work_are_not_defragmented(neuron, serve_neuron, script, eventually):
+    script.hold = asyncio.Event()
+    async with serve_neuron(neuron) as client:
+        task = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"stream": False}))
+        await eventually(lambda: script.engines[0].running == 1)
+        response = await client.post("/defrag")
+        assert response.status_code == 503
+        assert "'m'" in response.json()["error"]["message"]
+        script.hold.set()
+        assert (await task).status_code == 200
+
+
+async def test_memory_that_belongs_to_no_model_is_told(make_neuron, monkeypatch):
+    resident = 1000
+    monkeypatch.setattr("helexa.neuron.registry.memory.resident_bytes", lambda: resident)
+    monkeypatch.setattr("helexa.neuron.registry.memory.available_bytes", lambda: 9000)
+    registry = make_neuron().registry
+    model = await registry.load(LoadRequest(model_id="m"))
+    model.claimed_bytes = 500
+    assert registry.memory_available_bytes() == 8500, "the model has yet to fill its cache"
+    assert registry.unaccounted_bytes() == 0
+    resident = 1700
+    assert registry.memory_available_bytes() == 9000
+    assert registry.unaccounted_bytes() == 200
+    model.status = "loading"
+    assert registry.unaccounted_bytes() == 0

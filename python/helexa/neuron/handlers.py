@@ -11,7 +11,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from helexa import __version__
-from helexa.engine import memory
 from helexa.errors import UnknownModel
 from helexa.neuron import discovery
 from helexa.neuron.config import NeuronConfig
@@ -20,6 +19,7 @@ from helexa.neuron.registry import LoadedModel, Registry
 from helexa.neuron.streaming import read_body
 from helexa.wire.body import decode
 from helexa.wire.control import (
+    DefragReply,
     DeviceHealth,
     Discovery,
     Health,
@@ -56,6 +56,7 @@ class Control:
             Route("/models", self.models),
             Route("/models/load", self.load, methods=["POST"]),
             Route("/models/unload", self.unload, methods=["POST"]),
+            Route("/defrag", self.defrag, methods=["POST"]),
             Route("/v1/models", self.model_list),
             Route("/v1/models/{model_id:path}", self.model_card),
         ]
@@ -94,10 +95,11 @@ class Control:
             Health(
                 status="draining" if self._registry.is_draining else "degraded" if is_degraded else "ok",
                 uptime_s=round(time.monotonic() - self._started_s, 3),
-                memory_available_bytes=memory.available_bytes(),
+                memory_available_bytes=self._registry.memory_available_bytes(),
                 activation=activation,
                 models=loads,
                 devices=self._devices,
+                unaccounted_bytes=self._registry.unaccounted_bytes(),
             )
         )
 
@@ -105,7 +107,7 @@ class Control:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _: Request) -> Response:
-        return _json([model.info() for model in self._registry])
+        return _json(self._registry.infos())
 
     async def load(self, request: Request) -> Response:
         wanted = decode(await self._body(request), LoadRequest)
@@ -116,6 +118,9 @@ class Control:
         wanted = decode(await self._body(request), UnloadRequest)
         await self._registry.unload(wanted.model_id, wanted.drain_s)
         return _json(UnloadReply(model_id=wanted.model_id))
+
+    async def defrag(self, _: Request) -> Response:
+        return _json(DefragReply(freed_bytes=await self._registry.defragment()))
 
     async def model_list(self, _: Request) -> Response:
         return _json(ModelList([_card(model) for model in self._registry if model.status == "loaded"]))

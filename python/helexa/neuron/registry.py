@@ -8,19 +8,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from helexa.engine import memory
 from helexa.engine.engine import Engine
 from helexa.errors import (
     BadRequest,
-    DevicePoisoned,
     HelexaError,
-    LoadFailed,
-    ModelLoading,
     ShuttingDown,
     SourceError,
     Unavailable,
@@ -29,20 +27,13 @@ from helexa.errors import (
 from helexa.log import fields
 from helexa.neuron.admission import Admission
 from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, merge_options
+from helexa.neuron.loaded_model import LoadedModel
 from helexa.neuron.metrics import Metrics
 from helexa.weights import starter
 from helexa.weights.names import is_hub_name
-from helexa.wire.control import (
-    Activation,
-    ErrorInfo,
-    Limit,
-    LoadFailure,
-    LoadRequest,
-    ModelInfo,
-    ModelLoad,
-    ModelStatus,
-    Progress,
-)
+from helexa.wire.control import Activation, LoadFailure, LoadRequest, ModelInfo, Progress
+
+__all__ = ["LoadedModel", "Registry", "Report"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,152 +41,9 @@ Report = Callable[[str, float], None]  # phase, percent
 
 _STOP_S = 5.0  # how long closing waits for a load to notice that it is not wanted
 
-_RETRIES_S = (
-    10,
-    20,
-    40,
-    80,
-    160,
-    300,
-)  # of default models whose source is out of reach, as after a power cut
-
-
-class Lease:
-    """One request on a model; `abort` ends it with an error wherever it is."""
-
-    def __init__(self) -> None:
-        self.error: HelexaError | None = None
-        self._task = asyncio.current_task()
-
-    def abort(self, error: HelexaError) -> None:
-        if self.error is None and self._task is not None:
-            self.error = error
-            self._task.cancel()
-
-
-class LoadedModel:
-    """A model that is in the registry, in whatever state."""
-
-    def __init__(self, model_id: str, source: str, options: dict[str, Any]):
-        self.id = model_id
-        self.source = source
-        self.options = options
-        self.status: ModelStatus = "loading"
-        self.progress = Progress(phase="queued", percent=0.0)
-        self.error: HelexaError | None = None
-        self.engine: Engine | None = None
-        self.admission: Admission | None = None
-        self.loaded_at: int | None = None
-        self.load_seconds: float | None = None
-        self.memory_bytes: int | None = None
-        self.started_s = time.monotonic()
-        self.is_cancelled = False
-        self.task: asyncio.Task[None] | None = None
-        self.gone = asyncio.Event()
-        self._leases: set[Lease] = set()
-
-    @asynccontextmanager
-    async def lease(
-        self, seats: int, *, principal: str = "", priority: int = 0, kv_tokens: int = 0
-    ) -> AsyncIterator[Engine]:
-        """Waits for seats, holds them, and gives the engine. Raises Overloaded, or the error of an unload."""
-        if self.engine is None or self.admission is None:
-            raise Unavailable(f"model '{self.id}' is {self.status}", retry_after_s=1)
-        lease = Lease()
-        self._leases.add(lease)
-        try:
-            async with self.admission.seat(
-                seats, principal=principal, priority=priority, kv_tokens=kv_tokens
-            ):
-                yield self.engine
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if lease.error is None or task is None:
-                raise
-            task.uncancel()
-            raise lease.error from None
-        finally:
-            self._leases.discard(lease)
-
-    async def drain(self, error: HelexaError, grace_s: float) -> None:
-        """Refuses what waits, lets what runs go on for `grace_s`, then ends it with `error`."""
-        if self.admission is None:
-            return
-        self.admission.close(error)
-        if await self.admission.wait_idle(grace_s):
-            return
-        for lease in list(self._leases):
-            lease.abort(error)
-        await self.admission.wait_idle(5.0)
-
-    @property
-    def poisoned(self) -> str | None:
-        return self.engine.stats().poisoned if self.engine else None
-
-    def require_ready(self) -> None:
-        """Raises what a request for this model gets if it cannot be served now."""
-        if self.status == "loading":
-            raise ModelLoading(
-                f"model '{self.id}' is loading ({self.progress.phase}, {self.progress.percent:.0f} %)",
-                retry_after_s=self._remaining_s(),
-                param="model",
-                progress={"phase": self.progress.phase, "percent": self.progress.percent},
-            )
-        if self.status == "failed" and self.error:
-            message = f"model '{self.id}' could not be loaded: {self.error.message}"
-            raise LoadFailed(message, retry_after_s=None, param="model", cause=self.error.code)
-        if self.status != "loaded":
-            raise Unavailable(f"model '{self.id}' is {self.status}", retry_after_s=2, param="model")
-        if reason := self.poisoned:
-            raise DevicePoisoned(f"model '{self.id}' must be loaded again: {reason}", param="model")
-
-    def info(self) -> ModelInfo:
-        """What GET /models says."""
-        error, status = self.error, self.status
-        if status == "loaded" and (reason := self.poisoned):
-            status, error = "poisoned", DevicePoisoned(reason)
-        engine = self.engine
-        return ModelInfo(
-            id=self.id,
-            status=status,
-            source=self.source,
-            device=engine.options.device if engine else str(self.options.get("device", "cpu")),
-            architecture=engine.config.model_type if engine else None,
-            memory_bytes=self.memory_bytes,
-            capabilities=["text"] if engine else [],
-            limit=Limit(context=engine.max_context) if engine else None,
-            loaded_at=self.loaded_at,
-            load_seconds=self.load_seconds,
-            progress=self.progress if status == "loading" else None,
-            error=ErrorInfo(code=error.code, message=error.message, status=error.status) if error else None,
-        )
-
-    def load_info(self) -> ModelLoad | None:
-        """How busy the model is; None while it is not loaded."""
-        if self.engine is None or self.admission is None:
-            return None
-        stats = self.engine.stats()
-        return ModelLoad(
-            id=self.id,
-            in_flight=self.admission.in_flight,
-            queue_depth=self.admission.queue_depth,
-            max_in_flight=self.admission.max_in_flight,
-            max_queue_depth=self.admission.max_queue_depth,
-            rejected_queue_full=self.admission.rejected_queue_full,
-            rejected_timeout=self.admission.rejected_timeout,
-            rejected_per_principal=self.admission.rejected_per_principal,
-            kv_tokens_used=stats.kv_tokens_used,
-            kv_tokens_total=stats.kv_tokens_total,
-            tok_s_prefill=stats.prefill_tok_s,
-            tok_s_decode=stats.decode_tok_s,
-            poisoned=stats.poisoned,
-        )
-
-    def _remaining_s(self) -> float:
-        """A guess at how long the load still takes, from how far it has come."""
-        elapsed = time.monotonic() - self.started_s
-        percent = self.progress.percent
-        return min(max(1.0, elapsed * (100 - percent) / percent if percent >= 1 else elapsed + 2), 60.0)
+_RETRIES_S = (10, 20, 40, 80, 160, 300)  # of default models out of reach, as after a power cut
+_FAILURE_S = 600.0  # how long the failed load of a model that is not configured is shown
+_MOST_FAILURES = 16  # of these
 
 
 class Registry:
@@ -216,6 +64,7 @@ class Registry:
         self._entries = {entry.id: entry for entry in config.models}
         self._models: dict[str, LoadedModel] = {}
         self._one_load = asyncio.Lock()
+        self._own_bytes = memory.resident_bytes()  # of the process without models
         self._closing: ShuttingDown | None = None
         self._activation: dict[str, str] = {entry.id: "pending" for entry in config.models if entry.load}
 
@@ -225,6 +74,28 @@ class Registry:
 
     def __iter__(self) -> Iterator[LoadedModel]:
         return iter(list(self._models.values()))
+
+    def infos(self) -> list[ModelInfo]:
+        """The models that are here, and those that are configured and would be loaded if asked for."""
+        unloaded = [
+            ModelInfo(id=entry.id, status="unloaded", source=entry.source or entry.id)
+            for entry in self._config.models
+            if entry.id not in self._models
+        ]
+        return [*(model.info() for model in self), *unloaded]
+
+    def memory_available_bytes(self) -> int:
+        """What a further model may take: what is free, less what the caches of those here will fill yet."""
+        return max(0, memory.available_bytes() + min(0, self._excess_bytes()))
+
+    def unaccounted_bytes(self) -> int:
+        """What the process holds beyond its models; not known while one is loaded."""
+        is_loading = any(model.status == "loading" for model in self)
+        return 0 if is_loading else max(0, self._excess_bytes())
+
+    def _excess_bytes(self) -> int:
+        claimed = sum(model.claimed_bytes for model in self)
+        return memory.resident_bytes() - self._own_bytes - claimed
 
     def get(self, model_id: str) -> LoadedModel:
         """The model, ready to serve; raises UnknownModel, or why it cannot serve now."""
@@ -255,10 +126,7 @@ class Registry:
             if model.status != "unloading":
                 return model
         options = merge_options(request.options, entry.options, self._config.engine.options)
-        fresh = LoadedModel(request.model_id, source, options)
-        self._models[fresh.id] = fresh
-        fresh.task = asyncio.create_task(self._run_load(fresh, after=model), name=f"load {fresh.id}")
-        return fresh
+        return self._begin_load(LoadedModel(request.model_id, source, options), (model,) if model else ())
 
     async def load(self, request: LoadRequest) -> LoadedModel:
         """The loaded model. Raises what made the load fail. Going away does not stop the load."""
@@ -277,6 +145,22 @@ class Registry:
         grace_s = self._config.neuron.shutdown_grace_s if drain_s is None else drain_s
         await self._retire(model, Unavailable(f"model '{model_id}' was unloaded", retry_after_s=1), grace_s)
         self._metrics.unloads.labels(model_id).inc()
+
+    async def defragment(self) -> int:
+        """Unloads all models, gives all memory back to the system and loads them again; the bytes gained.
+
+        Raises Unavailable if a model is at work, or what made the first of the loads fail.
+        """
+        before = [model for model in self if model.status == "loaded"]
+        if busy := [f"'{model.id}'" for model in before if model.is_busy]:
+            raise Unavailable(f"at work: {', '.join(busy)}", retry_after_s=30)
+        held = memory.resident_bytes()
+        fresh = [LoadedModel(model.id, model.source, model.options) for model in before]
+        tasks = [task for model in fresh if (task := self._begin_load(model, before).task)]
+        await asyncio.shield(asyncio.gather(*tasks))
+        if error := next((model.error for model in fresh if model.error), None):
+            raise error
+        return held - memory.resident_bytes()
 
     async def activate(self) -> None:
         """Loads the default models; those whose source is out of reach are tried again for some minutes."""
@@ -324,41 +208,69 @@ class Registry:
             if model_id not in self._models:  # unloaded meanwhile: it is no longer wanted
                 return
 
-    async def _run_load(self, model: LoadedModel, after: LoadedModel | None) -> None:
+    def _begin_load(self, model: LoadedModel, after: Sequence[LoadedModel]) -> LoadedModel:
+        """Puts the model in its place, to be loaded when those in `after` are gone."""
+        self._models[model.id] = model
+        model.task = asyncio.create_task(self._run_load(model, after), name=f"load {model.id}")
+        return model
+
+    async def _run_load(self, model: LoadedModel, after: Sequence[LoadedModel]) -> None:
         """Fetches and loads; whatever goes wrong becomes the model's error."""
         try:
-            if after is not None:
-                await self._retire(after, Unavailable(f"model '{after.id}' is loaded again"), 0.0)
-                await after.gone.wait()
+            for old in after:
+                await self._retire(old, Unavailable(f"model '{old.id}' is loaded again"), 0.0)
+                await old.gone.wait()
             path = await self._in_thread(model, lambda report: self._fetch(model.source, report))
-            async with self._one_load:
-                model.started_s = started = time.monotonic()
-                model.engine = await self._in_thread(model, partial(self._load_engine, path, model))
-                model.load_seconds = round(time.monotonic() - started, 3)
-            self._ready(model, path)
+            async with self._turn(model):
+                before, model.started_s = memory.resident_bytes(), time.monotonic()
+                engine = await self._in_thread(model, partial(self._load_engine, path, model))
+                model.load_seconds = round(time.monotonic() - model.started_s, 3)
+                admission = _admission(self._config.admission, engine)
+                model.serve(engine, admission, path, memory.resident_bytes() - before)
+            self._metrics.loads.labels(model.id, "ok").inc()
+            self._metrics.load_seconds.labels(model.id).observe(model.load_seconds)
+            limit, seconds = engine.max_context, model.load_seconds
+            logger.info(
+                "model_ready", extra=fields(model=model.id, path=path, max_context=limit, seconds=seconds)
+            )
         except HelexaError as error:
             self._fail(model, error)
         except Exception:
             logger.exception("load_failed", extra=fields(model=model.id, source=model.source))
             self._fail(model, HelexaError("loading failed unexpectedly; the neuron's log has the details"))
 
-    def _ready(self, model: LoadedModel, path: Path) -> None:
-        assert model.engine is not None
-        model.admission = _admission(self._config.admission, model.engine)
-        model.memory_bytes = path.stat().st_size if path.is_file() else None
-        model.loaded_at = int(time.time())
-        model.status = "loaded"
-        self._metrics.loads.labels(model.id, "ok").inc()
-        self._metrics.load_seconds.labels(model.id).observe(model.load_seconds or 0.0)
-        limit, seconds = model.engine.max_context, model.load_seconds
-        logger.info(
-            "model_ready", extra=fields(model=model.id, path=path, max_context=limit, seconds=seconds)
-        )
+    @asynccontextmanager
+    async def _turn(self, model: LoadedModel) -> AsyncIterator[None]:
+        """Waits for the loads of other models; raises Unavailable if it is unloaded while it waits."""
+        model.turn = turn = asyncio.ensure_future(self._one_load.acquire())
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._one_load.release()
+            if not model.is_cancelled:
+                raise
+            raise Unavailable(f"the load of model '{model.id}' was stopped", retry_after_s=1) from None
+        finally:
+            model.turn = None
+        try:
+            yield
+        finally:
+            self._one_load.release()
 
     def _fail(self, model: LoadedModel, error: HelexaError) -> None:
         model.status, model.error = "failed", error
         self._metrics.loads.labels(model.id, "failed").inc()
         logger.error("model_failed", extra=fields(model=model.id, code=error.code, error=error.message))
+        if model.id not in self._entries:
+            asyncio.get_running_loop().call_later(_FAILURE_S, self._forget, model)
+            failures = [one for one in self if one.status == "failed" and one.id not in self._entries]
+            for oldest in failures[:-_MOST_FAILURES]:
+                self._forget(oldest)
+
+    def _forget(self, model: LoadedModel) -> None:
+        if self._models.get(model.id) is model and model.status == "failed":
+            del self._models[model.id]
 
     def _load_engine(self, path: Path, model: LoadedModel, report: Report) -> Engine:
         return self._load(path, progress=lambda step: report(step.phase, step.percent), **model.options)
@@ -395,6 +307,8 @@ class Registry:
 
     async def _retire(self, model: LoadedModel, error: HelexaError, grace_s: float) -> None:
         model.is_cancelled = True
+        if model.turn:
+            model.turn.cancel()
         if model.status == "loading" and model.task and model.task is not asyncio.current_task():
             await asyncio.wait((model.task,), timeout=grace_s + _STOP_S if self._closing else None)
             if not model.task.done():
@@ -406,6 +320,8 @@ class Registry:
             if engine := model.engine:
                 model.engine = None
                 await asyncio.to_thread(engine.close)
+                del engine  # the last that knows of it
+                await asyncio.to_thread(memory.release)
                 logger.info("model_unloaded", extra=fields(model=model.id))
             model.gone.set()
         if self._models.get(model.id) is model:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-ModelStatus = Literal["loading", "loaded", "unloading", "failed", "poisoned"]
+ModelStatus = Literal["unloaded", "loading", "loaded", "unloading", "failed", "poisoned"]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -183,6 +183,12 @@ class UnloadRequest(Request, frozen=True):
 
     model_id: str
     drain_s: float | None = None
+
+
+class DefragReply(Answer, frozen=True):
+    """POST /defrag: all models were unloaded and loaded again."""
+
+    freed_bytes: int  # less than zero if the process has grown
 
 
 class UnloadReply(Answer, frozen=True):
