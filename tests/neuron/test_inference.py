@@ -35,7 +35,7 @@ async def test_a_whole_answer_has_text_finish_and_usage(client):
     assert usage["total_tokens"] == usage["prompt_tokens"] + 6
     assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
     assert usage["helexa_timing"] == {
-        "prefill_ms": 2.0, "decode_ms": 3.0, "queue_ms": 1.0, "prefill_tokens": 9,
+        "prefill_ms": 2.0, "decode_ms": 3.0, "queue_ms": 1.0, "prefill_tokens": 9, "reuse_ratio": 0.25,
     }  # fmt: skip
 
 
@@ -147,8 +147,8 @@ async def test_template_arguments_and_roles_reach_the_template(client, script):
     ("change", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"store": True}, "store"),
         ({"temperature": "hot"}, "temperature"),
         ({"temprature": 1}, "temprature"),

@@ -25,7 +25,7 @@ def shown(answer: object) -> object:
 
 
 def test_a_chat_answer_names_object_role_and_finish():
-    usage = Usage(3, 2, 5, PromptTokensDetails(1), helexa_timing=Timing(1.0, 2.0, 0.5, 2))
+    usage = Usage(3, 2, 5, PromptTokensDetails(1), helexa_timing=Timing(1.0, 2.0, 0.5, 2, 0.5))
     answer = ChatAnswer(
         id="chatcmpl-1", created=7, model="m", choices=[Choice(0, AnswerMessage("hi"), "stop")], usage=usage
     )
@@ -47,7 +47,13 @@ def test_a_chat_answer_names_object_role_and_finish():
             "completion_tokens": 2,
             "total_tokens": 5,
             "prompt_tokens_details": {"cached_tokens": 1},
-            "helexa_timing": {"prefill_ms": 1.0, "decode_ms": 2.0, "queue_ms": 0.5, "prefill_tokens": 2},
+            "helexa_timing": {
+                "prefill_ms": 1.0,
+                "decode_ms": 2.0,
+                "queue_ms": 0.5,
+                "prefill_tokens": 2,
+                "reuse_ratio": 0.5,
+            },
         },
     }
 

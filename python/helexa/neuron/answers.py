@@ -1,4 +1,4 @@
-"""Deltas of the engine as answers of the wire: a class for each dialect, for streams and whole answers."""
+"""Deltas of the engine as answers of the wire, for streams and whole answers: what all share, and chat."""
 
 import time
 import uuid
@@ -10,9 +10,9 @@ import msgspec
 from helexa.engine.stream import Delta, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import HelexaError
+from helexa.neuron.message import MessageReader
 from helexa.wire import sse
 from helexa.wire.chat import (
-    AnswerMessage,
     ChatAnswer,
     ChatChunk,
     ChatDelta,
@@ -22,9 +22,8 @@ from helexa.wire.chat import (
     TopLogprob,
 )
 from helexa.wire.chat import TokenLogprob as WireLogprob
-from helexa.wire.completions import CompletionAnswer, CompletionChoice, CompletionLogprobs
 from helexa.wire.errors import error_body
-from helexa.wire.generation import FinishReason, Usage, encode
+from helexa.wire.generation import Usage, encode
 
 
 class Answers(ABC):
@@ -37,19 +36,13 @@ class Answers(ABC):
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
-        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in range(num_choices)]
-        self._finish_reasons: list[FinishReason | None] = [None] * num_choices
-        self._stops: list[str | None] = [None] * num_choices
+        self._num_choices = num_choices
         self._begun: set[int] = set()
+        self._ended: set[int] = set()
 
+    @abstractmethod
     def add(self, index: int, delta: Delta) -> None:
         """Keeps a delta for `whole`."""
-        self._texts[index].append(delta.text)
-        self._logprobs[index] += delta.logprobs or ()
-        if delta.finish_reason:
-            self._finish_reasons[index] = cast(FinishReason, delta.finish_reason)
-            self._stops[index] = delta.stop
 
     @abstractmethod
     def events(self, index: int, delta: Delta) -> bytes:
@@ -65,9 +58,7 @@ class Answers(ABC):
 
     def failure(self, error: HelexaError) -> bytes:
         """The end of one that did not: an error event, and a finish for clients that do not know those."""
-        finishes = [
-            self._finish(index) for index, reason in enumerate(self._finish_reasons) if reason is None
-        ]
+        finishes = [self._finish(index) for index in range(self._num_choices) if index not in self._ended]
         return sse.encode(error_body(error)) + b"".join(finishes) + sse.DONE
 
     @abstractmethod
@@ -83,37 +74,40 @@ class Answers(ABC):
 
 
 class ChatAnswers(Answers):
-    """OpenAI chat completions."""
+    """OpenAI chat completions; `readers`, one for each choice, take the model's text apart."""
 
     prefix = "chatcmpl"
 
+    def __init__(self, model: str, tokenizer: Tokenizer, readers: list[MessageReader]):
+        super().__init__(model, tokenizer, len(readers))
+        self.readers = readers
+
+    def add(self, index: int, delta: Delta) -> None:
+        self.readers[index].feed(delta)
+
     def events(self, index: int, delta: Delta) -> bytes:
-        found = b""
+        reader = self.readers[index]
+        choices = []
         if index not in self._begun:
             self._begun.add(index)
-            found = self._chunk([ChunkChoice(index, ChatDelta(role="assistant", content=""))])
-        if delta.text or delta.logprobs:
-            found += self._chunk(
-                [ChunkChoice(index, ChatDelta(content=delta.text), self._wire(delta.logprobs))]
-            )
+            choices.append(ChunkChoice(index, ChatDelta(role="assistant", content="")))
+        choices += [ChunkChoice(index, part.delta, self._wire(part.logprobs)) for part in reader.feed(delta)]
         if delta.finish_reason:
-            self._finish_reasons[index] = cast(FinishReason, delta.finish_reason)
-            reason, stop = self._finish_reasons[index], delta.stop or msgspec.UNSET
-            found += self._chunk([ChunkChoice(index, ChatDelta(), None, reason, stop)])
-        return found
+            self._ended.add(index)
+            stop = reader.stop or msgspec.UNSET
+            choices.append(ChunkChoice(index, ChatDelta(), None, reader.finish_reason, stop))
+        return b"".join(self._chunk([choice]) for choice in choices)
 
     def whole(self, usage: Usage) -> bytes:
         choices = [
             Choice(
                 index,
-                AnswerMessage("".join(texts)),
-                reason,
-                self._wire(logprobs or None),
-                stop or msgspec.UNSET,
+                reader.message(),
+                reader.finish_reason,
+                self._wire(reader.logprobs or None),
+                reader.stop or msgspec.UNSET,
             )
-            for index, (texts, logprobs, reason, stop) in enumerate(
-                zip(self._texts, self._logprobs, self._finish_reasons, self._stops, strict=True)
-            )
+            for index, reader in enumerate(self.readers)
         ]
         return encode(
             ChatAnswer(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
@@ -148,61 +142,3 @@ class ChatAnswers(Answers):
     def _with_logprob(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
         text, data = self._token(token_id)
         return text, logprob, data
-
-
-class CompletionAnswers(Answers):
-    """OpenAI text completions; `echoes` are texts to begin the choices with."""
-
-    prefix = "cmpl"
-
-    def __init__(self, model: str, tokenizer: Tokenizer, num_choices: int, echoes: list[str] | None = None):
-        super().__init__(model, tokenizer, num_choices)
-        self._echoes = echoes or [""] * num_choices
-        self._offsets = [0] * num_choices
-
-    def events(self, index: int, delta: Delta) -> bytes:
-        text = delta.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._echoes[index] + text
-        if not text and not delta.logprobs and not delta.finish_reason:
-            return b""
-        reason = cast(FinishReason | None, delta.finish_reason)
-        self._finish_reasons[index] = reason
-        return self._chunk([CompletionChoice(index, text, self._wire(index, delta.logprobs), reason)])
-
-    def whole(self, usage: Usage) -> bytes:
-        choices = [
-            CompletionChoice(
-                index,
-                self._echoes[index] + "".join(texts),
-                self._wire(index, self._logprobs[index] or None),
-                self._finish_reasons[index],
-            )
-            for index, texts in enumerate(self._texts)
-        ]
-        return encode(self._answer(choices, usage))
-
-    def _chunk(self, choices: list[msgspec.Struct], usage: Usage | None = None) -> bytes:
-        return sse.encode_raw(encode(self._answer(cast(list[CompletionChoice], choices), usage)))
-
-    def _answer(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionAnswer:
-        return CompletionAnswer(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
-
-    def _finish(self, index: int) -> bytes:
-        return self._chunk([CompletionChoice(index, "", None, "error")])
-
-    def _wire(self, index: int, logprobs: list[TokenLogprob] | None) -> CompletionLogprobs | None:
-        if logprobs is None:
-            return None
-        tokens = [self._token(item.token_id)[0] for item in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
-        tops = [{self._token(token_id)[0]: logprob for token_id, logprob in item.top} for item in logprobs]
-        return CompletionLogprobs(
-            tokens, [item.logprob for item in logprobs], tops if any(tops) else None, offsets
-        )

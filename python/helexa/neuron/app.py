@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from helexa.engine.engine import Engine
 from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
 from helexa.log import fields
+from helexa.neuron.chat_prompt import ChatPrompts
 from helexa.neuron.config import NeuronConfig
 from helexa.neuron.handlers import Control
 from helexa.neuron.inference import ChatInference, CompletionInference
@@ -30,6 +31,7 @@ from helexa.neuron.metrics import Metrics
 from helexa.neuron.registry import Registry, Report
 from helexa.neuron.text_work import TextWork
 from helexa.neuron.texts import TextRoutes
+from helexa.neuron.turns import TurnStore
 from helexa.settings import log_settings
 from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
@@ -60,16 +62,15 @@ class Neuron:
 
     @property
     def app(self) -> Starlette:
-        chat, completions = (
-            kind(self.registry, self.metrics, self.config.neuron, self.text_work)
-            for kind in (ChatInference, CompletionInference)
-        )
+        parts = self.registry, self.metrics, self.config.neuron, self.text_work
+        prompt = self.config.prompt
+        prompts = ChatPrompts(TurnStore(prompt.turn_store_bytes) if prompt.reuse_turns else None)
         app = Starlette(
             routes=[
                 *self.control.routes,
-                *TextRoutes(self.registry, self.config.neuron, self.text_work).routes,
-                Route("/v1/chat/completions", chat, methods=["POST"]),
-                Route("/v1/completions", completions, methods=["POST"]),
+                *TextRoutes(self.registry, self.config.neuron, self.text_work, prompts).routes,
+                Route("/v1/chat/completions", ChatInference(*parts, prompts), methods=["POST"]),
+                Route("/v1/completions", CompletionInference(*parts), methods=["POST"]),
             ],
             middleware=[Middleware(Edge)],
             exception_handlers={HelexaError: _render, HTTPException: _render_http},

@@ -44,6 +44,18 @@ class AdmissionSection:
             raise ValueError(f"max_per_principal must be at least 1, not {self.max_per_principal}")
 
 
+@dataclass(frozen=True)
+class PromptSection:
+    """[prompt]: how conversations become prompts."""
+
+    reuse_turns: bool = True  # continue from the exact tokens of answers given earlier
+    turn_store_bytes: int = 64 * 2**20  # for those tokens, of all models
+
+    def __post_init__(self) -> None:
+        if self.turn_store_bytes < 0:
+            raise ValueError(f"turn_store_bytes must not be negative, not {self.turn_store_bytes}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
     """[engine]: how models run unless their own entry or the load request says otherwise."""
@@ -88,6 +100,7 @@ class NeuronConfig:
 
     neuron: NeuronSection = NeuronSection()
     admission: AdmissionSection = AdmissionSection()
+    prompt: PromptSection = PromptSection()
     engine: EngineSection = EngineSection()
     log: LogConfig = field(default_factory=LogConfig)
     models: tuple[ModelEntry, ...] = ()

@@ -12,7 +12,9 @@ from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta
 from helexa.engine.stream import Usage as EngineUsage
 from helexa.neuron.metrics import Metrics, Tokens
-from helexa.wire.generation import PromptTokensDetails, Timing, Usage
+from helexa.wire.generation import CompletionTokensDetails, PromptTokensDetails, Timing, Usage
+
+_RESERVED_TOKENS = 512  # of an answer, which may get longer: the scheduler finds room or makes some
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,39 @@ class Record:
         prompts = {job.prompt: len(job.token_ids) for job in self.jobs}
         return Tokens(sum(prompts.values()), 0, self.num_tokens)
 
+    def kv_tokens(self, engine: Engine) -> int:
+        """Positions of the KV cache to ask for: those of as many choices as run at a time, at most all."""
+        prompts: dict[int, int] = {}
+        answers = []
+        for job in self.jobs:
+            length = prompts[job.prompt] = len(job.token_ids)
+            wanted = min(job.params.max_tokens or _RESERVED_TOKENS, _RESERVED_TOKENS)
+            answers.append(min(wanted, engine.max_context - length))
+        width = engine.options.max_sequences
+        needed = sum(sorted(prompts.values())[-width:]) + sum(sorted(answers)[-width:])
+        return min(needed, engine.stats().kv_tokens_total)
+
     def usage(self) -> Usage:
         """Tokens of all finished choices; a prompt counts once however many choices it has."""
         first = {self.jobs[index].prompt: self.usages[index] for index in sorted(self.usages, reverse=True)}
         usages = list(self.usages.values())
         prompt_tokens = sum(usage.prompt_tokens for usage in first.values())
+        cached_tokens = sum(usage.cached_tokens for usage in first.values())
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(sum(usage.cached_tokens for usage in first.values())),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(
+                sum(usage.reasoning_tokens for usage in usages)
+            ),
             helexa_timing=Timing(
                 prefill_ms=round(max((usage.prefill_ms for usage in usages), default=0.0), 3),
                 decode_ms=round(max((usage.decode_ms for usage in usages), default=0.0), 3),
                 queue_ms=round(max((usage.queue_ms for usage in usages), default=0.0), 3),
                 prefill_tokens=sum(usage.prefill_tokens for usage in first.values()),
+                reuse_ratio=round(cached_tokens / prompt_tokens, 4) if prompt_tokens else 0.0,
             ),
         )
 

@@ -4,24 +4,29 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from helexa.engine.engine import Engine
+from helexa.engine.stream import Delta
 from helexa.errors import HelexaError
 from helexa.log import fields
-from helexa.neuron.answers import Answers, ChatAnswers, CompletionAnswers
+from helexa.neuron.answers import Answers, ChatAnswers
+from helexa.neuron.caller import Caller, caller_of, turn_owner
+from helexa.neuron.chat_prompt import ChatPrompts
+from helexa.neuron.completion_answers import CompletionAnswers
 from helexa.neuron.config import NeuronSection
 from helexa.neuron.generation import Job, Record, run
+from helexa.neuron.message import message_reader
 from helexa.neuron.metrics import Metrics
-from helexa.neuron.prompt import chat_token_ids, completion_token_ids, refuse_unsupported, sampling_params
+from helexa.neuron.prompt import completion_token_ids, require_tokenizer
 from helexa.neuron.registry import LoadedModel, Registry
+from helexa.neuron.sampling import grammar_of, refuse_unsupported, sampling_params, thinking_of
 from helexa.neuron.streaming import ClientGone, EventStream, read_body, unless_client_leaves
 from helexa.neuron.text_work import TextWork
 from helexa.wire import sse
@@ -31,6 +36,15 @@ from helexa.wire.generation import USAGE_HEADER, encode
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request comes to; `finished` is called when all of it has been generated."""
+
+    jobs: list[Job]
+    answers: Answers
+    finished: Callable[[], None] = lambda: None
 
 
 class Inference(ABC, Generic[R]):
@@ -66,7 +80,7 @@ class Inference(ABC, Generic[R]):
         """The request. Raises what is wrong with it."""
 
     @abstractmethod
-    def prepare(self, engine: Engine, request: R) -> tuple[list[Job], Answers]:
+    def prepare(self, model: LoadedModel, request: R, caller: Caller) -> Plan:
         """What to generate and how to answer; runs in a thread, as long prompts take a while to tokenize."""
 
     async def _serve(self, http: Request, send: Send, record: Record) -> None:
@@ -74,14 +88,18 @@ class Inference(ABC, Generic[R]):
         model = self._registry.get(request.model)
         assert model.engine is not None
         record.model = model.id
-        record.jobs, answers = await self._work.run(self.prepare, model.engine, request)
+        caller = caller_of(http)
+        plan = await self._work.run(self.prepare, model, request, caller)
+        record.jobs = plan.jobs
+        if grammar := plan.jobs[0].params.grammar:
+            await model.engine.check_grammar(grammar)
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
-            events = self._events(model, record, answers, request.include_usage, is_noted)
+            events = self._events(model, record, plan, caller, request.include_usage, is_noted)
 
             def failure(error: HelexaError) -> bytes:
                 record.outcome = error.code
-                return answers.failure(error)
+                return plan.answers.failure(error)
 
             def sign_of_life() -> bytes:
                 prefill = record.prefill()
@@ -90,30 +108,48 @@ class Inference(ABC, Generic[R]):
             stream = EventStream(events, failure, self._config.keep_alive_s, sign_of_life)
             await stream(http.scope, http.receive, send)
         else:
-            body = await unless_client_leaves(http.receive, self._whole(model, record, answers))
+            body = await unless_client_leaves(http.receive, self._whole(model, record, plan, caller))
             await Response(body, media_type="application/json")(http.scope, http.receive, send)
 
     async def _events(
-        self, model: LoadedModel, record: Record, answers: Answers, include_usage: bool, is_noted: bool
+        self,
+        model: LoadedModel,
+        record: Record,
+        plan: Plan,
+        caller: Caller,
+        include_usage: bool,
+        is_noted: bool,
     ) -> AsyncGenerator[bytes, None]:
-        async with (
-            model.lease(len(record.jobs)) as engine,
-            aclosing(run(engine, record, self._metrics)) as deltas,
-        ):
+        answers = plan.answers
+        async with aclosing(self._deltas(model, record, caller)) as deltas:
             async for index, delta in deltas:
                 yield answers.events(index, delta)
+        plan.finished()
         usage = record.usage()
         note = sse.comment(encode(usage).decode()) if is_noted and not include_usage else b""
         yield note + answers.end(usage if include_usage else None)
 
-    async def _whole(self, model: LoadedModel, record: Record, answers: Answers) -> bytes:
-        async with (
-            model.lease(len(record.jobs)) as engine,
-            aclosing(run(engine, record, self._metrics)) as deltas,
-        ):
+    async def _whole(self, model: LoadedModel, record: Record, plan: Plan, caller: Caller) -> bytes:
+        async with aclosing(self._deltas(model, record, caller)) as deltas:
             async for index, delta in deltas:
-                answers.add(index, delta)
-        return answers.whole(record.usage())
+                plan.answers.add(index, delta)
+        plan.finished()
+        return plan.answers.whole(record.usage())
+
+    async def _deltas(
+        self, model: LoadedModel, record: Record, caller: Caller
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The deltas of all choices, once there is a seat for them."""
+        assert model.engine is not None
+        seat = model.lease(
+            len(record.jobs),
+            principal=caller.principal,
+            priority=caller.priority,
+            kv_tokens=record.kv_tokens(model.engine),
+        )
+        async with seat as engine, aclosing(run(engine, record, self._metrics)) as deltas:
+            async for index, delta in deltas:
+                yield index, delta
 
     def _account(self, record: Record, request_id: str | None) -> None:
         duration_s = time.monotonic() - record.started_s
@@ -140,15 +176,45 @@ class ChatInference(Inference[ChatRequest]):
 
     route = "chat"
 
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: Metrics,
+        config: NeuronSection,
+        work: TextWork,
+        prompts: ChatPrompts,
+    ):
+        super().__init__(registry, metrics, config, work)
+        self._prompts = prompts
+
     def parse(self, body: bytes) -> ChatRequest:
         request = parse_chat(body)
         refuse_unsupported(request)
         return request
 
-    def prepare(self, engine: Engine, request: ChatRequest) -> tuple[list[Job], Answers]:
-        token_ids = chat_token_ids(engine, request)
-        jobs = [Job(token_ids, sampling_params(request, choice)) for choice in range(request.num_choices)]
-        return jobs, ChatAnswers(request.model, _tokenizer(engine), len(jobs))
+    def prepare(self, model: LoadedModel, request: ChatRequest, caller: Caller) -> Plan:
+        engine = model.engine
+        assert engine is not None
+        grammar = grammar_of(engine, request)
+        prompt = self._prompts.make(engine, request, turn_owner(model, caller))
+        readers = [message_reader(engine, request, prompt.tail) for _ in range(request.num_choices)]
+        thinking = thinking_of(engine, request, readers[0].is_in_reasoning, len(prompt.token_ids))
+        jobs = [
+            Job(
+                prompt.token_ids,
+                sampling_params(request, choice, grammar=grammar, thinking=thinking),
+                priority=caller.priority,
+            )
+            for choice in range(request.num_choices)
+        ]
+        answers = ChatAnswers(request.model, require_tokenizer(engine, "messages"), readers)
+
+        def finished() -> None:
+            for reader in readers:
+                if reader.is_faithful:
+                    self._prompts.keep(prompt, reader.message(), reader.token_ids)
+
+        return Plan(jobs, answers, finished)
 
 
 class CompletionInference(Inference[CompletionRequest]):
@@ -159,21 +225,18 @@ class CompletionInference(Inference[CompletionRequest]):
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)
 
-    def prepare(self, engine: Engine, request: CompletionRequest) -> tuple[list[Job], Answers]:
+    def prepare(self, model: LoadedModel, request: CompletionRequest, caller: Caller) -> Plan:
+        engine = model.engine
+        assert engine is not None
         prompts = [completion_token_ids(engine, prompt) for prompt in request.prompts]
         jobs = [
-            Job(token_ids, sampling_params(request, choice), prompt)
+            Job(token_ids, sampling_params(request, choice), prompt, caller.priority)
             for prompt, token_ids in enumerate(prompts)
             for choice in range(request.num_choices)
         ]
-        tokenizer = _tokenizer(engine)
+        tokenizer = require_tokenizer(engine, "prompt")
         texts = [
             prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in request.prompts
         ]
         echoes = [texts[job.prompt] if request.echo else "" for job in jobs]
-        return jobs, CompletionAnswers(request.model, tokenizer, len(jobs), echoes)
-
-
-def _tokenizer(engine: Engine) -> Any:
-    assert engine.tokenizer is not None  # or the prompt would have been refused
-    return engine.tokenizer
+        return Plan(jobs, CompletionAnswers(request.model, tokenizer, echoes))

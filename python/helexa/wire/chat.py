@@ -13,6 +13,7 @@ from helexa.errors import InvalidParameter
 from helexa.wire.body import decode
 from helexa.wire.generation import FinishReason, GenerationRequest, Positive, Usage
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -73,6 +74,10 @@ class Tool(msgspec.Struct):
     type: str
     function: Function | None = None
 
+    @property
+    def name(self) -> str:
+        return self.function.name if self.function else ""
+
 
 class ResponseFormat(msgspec.Struct):
     """What the answer must be; `regex` and `grammar` (in Lark's syntax) are extensions."""
@@ -118,6 +123,36 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
             raise InvalidParameter(
                 "'top_logprobs' is only allowed with 'logprobs': true", param="top_logprobs"
             )
+        for index, tool in enumerate(self.tools or ()):
+            _check_tool(tool, f"tools[{index}]")
+        _check_tool_choice(self.tool_choice, [tool.name for tool in self.tools or ()])
+        if self.reasoning_effort is not None and self.reasoning_effort not in EFFORTS:
+            raise InvalidParameter(
+                f"'reasoning_effort' is {self.reasoning_effort!r:.80}; expected one of {', '.join(EFFORTS)}",
+                param="reasoning_effort",
+            )
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The name of the tool that must be called, "required" if any must; None if none needs to."""
+        if isinstance(self.tool_choice, dict):
+            return str(self.tool_choice["function"]["name"])
+        return "required" if self.tool_choice == "required" else None
+
+    @property
+    def wants_reasoning(self) -> bool | None:
+        """Whether the model is to reason; None if the request leaves that to the model."""
+        if self.thinking_budget is not None:
+            return self.thinking_budget > 0
+        switch = (self.chat_template_kwargs or {}).get("enable_thinking")
+        if isinstance(switch, bool):
+            return switch
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
     @property
     def token_limit(self) -> int | None:
@@ -126,6 +161,36 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _check_tool(tool: Tool, param: str) -> None:
+    if tool.type != "function":
+        message = f"'{param}.type' is {tool.type!r:.80}; expected 'function', others are not run here"
+        raise InvalidParameter(message, param=f"{param}.type")
+    if tool.function is None or not tool.function.name.strip():
+        problem = "is missing" if tool.function is None else "has an empty name"
+        raise InvalidParameter(
+            f"'{param}.function' {problem}; expected a function", param=f"{param}.function"
+        )
+
+
+def _check_tool_choice(choice: str | dict[str, Any] | None, names: list[str]) -> None:
+    if choice in (None, "none", "auto"):
+        return
+    if not names:
+        raise InvalidParameter("'tool_choice' is only allowed with 'tools'", param="tool_choice")
+    if choice == "required":
+        return
+    function = choice.get("function") if isinstance(choice, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidParameter(
+            f"'tool_choice' is {choice!r:.80}; expected 'none', 'auto', 'required' or "
+            "{'type': 'function', 'function': {'name': …}}",
+            param="tool_choice",
+        )
+    if function["name"] not in names:
+        message = f"'tool_choice' names {function['name']!r:.80}; the tools are {', '.join(names):.400}"
+        raise InvalidParameter(message, param="tool_choice")
 
 
 def parse_chat(body: bytes) -> ChatRequest:

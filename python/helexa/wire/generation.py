@@ -94,12 +94,13 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Extension: where the time went; `prefill_tokens` were computed, the rest of the prompt was cached."""
+    """Extension: where the time went; `prefill_tokens` were computed, a share `reuse_ratio` was cached."""
 
     prefill_ms: float
     decode_ms: float
     queue_ms: float
     prefill_tokens: int
+    reuse_ratio: float = 0.0
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,0 +1,227 @@
+"""The message of one choice, read from a model's text while it comes: reasoning, content, tool calls."""
+
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple, cast
+
+import msgspec
+
+from helexa.engine.engine import Engine
+from helexa.engine.output import Content, Event, OutputParser, Reasoning, ToolStart
+from helexa.engine.stream import Delta, TokenLogprob
+from helexa.engine.tokenizer import Detokenizer, Tokenizer
+from helexa.neuron.prompt import require_tokenizer
+from helexa.wire.chat import (
+    AnswerMessage,
+    ChatDelta,
+    ChatRequest,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
+)
+from helexa.wire.generation import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What goes into one event of a stream."""
+
+    delta: ChatDelta
+    logprobs: list[TokenLogprob] | None = None
+
+
+class _Piece(NamedTuple):
+    """The text of a token, or at the end what is left of several."""
+
+    text: str
+    logprob: TokenLogprob | None
+
+
+class _Pieces:
+    """Cuts the text of deltas, which may lag behind their tokens, into that of each token."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._vocab_size = tokenizer.vocab_size
+        self._detokenizer = Detokenizer(tokenizer)
+        self._tokens: deque[tuple[int, TokenLogprob | None]] = deque()  # lengths of texts still to come
+        self._text = ""
+
+    def cut(self, delta: Delta) -> Iterator[_Piece]:
+        for token_id, logprob in zip_longest(delta.token_ids, delta.logprobs or ()):
+            is_text = token_id < self._vocab_size
+            self._tokens.append((len(self._detokenizer.push(token_id)) if is_text else 0, logprob))
+        self._text += delta.text
+        while self._tokens and self._tokens[0][0] <= len(self._text):
+            length, logprob = self._tokens.popleft()
+            piece, self._text = self._text[:length], self._text[length:]
+            yield _Piece(piece, logprob)
+        if delta.finish_reason and (self._text or self._tokens):
+            yield _Piece(self._text, self._tokens[0][1] if self._tokens else None)
+
+
+class _Places:
+    """Finds the tokens of a piece of content in the text that was parsed, markers and reasoning included."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._tokens: deque[tuple[int, TokenLogprob | None]] = (
+            deque()
+        )  # lengths, and what is not given out yet
+
+    def add(self, piece: _Piece) -> None:
+        self._text += piece.text
+        self._tokens.append((len(piece.text), piece.logprob))
+
+    def take(self, content: str) -> list[TokenLogprob]:
+        """The tokens that `content`, the newest that the parser has decided on, has a part of."""
+        start = 0 if self._text.startswith(content) else max(self._text.rfind(content), 0)
+        self._advance(start)
+        return self._advance(len(content))
+
+    def _advance(self, length: int) -> list[TokenLogprob]:
+        self._text = self._text[length:]
+        passed = []
+        while length and self._tokens:
+            size, logprob = self._tokens.popleft()
+            if logprob is not None:
+                passed.append(logprob)
+            if size > length:  # the rest of this token has been given out with its beginning
+                self._tokens.appendleft((size - length, None))
+            length = max(length - size, 0)
+        return passed
+
+
+class MessageReader:
+    """Takes the deltas of one choice. Without a parser all text is content."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, parser: OutputParser | None = None, *, max_calls: int | None = None
+    ):
+        self.finish_reason: FinishReason | None = None
+        self.stop: str | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []  # of the content
+        self._parser = parser
+        self._max_calls = max_calls
+        self._has_dropped = False
+        self._ends_in_reasoning = False
+        self._pieces = _Pieces(tokenizer)
+        self._places = _Places()
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._calls: list[tuple[str, str, list[str]]] = []  # id, name, pieces of arguments
+
+    def feed(self, delta: Delta) -> list[Part]:
+        """What the delta adds to the message."""
+        self.token_ids += delta.token_ids
+        parts = self._plain(delta) if self._parser is None else self._parse(self._parser, delta)
+        if delta.finish_reason:
+            is_call = self._calls and delta.finish_reason == "stop"
+            self.finish_reason = cast(FinishReason, "tool_calls" if is_call else delta.finish_reason)
+            self.stop = delta.stop
+        return parts
+
+    def message(self) -> AnswerMessage:
+        """The message so far."""
+        content = "".join(self._content)
+        calls = [
+            ToolCall(FunctionCall(name, "".join(pieces)), call_id) for call_id, name, pieces in self._calls
+        ]
+        return AnswerMessage(
+            content=content or (None if calls else ""),
+            reasoning_content="".join(self._reasoning) or None,
+            tool_calls=calls or None,
+        )
+
+    @property
+    def is_in_reasoning(self) -> bool:
+        return self._parser is not None and self._parser.is_in_reasoning
+
+    @property
+    def is_faithful(self) -> bool:
+        """Whether the message says all that was generated, so that the tokens may stand for it later."""
+        if self.finish_reason == "length":
+            return not self._calls and not self._ends_in_reasoning
+        return self.finish_reason is not None and self.stop is None and not self._has_dropped
+
+    def _plain(self, delta: Delta) -> list[Part]:
+        self.logprobs += delta.logprobs or ()
+        if not delta.text and not delta.logprobs:
+            return []
+        self._content.append(delta.text)
+        return [Part(ChatDelta(content=delta.text), delta.logprobs)]
+
+    def _parse(self, parser: OutputParser, delta: Delta) -> list[Part]:
+        """Token by token if there are logprobs, so that those of content can be told from others."""
+        if delta.logprobs is None:
+            parts = self._parts(parser.push(delta.text), None)
+        else:
+            parts = []
+            for piece in self._pieces.cut(delta):
+                self._places.add(piece)
+                parts += self._parts(parser.push(piece.text), self._places)
+        if delta.finish_reason:
+            self._ends_in_reasoning = parser.is_in_reasoning
+            places = None if delta.logprobs is None else self._places
+            parts += self._parts(parser.flush(truncated=delta.finish_reason == "length"), places)
+        return _merged(parts)
+
+    def _parts(self, events: Iterable[Event], places: _Places | None) -> list[Part]:
+        return [part for event in events for part in self._part(event, places)]
+
+    def _part(self, event: Event, places: _Places | None) -> list[Part]:
+        if isinstance(event, Reasoning):
+            self._reasoning.append(event.text)
+            return [Part(ChatDelta(reasoning_content=event.text))]
+        if isinstance(event, Content):
+            self._content.append(event.text)
+            logprobs = places.take(event.text) if places else None
+            self.logprobs += logprobs or ()
+            return [Part(ChatDelta(content=event.text), logprobs)]
+        if self._max_calls is not None and event.index >= self._max_calls:
+            self._has_dropped = True
+            return []
+        if isinstance(event, ToolStart):
+            call_id = f"call_{uuid.uuid4().hex[:24]}"
+            self._calls.append((call_id, event.name, []))
+            begun = ToolCallDelta(event.index, call_id, "function", FunctionCallDelta(event.name, ""))
+            return [Part(ChatDelta(tool_calls=[begun]))]
+        self._calls[event.index][2].append(event.fragment)
+        more = ToolCallDelta(event.index, function=FunctionCallDelta(arguments=event.fragment))
+        return [Part(ChatDelta(tool_calls=[more]))]
+
+
+def message_reader(engine: Engine, request: ChatRequest, prompt_tail: str) -> MessageReader:
+    """A reader for one choice of the request, whose prompt ends in `prompt_tail`."""
+    tokenizer = require_tokenizer(engine, "messages")
+    if engine.output_format is None:
+        return MessageReader(tokenizer)
+    tools = [msgspec.to_builtins(tool) for tool in request.offered_tools]
+    parser = engine.output_format.parser(tools=tools, prompt_tail=prompt_tail, parse_tools=bool(tools))
+    return MessageReader(tokenizer, parser, max_calls=1 if request.parallel_tool_calls is False else None)
+
+
+def _merged(parts: list[Part]) -> list[Part]:
+    """The same with neighbours of one kind as one."""
+    merged: list[Part] = []
+    for part in parts:
+        joined = _join(merged[-1], part) if merged else None
+        if joined is None:
+            merged.append(part)
+        else:
+            merged[-1] = joined
+    return merged
+
+
+def _join(left: Part, right: Part) -> Part | None:
+    one, two = left.delta, right.delta
+    if one.reasoning_content is not None and two.reasoning_content is not None:
+        return Part(ChatDelta(reasoning_content=one.reasoning_content + two.reasoning_content))
+    if one.content is not None and two.content is not None:
+        logprobs = None if left.logprobs is None else left.logprobs + (right.logprobs or [])
+        return Part(ChatDelta(content=one.content + two.content), logprobs)
+    return None

@@ -1,0 +1,134 @@
+"""What was generated, kept by conversation, so that a later request continues from it token for token.
+
+A conversation comes back in other words than it was generated in: templates drop earlier reasoning, arguments
+of tools are written anew, space around texts is lost. The cached prefix would end there. A turn is therefore
+found by a hash over everything that its meaning depends on, in a canonical form, and holds exact tokens.
+"""
+
+import hashlib
+import json
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helexa.wire.chat import AnswerMessage, Message, ToolCall
+
+_OVERHEAD = 256  # bytes of an entry beside its tokens
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Turn:
+    """A generated turn and all before it: the tokens of `parent`, then its own."""
+
+    key: bytes
+    parent: "Turn | None"
+    own: "array[int]"
+
+    @property
+    def token_ids(self) -> list[int]:
+        parts = [turn.own for turn in self.line()]
+        return [token_id for part in reversed(parts) for token_id in part]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(turn.own) for turn in self.line())
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.own) * self.own.itemsize + _OVERHEAD
+
+    def line(self) -> "Iterator[Turn]":
+        """This turn and its ancestors, back to the first."""
+        turn: Turn | None = self
+        while turn is not None:
+            yield turn
+            turn = turn.parent
+
+
+class TurnStore:
+    """Turns by key, at most `max_bytes` of them; those not used for longest go first. For any thread."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._turns: OrderedDict[bytes, Turn] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def find(self, keys: Iterable[bytes]) -> Turn | None:
+        """The first of `keys` that is kept."""
+        with self._lock:
+            turn = next((found for key in keys if (found := self._turns.get(key))), None)
+            if turn is not None:
+                self._touch(turn)
+            return turn
+
+    def keep(self, key: bytes, parent: Turn | None, own: Sequence[int]) -> None:
+        """Adds a turn, or replaces the one of that key, whose tokens are less likely to be cached."""
+        turn = Turn(key, parent, array("i", own))
+        with self._lock:
+            self._drop(key)
+            self._turns[key] = turn
+            self.nbytes += turn.nbytes
+            self._touch(turn)
+            while self.nbytes > self.max_bytes:
+                self._drop(next(iter(self._turns)))
+
+    def _drop(self, key: bytes) -> None:
+        if turn := self._turns.pop(key, None):
+            self.nbytes -= turn.nbytes
+
+    def _touch(self, turn: Turn) -> None:
+        """Ancestors last, so that none of them goes before a turn that needs it."""
+        for one in turn.line():
+            if self._turns.get(one.key) is one:
+                self._turns.move_to_end(one.key)
+
+
+def conversation_keys(root: object, messages: Sequence[Message]) -> list[bytes]:
+    """A key for each message, of the conversation up to and with it; `root` is what else it depends on."""
+    keys = []
+    key = _hash(b"", root)
+    for message in messages:
+        key = next_key(key, message)
+        keys.append(key)
+    return keys
+
+
+def next_key(key: bytes, message: Message | AnswerMessage) -> bytes:
+    """The key of a conversation that `message` continues; reasoning and the ids of calls do not count."""
+    calls = [_canonical_call(call) for call in message.tool_calls or ()]
+    return _hash(key, [message.role, _text(message.content).strip(), calls])
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part.text or part.refusal or "" for part in content)
+    return content or ""
+
+
+def _canonical_call(call: ToolCall) -> list[object]:
+    given = call.function.arguments
+    arguments: object = given
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given, parse_float=_number)
+        except (ValueError, RecursionError):
+            arguments = given.strip()
+    return [call.function.name, arguments or {}]
+
+
+def _number(text: str) -> float:
+    """1.0 as 1: JavaScript writes it that way."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _hash(key: bytes, value: object) -> bytes:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(key + text.encode(), digest_size=20).digest()
