@@ -719,3 +719,34 @@ def test_listed_items_have_ids_and_parts_and_say_the_same() -> None:
     assert [item["id"] for item in shown] == [*(f"item_{TOKEN}_{index}" for index in range(4)), "rs_1"]
     assert shown[0]["content"] == [{"type": "input_text", "text": "Hi"}]
     assert messages(*shown) == messages(*items)
+
+
+def test_a_client_may_search_for_tools_which_are_offered_from_then_on() -> None:
+    search = {
+        "type": "tool_search",
+        "execution": "client",
+        "description": "Finds.",
+        "parameters": {"type": "object"},
+    }
+    events = streamed(
+        call(0, "tool_search", '{"query":'), call(0, arguments=' "crew"}'), end(), tools=[search]
+    )
+    assert kinds(events)[2:] == ["output_item.added", "output_item.done", "completed"]
+    made = events[-1]["response"]["output"][0]
+    assert (made["type"], made["execution"], made["arguments"]) == (
+        *("tool_search_call", "client"),
+        {"query": "crew"},
+    )
+    found = {"type": "tool_search_output", "call_id": made["call_id"], "execution": "client", "tools": [CREW]}
+    body = chat(tools=[search], input=[{"role": "user", "content": "Q"}, made, found, found])
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["tool_search", "crew__call"]
+    assert body["messages"][1]["tool_calls"][0]["function"] == {
+        "name": "tool_search",
+        "arguments": '{"query": "crew"}',
+    }
+    assert body["messages"][2]["content"] == '{"tools": ["crew__call"]}'
+
+
+def test_a_search_for_tools_by_the_server_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="'tool_search', which no server here runs"):
+        chat(tools=[{"type": "tool_search"}])

@@ -4,13 +4,14 @@ What one turn of the model was, its reasoning, text and calls, are items of thei
 message there. Nothing is left out silently: an item that a model cannot read is an error that names it.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from helexa.errors import InvalidParameter
 from helexa.wire.responses.custom_input import arguments_of
 from helexa.wire.responses.reasoning import unseal
-from helexa.wire.responses.tools import qualified
+from helexa.wire.responses.tools import SEARCH, added_tools, names_of, qualified
 
 Json = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")
@@ -18,7 +19,7 @@ _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "summary_
           "reasoning_text": "text", "refusal": "refusal"}  # fmt: skip
 _KINDS = (
     "message, reasoning, function_call, function_call_output, custom_tool_call, custom_tool_call_output, "
-    "item_reference or additional_tools"
+    "tool_search_call, tool_search_output, item_reference or additional_tools"
 )
 
 
@@ -57,6 +58,11 @@ class Conversation:
                 self._add_call(item, where, arguments_of(_string(item, "input", where)))
             case "function_call_output" | "custom_tool_call_output":
                 self._add_output(item, where)
+            case "tool_search_call":
+                self._add_call({**item, "name": SEARCH}, where, _json(item.get("arguments")))
+            case "tool_search_output":
+                names = names_of(added_tools([item]))
+                self._add_output({**item, "output": _json({"tools": names})}, where)
             case "additional_tools":
                 pass  # the request offers them
             case kind:
@@ -191,6 +197,10 @@ def _reasoning_of(item: Json, where: str) -> str:
             said = content_of(parts, f"{where}.{name}")
             return said if isinstance(said, str) else ""
     return ""
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value or {}, ensure_ascii=False)
 
 
 def _string(members: Mapping[str, Any], name: str, where: str) -> str:

@@ -1,10 +1,12 @@
 """The items of a response while they are written: each says its own events, from `added` to `done`."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from helexa.wire.responses.custom_input import CustomInput
 from helexa.wire.responses.reasoning import seal
+from helexa.wire.responses.tools import Origin
 
 Json = dict[str, Any]
 Emit = Callable[..., None]  # emit(type, **members)
@@ -107,12 +109,9 @@ class ReasoningItem(OutputItem):
 class FunctionCallItem(OutputItem):
     """A call of a function; the text is its arguments."""
 
-    def __init__(
-        self, emit: Emit, index: int, token: str, call_id: str, name: str, namespace: str | None = None
-    ):
+    def __init__(self, emit: Emit, index: int, token: str, call_id: str, origin: Origin):
         members = {"type": "function_call", "status": "in_progress", "arguments": "", "call_id": call_id}
-        inside = {} if namespace is None else {"namespace": namespace}
-        super().__init__(emit, index, {"id": f"fc_{token}", **members, "name": name, **inside})
+        super().__init__(emit, index, {"id": f"fc_{token}", **members, **_named(origin)})
         self._pieces: list[str] = []
 
     def push(self, text: str, logprobs: list[Json] | None = None) -> None:
@@ -128,12 +127,9 @@ class FunctionCallItem(OutputItem):
 class CustomCallItem(OutputItem):
     """A call of a custom tool; pushed is JSON, as the model calls functions, and said is the text inside."""
 
-    def __init__(
-        self, emit: Emit, index: int, token: str, call_id: str, name: str, namespace: str | None = None
-    ):
+    def __init__(self, emit: Emit, index: int, token: str, call_id: str, origin: Origin):
         members = {"type": "custom_tool_call", "status": "in_progress", "call_id": call_id, "input": ""}
-        inside = {} if namespace is None else {"namespace": namespace}
-        super().__init__(emit, index, {"id": f"ctc_{token}", **members, "name": name, **inside})
+        super().__init__(emit, index, {"id": f"ctc_{token}", **members, **_named(origin)})
         self._text = CustomInput()
         self._pieces: list[str] = []
 
@@ -150,3 +146,35 @@ class CustomCallItem(OutputItem):
         if text:
             self._pieces.append(text)
             self._emit("response.custom_tool_call_input.delta", **self._where, delta=text)
+
+
+class ToolSearchItem(OutputItem):
+    """A search for further tools, which the client makes; there are no events of its arguments."""
+
+    def __init__(self, emit: Emit, index: int, token: str, call_id: str, _: Origin):
+        members = {"type": "tool_search_call", "status": "in_progress", "call_id": call_id}
+        super().__init__(
+            emit, index, {"id": f"tsc_{token}", **members, "execution": "client", "arguments": {}}
+        )
+        self._pieces: list[str] = []
+
+    def push(self, text: str, logprobs: list[Json] | None = None) -> None:
+        self._pieces.append(text)
+
+    def _end(self, status: str) -> None:
+        said = "".join(self._pieces)
+        try:
+            self.item["arguments"] = json.loads(said or "{}")
+        except ValueError:
+            self.item["arguments"] = said
+
+
+CALL_ITEMS: dict[str, type[FunctionCallItem | CustomCallItem | ToolSearchItem]] = {
+    "function": FunctionCallItem,
+    "custom": CustomCallItem,
+    "tool_search": ToolSearchItem,
+}
+
+
+def _named(origin: Origin) -> Json:
+    return {"name": origin.name} | ({"namespace": origin.namespace} if origin.namespace else {})

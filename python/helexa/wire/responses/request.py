@@ -38,7 +38,6 @@ FIELD_NAMES = {
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
-    "verbosity": "text.verbosity",
     "messages": "input",
 }
 Include = Literal[
@@ -170,7 +169,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         items: the input, with references resolved. history: the items of earlier responses, in order. Raises
         InvalidParameter for what a model cannot read.
         """
-        tools = Tools([*(self.tools or ()), *added_tools([*history, *items])], self.tool_choice)
+        tools = Tools(self.tools or (), self.tool_choice, added_tools([*history, *items]))
         conversation = Conversation(self.instructions)
         conversation.extend(history, "previous_response_id")
         conversation.extend(items, "input")
@@ -194,8 +193,6 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             renamed["max_completion_tokens"] = self.max_output_tokens
         if self.reasoning is not None and self.reasoning.effort is not None:
             renamed["reasoning_effort"] = self.reasoning.effort
-        if self.text is not None and self.text.verbosity is not None:
-            renamed["verbosity"] = self.text.verbosity
         if (answer_format := self._response_format()) is not None:
             renamed["response_format"] = answer_format
         if self.wants_logprobs:

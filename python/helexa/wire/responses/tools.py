@@ -1,7 +1,8 @@
 """The tools of a Responses request as functions of chat, and the model's calls of them back.
 
 Functions stay what they are. Custom tools, which take plain text, become functions with one parameter. The
-tools of a namespace get its name before their own.
+tools of a namespace get its name before their own. A search for tools that the client makes is a function too;
+what it finds comes with the input and is offered from then on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from helexa.wire.responses.custom_input import PARAMETER
 # Agents offer these beside their own tools without being asked to: left out then, and the response says so by
 # what it lists under `tools`. To force one, or to offer nothing else, is refused as all hosted tools are.
 _OPTIONAL = frozenset(("web_search", "web_search_2025_08_26", "web_search_preview"))
+SEARCH = "tool_search"
 _CHOICES = ("none", "auto", "required")
 
 Json = dict[str, Any]
@@ -23,7 +25,7 @@ Json = dict[str, Any]
 class Origin:
     """What the client calls a tool that the model knows by another name."""
 
-    kind: Literal["function", "custom"]
+    kind: Literal["function", "custom", "tool_search"]
     name: str
     namespace: str | None = None
 
@@ -31,20 +33,25 @@ class Origin:
 class Tools:
     """What a request offers: `offered` as its client wrote it, `functions` and `choice` as chat has it."""
 
-    def __init__(self, tools: Sequence[Json], choice: str | Json | None, param: str = "tools"):
-        """Raises InvalidParameter for a tool that no model can be offered, or a choice without its tool."""
+    def __init__(self, tools: Sequence[Json], choice: str | Json | None, added: Sequence[Json] = ()):
+        """added: tools that the input brings, of which some may be known already.
+
+        Raises InvalidParameter for a tool that no model can be offered, or a choice without its tool.
+        """
         self.offered: list[Json] = []
         self.functions: list[Json] = []
         self._origins: dict[str, Origin] = {}
         left_out = []
         for index, tool in enumerate(tools):
-            where = f"{param}[{index}]"
+            where = f"tools[{index}]"
             kind = _text(tool, "type", where)
             if kind in _OPTIONAL and (choice is None or choice in ("auto", "none")):
                 left_out.append((where, kind))
                 continue
             self._add(tool, kind, where)
             self.offered.append(tool)
+        for tool in added:
+            self._add(tool, _text(tool, "type", "input.tools"), "input.tools", is_repeated=True)
         if left_out and not self.functions:
             raise _hosted(*left_out[0])
         self.choice = self._choose(choice)
@@ -56,7 +63,8 @@ class Tools:
         alike = [origin for origin in self._origins.values() if origin.namespace and origin.name == chat_name]
         return alike[0] if len(alike) == 1 else Origin("function", chat_name)
 
-    def _add(self, tool: Json, kind: str, where: str) -> None:
+    def _add(self, tool: Json, kind: str, where: str, *, is_repeated: bool = False) -> None:
+        """is_repeated: whether a tool known by its name is passed over."""
         if kind == "namespace":
             namespace = _text(tool, "name", where)
             members = tool.get("tools")
@@ -65,26 +73,26 @@ class Tools:
             about = tool.get("description")
             for index, member in enumerate(members):
                 inner = f"{where}.tools[{index}]"
-                self._add_one(member, _text(member, "type", inner), inner, namespace, about)
+                origin = _origin(member, _text(member, "type", inner), inner, namespace)
+                if not (is_repeated and qualified(origin.name, namespace) in self._origins):
+                    self._offer(member, origin, inner, about)
                 about = None  # said once
         else:
-            self._add_one(tool, kind, where)
+            origin = _origin(tool, kind, where)
+            if not (is_repeated and origin.name in self._origins):
+                self._offer(tool, origin, where)
 
-    def _add_one(
-        self, tool: Json, kind: str, where: str, namespace: str | None = None, about: str | None = None
-    ) -> None:
-        if kind not in ("function", "custom"):
-            raise _hosted(where, kind)
-        name = _text(tool, "name", where)
-        chat_name = qualified(name, namespace)
+    def _offer(self, tool: Json, origin: Origin, where: str, about: str | None = None) -> None:
+        chat_name = qualified(origin.name, origin.namespace)
         if chat_name in self._origins:
-            raise InvalidParameter(f"'{where}.name' is {name!r}, as that of a tool before it", param=where)
-        self._origins[chat_name] = Origin("custom" if kind == "custom" else "function", name, namespace)
+            message = f"'{where}.name' is {origin.name!r:.80}, as that of a tool before it"
+            raise InvalidParameter(message, param=where)
+        self._origins[chat_name] = origin
         description = "\n\n".join(filter(None, (about, tool.get("description"))))
         function: Json = {"name": chat_name}
         if description:
             function["description"] = description
-        if kind == "custom":
+        if origin.kind == "custom":
             function["parameters"] = _parameters_of(tool, where)
         else:
             function |= {key: tool[key] for key in ("parameters", "strict") if tool.get(key) is not None}
@@ -138,10 +146,32 @@ def added_tools(items: Iterable[Json]) -> list[Json]:
     return [
         tool
         for item in items
-        if item.get("type") == "additional_tools"
+        if item.get("type") in ("additional_tools", "tool_search_output")
         for tool in item.get("tools") or ()
         if isinstance(tool, dict)
     ]
+
+
+def names_of(tools: Iterable[Json]) -> list[str]:
+    """What chat calls these tools."""
+    names = []
+    for tool in tools:
+        if tool.get("type") == "namespace":
+            names += [
+                qualified(str(member.get("name")), tool.get("name")) for member in tool.get("tools") or ()
+            ]
+        else:
+            names.append(str(tool.get("name")))
+    return names
+
+
+def _origin(tool: Json, kind: str, where: str, namespace: str | None = None) -> Origin:
+    """How the client calls the tool. Raises InvalidParameter for one that it does not run itself."""
+    if kind == SEARCH and tool.get("execution") == "client" and namespace is None:
+        return Origin("tool_search", SEARCH)
+    if kind not in ("function", "custom"):
+        raise _hosted(where, kind)
+    return Origin("custom" if kind == "custom" else "function", _text(tool, "name", where), namespace)
 
 
 def _parameters_of(tool: Json, where: str) -> Json:

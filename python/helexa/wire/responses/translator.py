@@ -17,13 +17,7 @@ import orjson
 from helexa.errors import BadRequest, ContextTooLong, HelexaError, UpstreamError
 from helexa.wire import sse
 from helexa.wire.errors import parse_error
-from helexa.wire.responses.output import (
-    CustomCallItem,
-    FunctionCallItem,
-    MessageItem,
-    OutputItem,
-    ReasoningItem,
-)
+from helexa.wire.responses.output import CALL_ITEMS, MessageItem, OutputItem, ReasoningItem
 from helexa.wire.responses.request import FIELD_NAMES, ResponsesRequest
 from helexa.wire.responses.tools import Tools
 
@@ -202,11 +196,8 @@ class ResponseTranslator:
                 return
             index = self._close()
             origin = self._tools.origin(function.name)
-            kind = CustomCallItem if origin.kind == "custom" else FunctionCallItem
-            call_id = call.id or f"call_{self._item_token(index)}"
-            self._open = kind(
-                self._emit, index, self._item_token(index), call_id, origin.name, origin.namespace
-            )
+            token = self._item_token(index)
+            self._open = CALL_ITEMS[origin.kind](self._emit, index, token, call.id or f"call_{token}", origin)
             self._call_index = number
         if function.arguments:
             self._open.push(function.arguments)
