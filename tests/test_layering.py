@@ -16,6 +16,7 @@ ALLOWED = {
     "errors": set(),
     "log": set(),
     "settings": {"errors"},
+    "serving": {"errors"},
     "quant": set(),
     "ops": {"quant", "_C"},
     "layers": {"ops", "quant"},
@@ -23,11 +24,11 @@ ALLOWED = {
     "models": {"layers", "ops", "quant"},
     "engine": {"models", "layers", "weights", "ops", "quant"},
     "wire": set(),
-    "gateway": {"wire"},
-    "neuron": {"engine", "weights", "wire"},
-    "cli": {"gateway", "neuron", "wire", "engine", "weights"},
+    "gateway": {"serving", "wire"},
+    "neuron": {"engine", "serving", "weights", "wire"},
+    "cli": {"gateway", "neuron", "serving", "wire", "engine", "weights"},
 }
-LIGHT = {"errors", "settings", "log", "wire", "gateway", "cli"}
+LIGHT = {"errors", "settings", "log", "serving", "wire", "gateway", "cli"}
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "jinja2"}
 # Files that may import inside a function, because what they import is heavy and often not wanted.
 DEFERRING = ("cli/", "models/__init__.py")

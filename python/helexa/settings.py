@@ -65,17 +65,30 @@ def load_settings(
 
 def find_config(name: str, environ: Mapping[str, str] | None = None) -> Path | None:
     """The first existing file `name` in the user's configuration folder and /etc/helexa."""
+    folders = (user_folder(environ), Path("/etc/helexa"))
+    return next((path for folder in folders if (path := folder / name).is_file()), None)
+
+
+def user_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """The user's configuration folder, $XDG_CONFIG_HOME/helexa."""
     environment = os.environ if environ is None else environ
-    user = Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return next(
-        (path for path in (user / "helexa" / name, Path("/etc/helexa") / name) if path.is_file()), None
-    )
+    return Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "helexa"
 
 
 def log_settings(settings: Any) -> None:
     """Writes the configuration as one log line; fields with metadata {"secret": True} are masked."""
-    flat = {".".join(key): value for key, value in _values(settings)}
+    flat = {".".join(key): _shown(value, is_secret) for key, value, is_secret in _values(settings)}
     logger.info("configuration", extra={"fields": flat})
+
+
+def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configurations: key to both values, None for an absent one, secrets masked."""
+    old, new = ({".".join(key): rest for key, *rest in _values(settings)} for settings in (before, after))
+    return {
+        key: (_shown(*old.get(key, (None, False))), _shown(*new.get(key, (None, False))))
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key) != new.get(key)
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -156,13 +169,19 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _values(settings: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _shown(value: Any, is_secret: bool) -> Any:
+    return "***" if is_secret and value else value
+
+
+def _values(settings: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, bool]]:
+    """Key, value and whether it is secret, of every leaf; entries of lists go by their name or id."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _values(value, (*key, field.name))
         elif isinstance(value, list | tuple) and any(dataclasses.is_dataclass(item) for item in value):
             for index, item in enumerate(value):
-                yield from _values(item, (*key, field.name, str(index)))
+                name = getattr(item, "name", None) or getattr(item, "id", None) or index
+                yield from _values(item, (*key, field.name, str(name)))
         else:
-            yield (*key, field.name), "***" if field.metadata.get("secret") and value else value
+            yield (*key, field.name), value, bool(field.metadata.get("secret"))

@@ -3,7 +3,8 @@
 import pytest
 
 from helexa.errors import ConfigError
-from helexa.gateway.config import GatewayConfig, is_loopback, load_config, split_address
+from helexa.gateway.config import AuthSection, GatewayConfig, load_config, split_address
+from helexa.serving import is_loopback
 
 
 def write(folder, text, name="gateway.toml"):
@@ -12,9 +13,10 @@ def write(folder, text, name="gateway.toml"):
     return path
 
 
-def test_without_a_file_one_neuron_on_this_machine_is_served_on_loopback():
+def test_without_a_file_one_neuron_on_this_machine_is_served_on_loopback(monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/home/someone/.config")
     config, catalogue = load_config(None)
-    assert config == GatewayConfig()
+    assert config == GatewayConfig(auth=AuthSection(keys_file="/home/someone/.config/helexa/keys.jsonl"))
     assert (config.gateway.listen, config.gateway.metrics_listen) == ("127.0.0.1:31313", "127.0.0.1:31314")
     assert [neuron.endpoint for neuron in config.neurons] == ["http://127.0.0.1:13131"]
     assert not catalogue.models
@@ -54,6 +56,13 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
     monkeypatch.setenv("HELEXA_GATEWAY_METRICS_LISTEN", "127.0.0.1:4")
     config, _ = load_config(path, {"gateway.listen": "127.0.0.1:5", "gateway.metrics_listen": None})
     assert (config.gateway.listen, config.gateway.metrics_listen) == ("127.0.0.1:5", "127.0.0.1:4")
+
+
+def test_the_keys_lie_beside_the_file_unless_it_says_where(tmp_path):
+    path = write(tmp_path, "")
+    assert load_config(path)[0].auth.keys_file == str(tmp_path / "keys.jsonl")
+    path = write(tmp_path, '[auth]\nkeys_file = "secret/keys"')
+    assert load_config(path)[0].auth.keys_file == str(tmp_path / "secret" / "keys")
 
 
 def test_the_catalogue_beside_the_file_is_read_unasked(tmp_path, monkeypatch):

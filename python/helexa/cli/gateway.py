@@ -50,14 +50,15 @@ def run(
 ) -> None:
     """The front door of a fleet: one OpenAI-compatible API over every neuron of a site."""
     overrides: dict[str, object] = {"gateway.listen": listen, "gateway.metrics_listen": metrics_listen}
-    settings, catalogue = load_config(config or find_config("gateway.toml"), overrides)
+    path = config or find_config("gateway.toml")
+    settings, catalogue = load_config(path, overrides)
     if check:
         typer.echo(
             f"the configuration is valid: {len(settings.neurons)} neurons, {len(catalogue.models)} models"
         )
         return
     configure_logging(settings.log.level)
-    asyncio.run(serve(settings, catalogue))
+    asyncio.run(serve(settings, catalogue, read=lambda: load_config(path, overrides)))
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import signal
-import socket
 import time
 from collections.abc import Callable
 
@@ -18,17 +17,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from helexa import __version__
-from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
+from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.gateway import listing
+from helexa.gateway.admin import Admin, Reload
 from helexa.gateway.anthropic import anthropic
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
+from helexa.gateway.cors import Origins
 from helexa.gateway.dialects import Dialects, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
 from helexa.gateway.handlers import App, Generating, Inference, request_id_of
+from helexa.gateway.reload import Read, Reloader, watch_keys
 from helexa.gateway.responses import responses
 from helexa.log import fields
+from helexa.serving import listen, server_settings, url_of
 from helexa.settings import log_settings
 from helexa.wire.errors import internal_error
 
@@ -39,14 +42,12 @@ CUT_S = 2.0  # for the last words of streams that are cut
 
 def all_dialects(gateway: Gateway) -> Dialects:
     """Every API that the gateway offers."""
-    return Dialects(
-        (openai(), responses(gateway.keys, gateway.store), anthropic(gateway.config.anthropic))
-    )
+    return Dialects((openai(), responses(gateway.keys, gateway.store), anthropic(gateway.config.anthropic)))
 
 
-def create_app(gateway: Gateway) -> Generating:
-    """The API as an ASGI application."""
-    keys, fleet, catalogue = gateway.keys, gateway.fleet, gateway.catalogue
+def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
+    """The API as an ASGI application; `reload` reads the configuration again."""
+    keys, fleet = gateway.keys, gateway.fleet
     dialects = all_dialects(gateway)
     started = int(time.time())
 
@@ -57,16 +58,22 @@ def create_app(gateway: Gateway) -> Generating:
         return JSONResponse(listing.health(fleet))
 
     async def models(request: Request) -> Response:
-        keys.check(request.headers)
-        return JSONResponse(listing.model_list(fleet, catalogue, started))
+        principal, catalogue = keys.check(request.headers), gateway.catalogue
+        listed = listing.model_list(fleet, catalogue, started)
+        listed["data"] = [
+            card for card in listed["data"] if principal.may_use(card["id"], catalogue.resolve(card["id"]))
+        ]
+        return JSONResponse(listed)
 
     async def model(request: Request) -> Response:
-        keys.check(request.headers)
-        return JSONResponse(listing.model_card(fleet, catalogue, request.path_params["name"], started))
+        principal, catalogue = keys.check(request.headers), gateway.catalogue
+        name = request.path_params["name"]
+        principal.require_model(name, catalogue.resolve(name))
+        return JSONResponse(listing.model_card(fleet, catalogue, name, started))
 
     async def fleet_report(request: Request) -> Response:
         keys.check(request.headers)
-        return JSONResponse(listing.fleet_report(fleet, catalogue))
+        return JSONResponse(listing.fleet_report(fleet, gateway.catalogue))
 
     endpoints = {
         path: Inference(path, dialect, gateway) for dialect in dialects.entries for path in dialect.generating
@@ -76,6 +83,7 @@ def create_app(gateway: Gateway) -> Generating:
         *(route for dialect in dialects.entries for route in dialect.routes),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+        *Admin(gateway, reload).routes,
         Route("/fleet", fleet_report),
         Route("/health", health),
         Route("/", root),
@@ -84,7 +92,7 @@ def create_app(gateway: Gateway) -> Generating:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.dialects = dialects
-    return Generating(app, endpoints)
+    return Origins(Generating(app, endpoints), lambda: gateway.config.cors.allow_origins)
 
 
 def create_metrics_app(gateway: Gateway) -> Starlette:
@@ -124,34 +132,56 @@ async def serve(
     config: GatewayConfig,
     catalogue: Catalogue,
     *,
+    read: Read | None = None,
     stop: asyncio.Event | None = None,
     on_ready: Callable[[str, str], None] | None = None,
 ) -> None:
     """Serves until SIGINT, SIGTERM or `stop`; then lets streams end for `shutdown_grace_s`.
 
-    on_ready gets the URLs of API and metrics once both accept connections. ConfigError if an address
-    is taken.
+    read: gets configuration and catalogue again on SIGHUP and POST /reload. on_ready gets the URLs of API and
+    metrics once both accept connections. ConfigError if an address is taken or a file of [tls] is wrong.
     """
     log_settings(config)
+    config.tls.check()
     stopping = stop or asyncio.Event()
     grace_s = config.gateway.shutdown_grace_s
-    with _listener(config.gateway.listen) as api, _listener(config.gateway.metrics_listen) as metrics:
-        urls = _url(api), _url(metrics)
+    addresses = config.gateway.listen, config.gateway.metrics_listen
+    api, metrics = (listen(*split_address(address)) for address in addresses)
+    with api, metrics:
+        urls = url_of(api, config.tls), url_of(metrics)
         async with running(config, catalogue) as gateway:
+            reloader = Reloader(gateway, read) if read else None
             if stop is None:
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+                _handle_signals(stopping, reloader)
             if on_ready:
                 on_ready(*urls)
             gc.collect()
             gc.freeze()  # what is alive now stays: later collections, which hold up every stream, skip it
             logger.info("listening", extra=fields(api=urls[0], metrics=urls[1], neurons=len(config.neurons)))
+            app = create_app(gateway, reloader.reload if reloader else None)
+            watching = asyncio.create_task(watch_keys(gateway), name="keys")
             await asyncio.gather(
-                _run(create_app(gateway), api, stopping, grace_s + CUT_S),
-                _run(create_metrics_app(gateway), metrics, stopping, grace_s + CUT_S),
+                _run(app, server_settings(api, grace_s + CUT_S, config.tls), stopping),
+                _run(create_metrics_app(gateway), server_settings(metrics, grace_s + CUT_S), stopping),
                 _drain(gateway, stopping, grace_s),
             )
+            watching.cancel()
     logger.info("stopped", extra=fields())
+
+
+def _handle_signals(stopping: asyncio.Event, reloader: Reloader | None) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        if reloader is not None:
+            task = asyncio.create_task(reloader.on_signal())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
 
 
 async def _drain(gateway: Gateway, stop: asyncio.Event, grace_s: float) -> None:
@@ -161,33 +191,5 @@ async def _drain(gateway: Gateway, stop: asyncio.Event, grace_s: float) -> None:
     await gateway.relays.drain(grace_s)
 
 
-def _listener(address: str) -> socket.socket:
-    host, port = split_address(address)
-    try:
-        made = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from None
-    made.setblocking(False)
-    return made
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def _run(app: App, listener: socket.socket, stop: asyncio.Event, grace_s: float) -> None:
-    settings = hypercorn.config.Config()
-    settings.bind = [f"fd://{listener.detach()}"]
-    settings.errorlog = logging.getLogger("hypercorn.error")
-    settings.errorlog.setLevel(logging.WARNING)
-    settings.accesslog = None
-    settings.include_server_header = False
-    settings.keep_alive_timeout = 75.0
-    settings.keep_alive_max_requests = 2**31
-    settings.graceful_timeout = grace_s
-    settings.h11_max_incomplete_size = 64 * 1024
-    settings.backlog = 1024
+async def _run(app: App, settings: hypercorn.config.Config, stop: asyncio.Event) -> None:
     await hypercorn.asyncio.serve(app, settings, shutdown_trigger=stop.wait)  # type: ignore[arg-type]

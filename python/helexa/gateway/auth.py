@@ -7,8 +7,6 @@ anything about the keys.
 
 import hashlib
 import hmac
-import ipaddress
-import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from helexa.errors import Forbidden, Unauthorized
-from helexa.gateway.config import GatewayConfig, is_loopback, split_address
+from helexa.gateway.config import GatewayConfig, split_address
 from helexa.gateway.keys import MADE_KEY, KeyRecord, Limit, digest, read_keys
+from helexa.serving import is_loopback, is_public_name
 from helexa.wire.generation import PRINCIPAL_HEADER, PRIORITY_HEADER
 
 
@@ -65,6 +64,7 @@ class Keys:
     def configure(self, config: GatewayConfig) -> None:
         """Takes over the configuration and reads its keys file. Raises ConfigError and changes nothing."""
         file = Path(config.auth.keys_file) if config.auth.keys_file else None
+        self._stamp = _stamp(file)  # before it is read
         records = read_keys(file) if file else ()
         given = [(key, f"config-{place}", False) for place, key in enumerate(config.auth.keys, 1)]
         given += [(key, f"admin-{place}", True) for place, key in enumerate(config.auth.admin_keys, 1)]
@@ -75,11 +75,16 @@ class Keys:
         for record in records:
             own = bytes.fromhex(record.digest)
             known[self._place_of(own)] = own, _principal(record)
-        self.file = file
-        self.records = records
-        self._known = known
+        self._file, self._config, self._known = file, config, known
         self._anonymous = self._without_key(config, any(entry.is_admin for _, entry in known.values()))
         self._is_local = config.auth.anonymous is None
+
+    def refresh(self) -> bool:
+        """Whether the keys file had changed and was read. Raises ConfigError once for each bad one."""
+        if _stamp(self._file) == self._stamp:
+            return False
+        self.configure(self._config)
+        return True
 
     @property
     def principals(self) -> list[Principal]:
@@ -98,7 +103,7 @@ class Keys:
                 return principal
         if any(MADE_KEY.fullmatch(key) for key in offered):
             raise Unauthorized("the API key is not known here; it may have been revoked")
-        if self._anonymous and not (self._is_local and _is_public_name(headers.get("host", ""))):
+        if self._anonymous and not (self._is_local and is_public_name(headers.get("host", ""))):
             return self._anonymous
         if not offered:
             raise Unauthorized("an API key is required: send Authorization: Bearer KEY or x-api-key: KEY")
@@ -116,6 +121,15 @@ class Keys:
         return Principal(is_admin=not has_admin) if is_loopback(host) else None
 
 
+def _stamp(file: Path | None) -> tuple[int, ...] | None:
+    """What tells one state of the file from another; None if there is none."""
+    try:
+        found = file.stat() if file else None
+    except OSError:
+        return None
+    return found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode)
+
+
 def _principal(record: KeyRecord) -> Principal:
     return Principal(
         record.id, record.name, record.models, record.limits, record.priority, is_admin=record.admin
@@ -128,19 +142,3 @@ def _offered(headers: Mapping[str, str]) -> Iterable[str]:
         yield token.strip()
     if key := headers.get("x-api-key", "").strip():
         yield key
-
-
-def _is_public_name(host: str) -> bool:
-    """Whether the request was sent to a name that anybody may own.
-
-    A page of a foreign site reaches this machine's loopback by letting its own name point there. Addresses
-    and names that only private networks have, cannot be owned so.
-    """
-    name = re.sub(r":\d+$", "", host).strip("[]").rstrip(".").lower()
-    if "." not in name or name.endswith((".localhost", ".local", ".internal", ".lan", ".home.arpa")):
-        return False
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return True
-    return False

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from helexa.errors import ConfigError
 from helexa.gateway.catalogue import Catalogue, load_catalogue
-from helexa.serving import TlsConfig
+from helexa.serving import TlsConfig, check_secret
 from helexa.settings import LogConfig, load_settings, user_folder
 
 KEYS_FILE = "keys.jsonl"
@@ -82,6 +82,7 @@ class AuthSection:
                 raise ValueError(f"a key in auth.{name} has fewer than 8 characters")
         if twice := len(self.keys + self.admin_keys) - len({*self.keys, *self.admin_keys}):
             raise ValueError(f"auth.keys and auth.admin_keys have {twice} of their keys twice")
+        check_secret("auth.neuron_secret", self.neuron_secret)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class CorsSection:
     def __post_init__(self) -> None:
         for origin in self.allow_origins:
             parts = urlsplit(origin)
-            if origin not in ("*", "null") and (not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin):
+            if origin not in ("*", "null") and (
+                not parts.hostname or f"{parts.scheme}://{parts.netloc}" != origin
+            ):
                 raise ValueError(f"cors.allow_origins: {origin!r} must look like https://host:port, or be *")
 
 
@@ -110,6 +113,7 @@ class NeuronEntry:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.endpoint)
+        check_secret(f"neuron {self.name!r}: secret", self.secret)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError(f"neuron {self.name!r}: tls_cert and tls_key belong together")
         if (self.tls_ca or self.tls_cert) and parts.scheme != "https":
@@ -150,7 +154,7 @@ class GatewayConfig:
     eviction: EvictionSection = EvictionSection()
     auth: AuthSection = AuthSection()
     cors: CorsSection = CorsSection()
-    tls: TlsConfig = TlsConfig()
+    tls: TlsConfig = field(default_factory=TlsConfig)
     store: StoreSection = StoreSection()
     anthropic: AnthropicSection = AnthropicSection()
     log: LogConfig = field(default_factory=LogConfig)

@@ -4,8 +4,9 @@ A neuron's own word (status, load, memory) is as old as its last poll; what this
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from ssl import SSLContext
 
 from helexa.errors import HelexaError
 from helexa.wire.control import Discovery, Health, ModelInfo, ModelLoad, Progress
@@ -29,6 +30,8 @@ class Node:
 
     name: str
     endpoint: str
+    headers: Mapping[str, str] = field(default_factory=dict)  # that show it who we are
+    ssl: SSLContext | bool = True  # whom we believe to be it, if it speaks https
     healthy: bool = False  # never seen is not healthy
     suspect: bool = False  # a request could not reach it; the next poll decides
     failures: int = 0

@@ -2,16 +2,17 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 
 from helexa.gateway.auth import Keys
 from helexa.gateway.catalogue import Catalogue
-from helexa.gateway.config import GatewayConfig
+from helexa.gateway.config import GatewayConfig, NeuronEntry
 from helexa.gateway.fleet import Fleet, Node
 from helexa.gateway.housekeeper import Housekeeper
 from helexa.gateway.loader import Loader
@@ -22,57 +23,103 @@ from helexa.gateway.proxy import Relays
 from helexa.gateway.quota import Ledger
 from helexa.gateway.store import ResponseStore
 from helexa.gateway.upstream import Dispatcher
+from helexa.serving import client_tls
 
 FIRST_POLL_S = 2.0
 
 
-@dataclass(frozen=True)
 class Gateway:
-    """The parts that the routes share, alive within `running`."""
+    """The parts that the routes share, alive within `running`; after `reconfigure` most are others."""
 
-    config: GatewayConfig
-    catalogue: Catalogue
-    fleet: Fleet
-    metrics: Metrics
-    poller: Poller
-    loader: Loader
-    dispatcher: Dispatcher
-    relays: Relays
-    keys: Keys
-    ledger: Ledger
-    store: ResponseStore
+    def __init__(self, config: GatewayConfig, catalogue: Catalogue, session: aiohttp.ClientSession):
+        self.fleet = Fleet(_nodes(config, {}))
+        self.metrics = Metrics(self.fleet)
+        self.relays = Relays()
+        self.keys = Keys(config)
+        self.ledger = Ledger()
+        self.store = ResponseStore(config.store)
+        self._session = session
+        self._background: list[asyncio.Task[None]] = []
+        self._assemble(config, catalogue)
+
+    async def reconfigure(self, config: GatewayConfig, catalogue: Catalogue) -> None:
+        """Serves by another configuration; requests under way end as they began.
+
+        What is known of neurons that stay as they are is kept. Raises ConfigError and changes nothing.
+        """
+        known = {entry: self.fleet.nodes[entry.name] for entry in _entries(self.config)}
+        nodes = _nodes(config, known)
+        self.keys.configure(config)
+        self.ledger.forget_others(self.keys.principals)
+        former, background = self.loader, self._background
+        await former.abandon(node for name, node in self.fleet.nodes.items() if nodes.get(name) is not node)
+        self.fleet.nodes.clear()
+        self.fleet.nodes.update(nodes)
+        self._assemble(config, catalogue)
+        self.loader.adopt(former)
+        await _end(background)
+
+    async def close(self) -> None:
+        """Stops what goes on by itself; the neurons go on."""
+        await _end(self._background)
+        await self.loader.close()
+        await self.store.close()
+
+    def _assemble(self, config: GatewayConfig, catalogue: Catalogue) -> None:
+        fleet, session, metrics = self.fleet, self._session, self.metrics
+        self.config, self.catalogue = config, catalogue
+        self.poller = poller = Poller(fleet, session, config.gateway.poll_interval_s)
+        self.loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
+        placer = Placer(config, catalogue, fleet, poller, self.loader, metrics)
+        self.dispatcher = Dispatcher(config, fleet, session, poller, placer)
+        keeper = Housekeeper(config.eviction, catalogue, fleet, self.loader, placer)
+        self._background = [
+            asyncio.create_task(poller.run(), name="poller"),
+            asyncio.create_task(keeper.run(), name="housekeeper"),
+        ]
 
 
 @asynccontextmanager
 async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[Gateway]:
     """A gateway whose neurons have been asked once and are polled until the end."""
-    nodes = [Node(neuron.name, neuron.endpoint.rstrip("/")) for neuron in config.neurons]
-    fleet = Fleet({node.name: node for node in nodes})
-    metrics = Metrics(fleet)
-    store = ResponseStore(config.store)
     async with aiohttp.ClientSession(connector=_connector(), auto_decompress=False) as session:
-        poller = Poller(fleet, session, config.gateway.poll_interval_s)
-        loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
-        placer = Placer(config, catalogue, fleet, poller, loader, metrics)
-        dispatcher = Dispatcher(config, fleet, session, poller, placer)
-        keeper = Housekeeper(config.eviction, catalogue, fleet, loader, placer)
-        background = [
-            asyncio.create_task(poller.run(), name="poller"),
-            asyncio.create_task(keeper.run(), name="housekeeper"),
-        ]
+        gateway = Gateway(config, catalogue, session)
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(poller.first_round(), FIRST_POLL_S)
-            yield Gateway(
-                *(config, catalogue, fleet, metrics, poller, loader, dispatcher, Relays()),
-                *(Keys(config), Ledger(), store),
-            )
+                await asyncio.wait_for(gateway.poller.first_round(), FIRST_POLL_S)
+            yield gateway
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
-            await loader.close()
-            await store.close()
+            await gateway.close()
+
+
+def _entries(config: GatewayConfig) -> list[NeuronEntry]:
+    secret = config.auth.neuron_secret
+    return [replace(entry, secret=entry.secret or secret) for entry in config.neurons]
+
+
+def _nodes(config: GatewayConfig, known: Mapping[NeuronEntry, Node]) -> dict[str, Node]:
+    """A node for each neuron: the known one where its entry is unchanged. Raises ConfigError."""
+    nodes = {entry.name: (known.get(entry) or _node(entry), _trust(entry)) for entry in _entries(config)}
+    for node, trust in nodes.values():
+        node.ssl = trust  # the files may be new
+    return {name: node for name, (node, _) in nodes.items()}
+
+
+def _node(entry: NeuronEntry) -> Node:
+    headers = {"authorization": f"Bearer {entry.secret}"} if entry.secret else {}
+    return Node(entry.name, entry.endpoint.rstrip("/"), headers)
+
+
+def _trust(entry: NeuronEntry) -> ssl.SSLContext | bool:
+    if entry.tls_ca or entry.tls_cert:
+        return client_tls(entry.tls_ca, entry.tls_cert, entry.tls_key)
+    return True
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _connector() -> aiohttp.TCPConnector:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 
 import aiohttp
 import msgspec
@@ -59,9 +60,18 @@ class Loader:
             task.add_done_callback(lambda done: self._ended(decision.model, done))
         return task
 
+    def adopt(self, former: "Loader") -> None:
+        """Takes over the loads that another loader of the same fleet has begun."""
+        self._tasks = former._tasks
+
     async def close(self) -> None:
         """Stops waiting for loads; the neurons go on with them."""
-        tasks = list(self._tasks.values())
+        await self.abandon(self._fleet.nodes.values())
+
+    async def abandon(self, nodes: Iterable[Node]) -> None:
+        """Stops waiting for loads on these nodes."""
+        names = {node.name for node in nodes}
+        tasks = [task for model, task in self._tasks.items() if self._fleet.loading[model] in names]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -138,21 +148,32 @@ class Loader:
     async def _post(
         self, node: Node, path: str, request: msgspec.Struct | None, *, gone_is_fine: bool = False
     ) -> None:
-        headers = {"content-type": "application/json"}
+        status, body = await self._exchange(node, path, request)
+        if status < 300 or (status == 404 and gone_is_fine):
+            return
+        raise _refusal(node, path, status, body)
+
+    async def ask(self, node: Node, path: str, request: msgspec.Struct) -> tuple[int, bytes]:
+        """Status and body of the neuron's answer. Raises its error as it is, Unavailable if there is none."""
+        status, body = await self._exchange(node, path, request)
+        if status >= 300:
+            raise parse_error(status, body)
+        return status, body
+
+    async def _exchange(self, node: Node, path: str, request: msgspec.Struct | None) -> tuple[int, bytes]:
+        headers = {"content-type": "application/json", **node.headers}
         try:
             async with self._session.post(
                 node.endpoint + path,
                 data=b"{}" if request is None else msgspec.json.encode(request),
                 headers=headers,
+                ssl=node.ssl,
                 timeout=self._timeout,
             ) as response:
-                status, body = response.status, await response.read()
+                return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._poller.suspect(node)
             raise Unavailable(f"{node.name} did not carry out {path}: {reason(error)}") from error
-        if status < 300 or (status == 404 and gone_is_fine):
-            return
-        raise _refusal(node, path, status, body)
 
 
 def _refusal(node: Node, path: str, status: int, body: bytes) -> HelexaError:

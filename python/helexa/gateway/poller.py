@@ -19,6 +19,7 @@ T = TypeVar("T")
 POLL_TIMEOUT = aiohttp.ClientTimeout(total=5)
 QUICK_RETRY_S = 0.5
 LONGEST_PAUSE_S = 15.0
+LOADING_S = 1.0  # between looks at a load under way, whose progress is shown
 
 _DISCOVERY = msgspec.json.Decoder(Discovery)
 _HEALTH = msgspec.json.Decoder(Health)
@@ -113,15 +114,22 @@ class Poller:
 
     def _pause_s(self, node: Node) -> float:
         if node.failures == 0:
-            return self._interval_s
+            return min(LOADING_S, self._interval_s) if self._is_loading(node) else self._interval_s
         if node.failures < FAILURES_UNTIL_UNHEALTHY:
             return min(QUICK_RETRY_S, self._interval_s)
         return min(
             self._interval_s * 2.0 ** min(node.failures - FAILURES_UNTIL_UNHEALTHY, 8), LONGEST_PAUSE_S
         )
 
+    def _is_loading(self, node: Node) -> bool:
+        return node.name in self._fleet.loading.values() or any(
+            info.status == "loading" for info in node.models.values()
+        )
+
     async def _get(self, node: Node, path: str, decoder: msgspec.json.Decoder[T]) -> T:
-        async with self._session.get(node.endpoint + path, timeout=POLL_TIMEOUT) as response:
+        async with self._session.get(
+            node.endpoint + path, timeout=POLL_TIMEOUT, headers=node.headers, ssl=node.ssl
+        ) as response:
             response.raise_for_status()
             return decoder.decode(await response.read())
 

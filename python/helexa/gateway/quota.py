@@ -1,8 +1,8 @@
 """What a key may use in a rolling window of time, counted in memory and exact under concurrency.
 
 A request takes its share when it begins: one of the requests, and a reservation of the tokens that it may
-need. When it ends, however it ends, the tokens that it used take the reservation's place. So those that run at
-the same time cannot all spend what is left: only one at a time may go beyond the limit, by its own answer.
+need. When it ends, however it ends, the tokens that it used take the reservation's place. So those that run
+at the same time cannot all spend what is left: only one at a time may go beyond, by its own answer.
 """
 
 import time

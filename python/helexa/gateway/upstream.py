@@ -133,7 +133,8 @@ class Dispatcher:
         return await self._session.post(
             node.endpoint + call.path,
             data=call.body if len(call.body) < _LARGE_BYTES else io.BytesIO(call.body),
-            headers=call.headers,
+            headers={**call.headers, **node.headers},
+            ssl=node.ssl,
             timeout=self._stream_timeout if call.stream else self._answer_timeout,
             allow_redirects=False,
         )
