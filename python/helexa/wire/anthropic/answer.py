@@ -161,6 +161,8 @@ class MessagesTranslator:
 
     def _chunk(self, data: bytes) -> bytes:
         chunk = _decode(_DECODER, data)
+        if self._has_failed:
+            return b""
         if chunk.error is not None:
             return self.failure(parse_error(500, data))
         if chunk.usage is not None:
