@@ -37,7 +37,7 @@ REPORT = {
                     "status": "loading",
                     "active": 0,
                     "load": None,
-                    "progress": {"phase": "weights", "percent": 41.7},
+                    "progress": {"phase": "weights", "percent": 41.7, "remaining_s": 12.3},
                 },
             ],
         },
@@ -50,7 +50,11 @@ REPORT = {
             "models": [],
         },
     ],
-    "loading": {},
+    "loading": {"slow": "beast", "fresh": "beast"},
+    "waiting": {
+        "other": {"node": "beast", "seconds": 31.4, "requests": 2, "displaces": ["tiny"]},
+        "third": {"node": "beast", "seconds": 1.0, "requests": 1, "displaces": []},
+    },
     "aliases": {},
 }
 
@@ -69,7 +73,10 @@ def shown(report):
         "1: RTX 5090 0.0 GiB of 32.0 GiB used",
         "benjy down http://benjy:13131 Cannot connect",
         "tiny beast loaded 8192 1.5 GiB 1 of 4 2 41.2",
-        "slow beast loading 42 % weights 0 0",
+        "slow beast loading 42 % weights, 12 s left 0 0",
+        "fresh beast loading",
+        "other beast waiting 31 s for its turn, then tiny must leave 2",
+        "third beast waiting 1 s for its turn 1",
     ],
 )
 def test_the_tables_show(line):
@@ -88,4 +95,5 @@ def test_what_cannot_serve_is_told_with_its_reason():
 def test_a_fleet_without_models_has_no_empty_table():
     report = deepcopy(REPORT)
     report["nodes"][0]["models"] = []
+    report |= {"loading": {}, "waiting": {}}
     assert "TOK/S" not in shown(report)

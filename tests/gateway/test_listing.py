@@ -1,8 +1,12 @@
 """/v1/models, /health and /fleet."""
 
+import asyncio
+import time
+
 import pytest
 
 from helexa.gateway.catalogue import Cost, Limit, ModelEntry
+from helexa.gateway.fleet import Claim
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -80,6 +84,46 @@ async def test_a_load_under_way_is_listed_with_its_progress(make_site, neuron):
     assert card["loaded"] is False
     assert card["locations"][0]["status"] == "loading"
     assert card["locations"][0]["progress"] == {"phase": "weights", "percent": 40.0}
+
+
+async def test_a_load_that_has_just_begun_is_listed(make_site, make_neuron, catalogue, eventually):
+    site = await make_site(make_neuron(load_s=5.0), catalogue=catalogue(ModelEntry("cold")))
+    asked = asyncio.create_task(site.chat("cold"))
+    await eventually(lambda: site.gateway.fleet.loading)
+    card = await site.get("/v1/models/cold")
+    progress = {"phase": "queued", "percent": 0.0}
+    assert card["locations"] == [{"node": "n0", "status": "loading", "progress": progress}]
+    asked.cancel()
+
+
+async def test_a_model_that_was_loaded_once_keeps_what_is_known_of_it(make_site, neuron, catalogue):
+    neuron.hold("tiny", tool_call=True, limit={"context": 777}, capabilities=["text", "tool_call"])
+    site = await make_site(neuron, catalogue=catalogue(ModelEntry("tiny")))
+    neuron.hold("tiny", status="unloaded", limit=None, capabilities=[])
+    await site.poll()
+    card = await site.get("/v1/models/tiny")
+    assert (card["loaded"], card["tool_call"], card["limit"]) == (False, True, {"context": 777})
+    assert card["capabilities"] == ["text", "tool_call"]
+
+
+async def test_a_model_that_a_neuron_could_load_is_listed_and_loaded(make_site, make_neuron):
+    neuron = make_neuron()
+    neuron.models["own"] = {"id": "own", "status": "unloaded", "source": "own.gguf"}
+    site = await make_site(neuron)
+    card = await site.get("/v1/models/own")
+    assert (card["loaded"], card["feasible_on"]) == (False, ["n0"])
+    assert card["locations"] == [{"node": "n0", "status": "unloaded"}]
+    assert (await site.chat("own"))[0] == 200
+    assert neuron.loads == [{"model_id": "own", "wait": True}]
+
+
+async def test_who_waits_for_a_turn_is_shown(make_site, neuron):
+    site = await make_site(neuron)
+    claim = Claim(since=time.monotonic() - 5, node="n0", displaces=("tiny",), num_requests=2)
+    site.gateway.fleet.claims["other"] = claim
+    told = (await site.get("/fleet"))["waiting"]["other"]
+    assert told.pop("seconds") >= 5
+    assert told == {"node": "n0", "requests": 2, "displaces": ["tiny"]}
 
 
 async def test_an_unknown_model_is_404(make_site, neuron):

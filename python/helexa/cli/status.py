@@ -18,6 +18,8 @@ _COLOURS = {
     "ok": "green",
     "loading": "cyan",
     "unloading": "cyan",
+    "unloaded": "dim",
+    "waiting": "cyan",
     "draining": "yellow",
     "suspect": "yellow",
     "impaired": "yellow",
@@ -66,6 +68,12 @@ def render(report: dict[str, Any], console: Console) -> None:
             nodes.add_row(*row)
         for model in node["models"]:
             models.add_row(*_model_row(node, model))
+    listed = {(model["id"], node["name"]) for node in report["nodes"] for model in node["models"]}
+    for model, name in report["loading"].items():
+        if (model, name) not in listed:
+            models.add_row(model, name, _coloured("loading"), "", "", "", "", "")
+    for model, claim in report.get("waiting", {}).items():
+        models.add_row(model, claim["node"], _waiting(claim), "", "", "", str(claim["requests"]), "")
     console.print(nodes)
     if models.row_count:
         console.print(models)
@@ -91,6 +99,8 @@ def _model_row(node: dict[str, Any], model: dict[str, Any]) -> tuple[str | Text,
     state = _coloured(model["status"])
     if progress := model.get("progress"):
         state.append(f" {progress['percent']:.0f} % {progress['phase']}")
+        if (remaining_s := progress.get("remaining_s")) is not None:
+            state.append(f", {remaining_s:.0f} s left")
     seats = load.get("max_in_flight")
     running = str(load.get("in_flight", model["active"]))
     speed = load.get("tok_s_decode")
@@ -104,6 +114,14 @@ def _model_row(node: dict[str, Any], model: dict[str, Any]) -> tuple[str | Text,
         str(load.get("queue_depth", 0)),
         f"{speed:.1f}" if speed else "",
     )
+
+
+def _waiting(claim: dict[str, Any]) -> Text:
+    state = _coloured("waiting")
+    state.append(f" {claim['seconds']:.0f} s for its turn")
+    if claim["displaces"]:
+        state.append(f", then {' and '.join(claim['displaces'])} must leave")
+    return state
 
 
 def _coloured(word: str) -> Text:

@@ -49,6 +49,7 @@ class Node:
     load_seconds: dict[str, float] = field(
         default_factory=dict
     )  # what loading took last, also of those now gone
+    seen: dict[str, ModelInfo] = field(default_factory=dict)  # models as they were when last loaded
     unloads: int = 0  # since its memory was last looked at
 
     @property

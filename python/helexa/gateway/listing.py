@@ -1,12 +1,13 @@
 """What the gateway shows of its fleet: /v1/models, /health and /fleet, from catalogue and last polls."""
 
+import time
 from typing import Any
 
 import msgspec
 
 from helexa.errors import UnknownModel
 from helexa.gateway.catalogue import Catalogue, ModelEntry
-from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.fleet import Claim, Fleet, Node
 from helexa.gateway.router import is_feasible
 from helexa.wire.control import Limit, ModelInfo
 
@@ -69,7 +70,19 @@ def fleet_report(fleet: Fleet, catalogue: Catalogue) -> dict[str, Any]:
         }
         for node in fleet.nodes.values()
     ]
-    return {"nodes": nodes, "loading": dict(fleet.loading), "aliases": dict(catalogue.aliases)}
+    return {
+        "nodes": nodes,
+        "loading": dict(fleet.loading),
+        "waiting": {model: _waiting(claim) for model, claim in fleet.claims.items()},
+        "aliases": dict(catalogue.aliases),
+    }
+
+
+def _waiting(claim: Claim) -> dict[str, Any]:
+    """A model that waits for its turn."""
+    seconds = round(time.monotonic() - claim.since, 1)
+    told = {"node": claim.node, "seconds": seconds, "requests": claim.num_requests}
+    return {**told, "displaces": list(claim.displaces)}
 
 
 def _names(fleet: Fleet, catalogue: Catalogue) -> list[str]:
@@ -84,9 +97,9 @@ def _model(fleet: Fleet, catalogue: Catalogue, name: str, created: int) -> dict[
     model = catalogue.resolve(name)
     entry = catalogue.models.get(model)
     nodes = list(fleet.nodes.values())
-    infos = [node.models[model] for node in nodes if node.healthy and model in node.models]
     serving = [node for node in nodes if node.healthy and node.is_loaded(model)]
     loaded = [node.models[model] for node in serving]
+    infos = loaded or [node.seen[model] for node in nodes if model in node.seen]
     card: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -94,7 +107,9 @@ def _model(fleet: Fleet, catalogue: Catalogue, name: str, created: int) -> dict[
         "owned_by": "helexa",
         "loaded": bool(serving),
         "feasible_on": [
-            node.name for node in nodes if (entry and is_feasible(node, entry)) or node in serving
+            node.name
+            for node in nodes
+            if (is_feasible(node, entry) if entry else model in node.models) or node in serving
         ],
         "locations": _locations(fleet, model),
         "capabilities": sorted({c for info in infos for c in info.capabilities})
@@ -104,7 +119,7 @@ def _model(fleet: Fleet, catalogue: Catalogue, name: str, created: int) -> dict[
     }
     if entry and entry.cost:
         card["cost"] = {name: value for name, value in vars(entry.cost).items() if value is not None}
-    return card | _limits(loaded, entry)
+    return card | _limits(infos, entry)
 
 
 def _locations(fleet: Fleet, model: str) -> list[dict[str, Any]]:
@@ -118,15 +133,15 @@ def _locations(fleet: Fleet, model: str) -> list[dict[str, Any]]:
         place: dict[str, Any] = {"node": node.name, "status": status}
         if info is not None and info.memory_bytes:
             place["vram_estimate_mb"] = info.memory_bytes >> 20
-        if info is not None and info.progress:
-            place["progress"] = msgspec.to_builtins(info.progress)
+        if status == "loading":
+            place["progress"] = msgspec.to_builtins(node.progress(model))
         locations.append(place)
     return locations
 
 
-def _limits(loaded: list[ModelInfo], entry: ModelEntry | None) -> dict[str, Any]:
+def _limits(infos: list[ModelInfo], entry: ModelEntry | None) -> dict[str, Any]:
     """The tightest context of the replicas, else the catalogue's; flat too, for clients that look there."""
-    told = [info.limit for info in loaded if info.limit]
+    told = [info.limit for info in infos if info.limit]
     limit: dict[str, int | None]
     if told:
         tightest: Limit = min(told, key=lambda limit: limit.context)

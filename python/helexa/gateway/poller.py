@@ -159,6 +159,8 @@ def _note_loads(node: Node, models: list[ModelInfo], *, is_first: bool) -> None:
         del node.loaded_since[gone]
     now = time.monotonic()
     for info in models:
+        if info.id in loaded:
+            node.seen[info.id] = info
         if info.load_seconds is not None:
             node.load_seconds.setdefault(info.id, info.load_seconds)
         before = node.models.get(info.id)
