@@ -31,6 +31,9 @@ class FakeNeuron:
     first_word_s: float = 0.0  # the headers wait as well
     load_s: float = 0.0
     memory_mib: int = 100  # of what it loads
+    unaccounted_bytes: int = 0
+    defrag_status: int = 200
+    defrags: int = 0
     load_error: tuple[int, dict[str, Any]] | None = None
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None  # status, error members, headers
     refusal_s: float = 0.0  # before it
@@ -60,7 +63,7 @@ class FakeNeuron:
                 await send({"type": message["type"] + ".complete"})
                 if message["type"] == "lifespan.shutdown":
                     return
-        body = b""
+        body: Any = b""
         while True:
             message = await receive()
             body += message.get("body", b"")
@@ -72,6 +75,10 @@ class FakeNeuron:
             await self._generate(path, asked, receive, send)
         elif path == "/models/load":
             await self._load(asked, send)
+        elif path == "/defrag":
+            self.defrags += 1
+            body = {"freed_bytes": 1} if self.defrag_status == 200 else {"error": {"message": "busy"}}
+            await answer(send, self.defrag_status, body)
         elif path == "/models/unload":
             self.unloads.append(asked["model_id"])
             self.models.pop(asked["model_id"], None)
@@ -89,6 +96,7 @@ class FakeNeuron:
         return {
             **{"status": self.status, "uptime_s": 5.0, "memory_available_bytes": self.total_bytes - used},
             **{"activation": {"state": "ready"}, "models": reports},
+            "unaccounted_bytes": self.unaccounted_bytes,
         }
 
     def infos(self, _: Any) -> list[dict[str, Any]]:

@@ -72,3 +72,32 @@ async def test_a_neuron_that_is_down_does_not_hold_up_the_start(make_site, neuro
     assert site.gateway.fleet.nodes["n0"].healthy
     assert not site.gateway.fleet.nodes["x0"].healthy
     assert (await site.chat())[0] == 200
+
+
+async def test_the_time_of_a_load_is_known_of_models_that_came_while_we_looked(make_site, neuron):
+    neuron.hold("tiny", load_seconds=2.5, loaded_at=1)
+    site = await make_site(neuron, poll_interval_s=60)
+    node = site.gateway.fleet.nodes["n0"]
+    assert node.loaded_since == {}, "it may have been there for days"
+    assert node.load_seconds == {"tiny": 2.5}
+    neuron.hold("late", loaded_at=1)
+    await site.poll()
+    first = node.loaded_since["late"]
+    await site.poll()
+    assert node.loaded_since == {"late": first}
+    neuron.hold("late", loaded_at=2)
+    await site.poll()
+    assert node.loaded_since["late"] > first, "it was loaded anew"
+    del neuron.models["late"]
+    await site.poll()
+    assert node.loaded_since == {}
+    assert list(node.seen) == ["tiny", "late"]
+
+
+async def test_a_load_under_way_is_looked_at_more_often(make_site, neuron, eventually, monkeypatch):
+    monkeypatch.setattr("helexa.gateway.poller.LOADING_S", 0.02)
+    neuron.hold("slow", status="loading", progress={"phase": "weights", "percent": 1.0})
+    site = await make_site(neuron, poll_interval_s=60)
+    neuron.hold("slow", status="loading", progress={"phase": "weights", "percent": 80.0})
+    node = site.gateway.fleet.nodes["n0"]
+    await eventually(lambda: node.progress("slow").percent == 80.0)
