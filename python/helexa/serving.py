@@ -84,6 +84,7 @@ def server_settings(
     settings.graceful_timeout = grace_s
     settings.h11_max_incomplete_size = 64 * 1024
     settings.backlog = BACKLOG
+    settings.alpn_protocols = ["http/1.1"]
     if tls and tls.cert:
         settings.certfile, settings.keyfile = tls.cert, tls.key
         if tls.client_ca:

@@ -30,6 +30,8 @@ def reason(error: Exception) -> str:
     """What went wrong on the way to a neuron, in a few words."""
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
         return f"cannot connect: {os.strerror(error.os_error.errno).lower()}"
+    if isinstance(error, aiohttp.ClientResponseError) and error.status == 401:
+        return "it does not know our secret (status 401)"
     if isinstance(error, aiohttp.ClientResponseError):
         return f"answered with status {error.status}"
     if isinstance(error, TimeoutError):

@@ -4,14 +4,12 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import hypercorn.asyncio
-import hypercorn.config
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,10 +19,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helexa.engine.engine import Engine
-from helexa.errors import BadRequest, ConfigError, HelexaError, NotFound
+from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
 from helexa.neuron.chat_prompt import ChatPrompts
 from helexa.neuron.config import NeuronConfig
+from helexa.neuron.guard import Guard
 from helexa.neuron.handlers import Control
 from helexa.neuron.inference import ChatInference, CompletionInference
 from helexa.neuron.metrics import Metrics
@@ -32,6 +31,7 @@ from helexa.neuron.registry import Registry, Report
 from helexa.neuron.text_work import TextWork
 from helexa.neuron.texts import TextRoutes
 from helexa.neuron.turns import TurnStore
+from helexa.serving import is_loopback, listen, server_settings, url_of
 from helexa.settings import log_settings
 from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
@@ -72,7 +72,10 @@ class Neuron:
                 Route("/v1/chat/completions", ChatInference(*parts, prompts), methods=["POST"]),
                 Route("/v1/completions", CompletionInference(*parts), methods=["POST"]),
             ],
-            middleware=[Middleware(Edge)],
+            middleware=[
+                Middleware(Edge),
+                Middleware(Guard, self.config.auth.secret, is_loopback(self.config.neuron.host)),
+            ],
             exception_handlers={HelexaError: _render, HTTPException: _render_http},
             lifespan=self._lifespan,
         )
@@ -159,15 +162,16 @@ async def serve(
     """Serves until SIGINT, SIGTERM or `stop`; then lets running requests end for `shutdown_grace_s`.
 
     A second signal ends the process at once. on_ready gets the URL as soon as connections are accepted.
-    Raises ConfigError if the address is taken.
+    Raises ConfigError if the address is taken or a file of [tls] is wrong.
     """
     log_settings(config)
+    config.tls.check()
     neuron = Neuron(config)
     stopping = stop or asyncio.Event()
-    with _listener(config.neuron.host, config.neuron.port) as listener:
+    with listen(config.neuron.host, config.neuron.port) as listener:
         if stop is None:
             _stop_on_signals(stopping)
-        url = _url(listener)
+        url = url_of(listener, config.tls)
         logger.info("listening", extra=fields(url=url, models=",".join(entry.id for entry in config.models)))
         if on_ready:
             on_ready(url)
@@ -179,7 +183,7 @@ async def serve(
 
         await hypercorn.asyncio.serve(
             neuron.app,  # type: ignore[arg-type]
-            _server_settings(listener),
+            server_settings(listener, _LAST_CONNECTIONS_S, config.tls),
             shutdown_trigger=drained,
         )
     logger.info("stopped")
@@ -194,32 +198,3 @@ def _stop_on_signals(stopping: asyncio.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    made.setblocking(False)
-    return made
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _server_settings(listener: socket.socket) -> hypercorn.config.Config:
-    settings = hypercorn.config.Config()
-    settings.bind = [f"fd://{listener.detach()}"]
-    settings.errorlog = logging.getLogger("hypercorn.error")
-    settings.accesslog = None
-    settings.include_server_header = False
-    settings.keep_alive_timeout = 75.0
-    settings.keep_alive_max_requests = 2**31
-    settings.graceful_timeout = _LAST_CONNECTIONS_S
-    settings.h11_max_incomplete_size = 64 * 1024
-    settings.backlog = 1024
-    return settings

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from helexa.serving import TlsConfig, check_secret, is_loopback
 from helexa.settings import LogConfig
 from helexa.wire.control import LoadOptions
 
@@ -24,6 +25,17 @@ class NeuronSection:
             raise ValueError(f"max_body_bytes must be at least 1024, not {self.max_body_bytes}")
         if self.keep_alive_s <= 0 or self.shutdown_grace_s < 0:
             raise ValueError("keep_alive_s must be positive and shutdown_grace_s not negative")
+
+
+@dataclass(frozen=True)
+class AuthSection:
+    """[auth]: who can use a neuron can have it read files of its machine, so on a network it needs a secret."""
+
+    secret: str | None = field(default=None, metadata={"secret": True})  # that its gateways know
+    open: bool = False  # whether it serves a network, which is trusted then, without one
+
+    def __post_init__(self) -> None:
+        check_secret("auth.secret", self.secret)
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,8 @@ class NeuronConfig:
     """The whole file."""
 
     neuron: NeuronSection = NeuronSection()
+    auth: AuthSection = AuthSection()
+    tls: TlsConfig = field(default_factory=TlsConfig)
     admission: AdmissionSection = AdmissionSection()
     prompt: PromptSection = PromptSection()
     engine: EngineSection = EngineSection()
@@ -109,6 +123,12 @@ class NeuronConfig:
         ids = [model.id for model in self.models]
         if twice := next((name for name in ids if ids.count(name) > 1), None):
             raise ValueError(f"two models have the id {twice!r}")
+        is_guarded = self.auth.secret or self.tls.client_ca or self.auth.open
+        if not is_guarded and not is_loopback(self.neuron.host):
+            raise ValueError(
+                f"neuron.host is {self.neuron.host}, which other machines can reach: set auth.secret, which "
+                "the gateway must know too, or tls.client_ca, or auth.open = true on a network that you trust"
+            )
 
 
 def merge_options(*layers: LoadOptions) -> dict[str, object]:
