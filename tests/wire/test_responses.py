@@ -624,7 +624,18 @@ def test_a_failure_amid_the_answer_keeps_what_was_said() -> None:
     made = translator(stream=True)
     told = made.feed(chunk({"content": "Hel"})) + made.failure(UpstreamClosed("gone"))
     events = events_of(told)
-    assert kinds(events)[-2:] == ["output_item.done", "failed"]
+    assert kinds(events)[-2:] == ["output_text.delta", "failed"]
+    message = events[-1]["response"]["output"][0]
+    assert (message["status"], message["content"][0]["text"]) == ("incomplete", "Hel")
+
+
+@pytest.mark.parametrize("name", ["weather", "patch"])
+def test_a_call_that_is_cut_short_is_never_said_to_be_done(name: str) -> None:
+    events = streamed(call(0, name, '{"input": "rm -r /tm'), end("length"), tools=[WEATHER, PATCH])
+    assert kinds(events)[-2:] in (
+        ["function_call_arguments.delta", "incomplete"],
+        ["custom_tool_call_input.delta", "incomplete"],
+    )
     assert events[-1]["response"]["output"][0]["status"] == "incomplete"
 
 

@@ -35,6 +35,11 @@ class OutputItem:
         )
         return self.item
 
+    def abandon(self) -> Json:
+        """Ends the item without a word: agents run a call, or keep a text, once they hear that it is done."""
+        self._emit = _say_nothing
+        return self.close("incomplete")
+
     def _end(self, status: str) -> None:
         raise NotImplementedError
 
@@ -178,3 +183,7 @@ CALL_ITEMS: dict[str, type[FunctionCallItem | CustomCallItem | ToolSearchItem]] 
 
 def _named(origin: Origin) -> Json:
     return {"name": origin.name} | ({"namespace": origin.namespace} if origin.namespace else {})
+
+
+def _say_nothing(_: str, **__: Any) -> None:
+    """An `Emit` to nobody."""

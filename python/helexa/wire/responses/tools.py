@@ -1,8 +1,8 @@
 """The tools of a Responses request as functions of chat, and the model's calls of them back.
 
 Functions stay what they are. Custom tools, which take plain text, become functions with one parameter. The
-tools of a namespace get its name before their own. A search for tools that the client makes is a function too;
-what it finds comes with the input and is offered from then on.
+tools of a namespace get its name before their own. A search for tools that the client makes is a function
+too; what it finds comes with the input and is offered from then on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

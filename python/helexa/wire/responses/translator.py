@@ -205,10 +205,12 @@ class ResponseTranslator:
     def _close(self, status: str = "completed") -> int:
         """Ends the item that is open; returns the index of the next one."""
         self.response.pop("helexa_progress", None)
-        if self._open is not None:
-            self.response["output"].append(self._open.close(status))
+        output: list[Json] = self.response["output"]
+        if (item := self._open) is not None:
+            is_cut = status != "completed" and self._call_index is not None
+            output.append(item.abandon() if is_cut or status == "failed" else item.close(status))
         self._open = self._call_index = None
-        return len(self.response["output"])
+        return len(output)
 
     def _item_token(self, index: int) -> str:
         return f"{self.token}_{index}"
@@ -229,7 +231,7 @@ class ResponseTranslator:
         self._end("incomplete" if reason else "completed")
 
     def _fail(self, error: HelexaError) -> None:
-        self._close("incomplete")
+        self._close("failed")
         self.response["error"] = _failure_of(error)
         self._end("failed")
 
