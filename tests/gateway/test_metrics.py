@@ -4,12 +4,46 @@ import asyncio
 
 import pytest
 
-from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.fleet import Claim, Fleet, Node
 from helexa.gateway.metrics import Meter, Metrics
-from helexa.wire.control import Activation, DeviceHealth, Health, ModelLoad
+from helexa.wire.control import (
+    Activation,
+    Cpu,
+    Device,
+    DeviceHealth,
+    Discovery,
+    Health,
+    ModelInfo,
+    ModelLoad,
+    Progress,
+)
 
 pytestmark = pytest.mark.timeout(60)
 WHERE = {"model": "tiny", "node": "n0"}
+MIB = 2**20
+
+
+def node_with(devices, readings):
+    """A node with 100 MiB of main memory, 99 of them free."""
+    cpu = Cpu(name="CPU", cores=1, threads=1, instruction_sets=[], memory_total_bytes=100 * MIB)
+    node = Node("n", "http://n")
+    node.discovery = Discovery(hostname="n", os="", kernel="", cpu=cpu, devices=devices)
+    node.health = Health(
+        status="ok",
+        uptime_s=1,
+        memory_available_bytes=99 * MIB,
+        activation=Activation(state="ready"),
+        models=[],
+        devices=readings,
+        unaccounted_bytes=77,
+    )
+    return node
+
+
+def sample_of(fleet):
+    """`told(name, **labels)`: a sample of what is shown of the fleet; None if there is none."""
+    registry = Metrics(fleet).registry
+    return lambda name, **labels: registry.get_sample_value(f"helexa_{name}", labels)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -46,25 +80,68 @@ async def test_what_neurons_report_becomes_gauges(make_site, neuron):
 
 
 def test_devices_are_shown_with_what_is_known_of_them():
-    devices = [
-        DeviceHealth(index=0, memory_used_bytes=5, memory_free_bytes=7, utilization_percent=50),
-        DeviceHealth(index=1, memory_used_bytes=1, memory_free_bytes=2),
+    devices = [Device(index=index, name="GPU", memory_total_bytes=10 * MIB) for index in (0, 1)]
+    readings = [
+        DeviceHealth(
+            index=0, memory_used_bytes=0, memory_free_bytes=7 * MIB, utilization_percent=50, temperature_c=60
+        ),
+        DeviceHealth(index=1, memory_used_bytes=0, memory_free_bytes=2 * MIB),
     ]
-    node = Node("n", "http://n")
-    node.health = Health(
-        status="ok",
-        uptime_s=1,
-        memory_available_bytes=1,
-        activation=Activation(state="ready"),
-        models=[],
-        devices=devices,
-    )
-    registry = Metrics(Fleet({"n": node})).registry
-    assert registry.get_sample_value("helexa_device_memory_free_bytes", {"node": "n", "device": "1"}) == 2
-    assert registry.get_sample_value("helexa_device_utilization_percent", {"node": "n", "device": "0"}) == 50
-    assert (
-        registry.get_sample_value("helexa_device_utilization_percent", {"node": "n", "device": "1"}) is None
-    )
+    told = sample_of(Fleet({"n": node_with(devices, readings)}))
+    assert told("device_vram_used_mb", node="n", device="0") == 3
+    assert told("device_vram_free_mb", node="n", device="1") == 2
+    assert told("device_utilization_pct", node="n", device="0") == 50
+    assert told("device_temp_c", node="n", device="0") == 60
+    assert told("device_utilization_pct", node="n", device="1") is None
+
+
+def test_the_main_memory_of_a_node_without_accelerators_is_its_device():
+    told = sample_of(Fleet({"n": node_with([], [])}))
+    assert told("device_vram_used_mb", node="n", device="0") == 1
+    assert told("device_vram_free_mb", node="n", device="0") == 99
+
+
+def test_models_are_loaded_on_their_way_or_waiting():
+    node = node_with([], [])
+    node.models = {
+        "there": ModelInfo(id="there", status="loaded", source=""),
+        "coming": ModelInfo(
+            id="coming", status="loading", source="", progress=Progress(phase="weights", percent=40.0)
+        ),
+    }
+    fleet = Fleet({"n": node}, claims={"other": Claim(since=0, node="n", num_requests=3)})
+    told = sample_of(fleet)
+    assert told("model_loaded", node="n", model="there") == 1
+    assert told("model_loaded", node="n", model="coming") == 0
+    assert told("model_load_percent", node="n", model="coming") == 40
+    assert told("model_load_percent", node="n", model="there") is None
+    assert told("model_waiting_requests", node="n", model="other") == 3
+    assert told("node_unaccounted_bytes", node="n") == 77
+
+
+def test_the_reused_share_of_a_prompt_and_its_time_in_the_queue_are_told():
+    metrics = Metrics(Fleet({}))
+    meter = Meter(metrics, "m", 0.0)
+    meter.feed_answer(b'{"usage":{"prompt_tokens":8,"cached_tokens":6,"helexa_timing":{"queue_ms":1500.5}}}')
+    meter.end()
+    value = metrics.registry.get_sample_value
+    labels = {"model": "m", "node": ""}
+    assert value("helexa_prompt_reuse_ratio_sum", labels) == 0.75
+    assert value("helexa_queue_seconds_sum", labels) == 1.5005
+
+
+def test_tokens_are_counted_by_key_where_there_is_one():
+    metrics = Metrics(Fleet({}))
+    for key in ("", "alice", "alice"):
+        meter = Meter(metrics, "m", 0.0)
+        meter.key = key
+        meter.feed_answer(b'{"usage":{"prompt_tokens":8,"completion_tokens":2}}')
+        meter.end()
+    value = metrics.registry.get_sample_value
+    assert value("helexa_spend_tokens_total", {"key": "alice"}) == 20
+    assert value("helexa_spend_prompt_tokens_total", {"key": "alice"}) == 16
+    assert value("helexa_spend_completion_tokens_total", {"key": "alice"}) == 4
+    assert value("helexa_spend_tokens_total", {"key": ""}) is None
 
 
 def test_the_first_text_is_not_the_role_nor_an_empty_delta_nor_a_comment():

@@ -77,6 +77,7 @@ class Inference:
         principal, bill, failure = Principal(), None, None
         try:
             principal = self._gateway.keys.check(headers)
+            meter.key = principal.id
             body = await read_body(receive, headers, self._gateway.config.gateway.max_body_bytes)
             job = await self._prepare(Asked(body, headers, principal.id))
             call = self._call(job, principal, headers, request_id, meter)

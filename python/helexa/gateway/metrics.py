@@ -1,23 +1,23 @@
-"""What Prometheus sees: requests and their times, tokens, loads, evictions, and the fleet as last polled."""
+"""What Prometheus sees of requests: their times, tokens, loads and evictions. Docs: docs/metrics.md."""
 
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from helexa.gateway.fleet import Fleet
-from helexa.wire.control import ModelLoad
+from helexa.gateway.fleet_metrics import FleetCollector
 
 _DURATIONS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 _FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_QUEUE = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 _RATES = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
 
 _CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments)": ?"[^"]')
+_QUEUE_MS = re.compile(rb'"queue_ms": ?([\d.]+)')
 _USAGE = {
     name: re.compile(rb'"%s": ?(\d+)' % name.encode())
     for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -43,6 +43,14 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
         self.completion_tokens = counter("completion_tokens", "Generated tokens")
         self.cached_tokens = counter("cached_prompt_tokens", "Prompt tokens found in the prefix cache")
+        self.spend = {
+            name: Counter(f"helexa_spend_{name}", f"{text} of each API key", ("key",), registry=self.registry)
+            for name, text in (
+                ("tokens", "Tokens"),
+                ("prompt_tokens", "Prompt tokens"),
+                ("completion_tokens", "Generated tokens"),
+            )
+        }
         self.loads = counter("loads", "Loads that the gateway asked for, by outcome", "outcome")
         self.swaps = counter("swaps", "Loads for which other models had to leave")
         self.evictions = counter(
@@ -62,11 +70,15 @@ class Metrics:
         )
         self.inter_token = histogram("inter_token_seconds", "Between chunks of text", _INTER_TOKEN)
         self.token_rate = histogram("tokens_per_second", "Of each answer, after its first token", _RATES)
+        self.queue_time = histogram("queue_seconds", "In the queue of the neuron's engine", _QUEUE)
+        self.reuse = histogram(
+            "prompt_reuse_ratio", "Share of a prompt that was found in the prefix cache", _SHARES
+        )
         self.load_time = histogram("load_seconds", "Loads that succeeded", _DURATIONS)
         self.model_wait = histogram(
             "model_wait_seconds", "Of requests that waited for a load or for their model's turn", _DURATIONS
         )
-        self.registry.register(_FleetCollector(fleet))
+        self.registry.register(FleetCollector(fleet))
 
 
 class Meter:
@@ -75,6 +87,7 @@ class Meter:
     def __init__(self, metrics: Metrics, model: str, started: float):
         self.model = model
         self.node = ""
+        self.key = ""  # the id of the API key's principal
         self.started = started
         self.first_token_s: float | None = None
         self.usage: dict[str, int] = {}
@@ -122,88 +135,22 @@ class Meter:
         if self.code is not None:
             metrics.errors.labels(*where, self.code).inc()
         metrics.duration.labels(*where).observe(now - self.started)
-        metrics.prompt_tokens.labels(*where).inc(self.usage.get("prompt_tokens", 0))
-        metrics.cached_tokens.labels(*where).inc(self.usage.get("cached_tokens", 0))
         # A stream that broke off has told no usage; then events count for tokens.
         self.completion_tokens = completion = self.usage.get("completion_tokens", self._events)
         metrics.completion_tokens.labels(*where).inc(completion)
+        if prompt := self.usage.get("prompt_tokens", 0):
+            cached = self.usage.get("cached_tokens", 0)
+            metrics.prompt_tokens.labels(*where).inc(prompt)
+            metrics.cached_tokens.labels(*where).inc(cached)
+            metrics.reuse.labels(*where).observe(cached / prompt)
+        if queued := _QUEUE_MS.findall(tail):
+            metrics.queue_time.labels(*where).observe(float(queued[-1]) / 1e3)
+        if self.key:
+            metrics.spend["tokens"].labels(self.key).inc(prompt + completion)
+            metrics.spend["prompt_tokens"].labels(self.key).inc(prompt)
+            metrics.spend["completion_tokens"].labels(self.key).inc(completion)
         if self.first_token_s is not None:
             metrics.first_token.labels(*where).observe(self.first_token_s)
             elapsed = self._last - self.started - self.first_token_s
             if completion > 1 and elapsed > 0:
                 metrics.token_rate.labels(*where).observe((completion - 1) / elapsed)
-
-
-_MODEL_GAUGES = (
-    "in_flight",
-    "queue_depth",
-    "max_in_flight",
-    "max_queue_depth",
-    "tok_s_prefill",
-    "tok_s_decode",
-)
-_REJECTIONS = {
-    "rejected_queue_full": "queue_full",
-    "rejected_timeout": "wait_timeout",
-    "rejected_per_principal": "per_principal",
-}
-
-
-class _FleetCollector(Collector):
-    """Gauges read from the fleet when they are asked for; what a neuron has not told is left out."""
-
-    def __init__(self, fleet: Fleet):
-        self._fleet = fleet
-
-    def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("helexa_node_up", "Whether the neuron answers", labels=["node"])
-        for node in self._fleet.nodes.values():
-            up.add_metric([node.name], float(node.healthy))
-        yield up
-        yield from self._models()
-        yield from self._devices()
-
-    def _models(self) -> Iterator[Metric]:
-        reports = [(node.name, load) for node in self._fleet.nodes.values() for load in node.loads.values()]
-        for name in _MODEL_GAUGES:
-            gauge = GaugeMetricFamily(
-                f"helexa_model_{name}", f"{name} of a loaded model", labels=["node", "model"]
-            )
-            for node, load in reports:
-                if (value := _known(load, name)) is not None:
-                    gauge.add_metric([node, load.id], value)
-            yield gauge
-        rejections = CounterMetricFamily(
-            "helexa_model_rejections", "Requests that neurons refused", labels=["node", "model", "reason"]
-        )
-        for node, load in reports:
-            for name, reason in _REJECTIONS.items():
-                rejections.add_metric([node, load.id, reason], getattr(load, name))
-        yield rejections
-
-    def _devices(self) -> Iterator[Metric]:
-        labels = ["node", "device"]
-        used = GaugeMetricFamily("helexa_device_memory_used_bytes", "Device memory in use", labels=labels)
-        free = GaugeMetricFamily("helexa_device_memory_free_bytes", "Device memory free", labels=labels)
-        utilization = GaugeMetricFamily(
-            "helexa_device_utilization_percent", "Device utilization", labels=labels
-        )
-        temperature = GaugeMetricFamily(
-            "helexa_device_temperature_celsius", "Device temperature", labels=labels
-        )
-        for node in self._fleet.nodes.values():
-            for device in node.health.devices if node.health else ():
-                where = [node.name, str(device.index)]
-                used.add_metric(where, device.memory_used_bytes)
-                free.add_metric(where, device.memory_free_bytes)
-                if device.utilization_percent is not None:
-                    utilization.add_metric(where, device.utilization_percent)
-                if device.temperature_c is not None:
-                    temperature.add_metric(where, device.temperature_c)
-        yield from (used, free, utilization, temperature)
-
-
-def _known(load: ModelLoad, name: str) -> float | None:
-    """The reading; a rate or a limit of zero means that it is not known."""
-    value: float = getattr(load, name)
-    return value if value or name in ("in_flight", "queue_depth") else None
