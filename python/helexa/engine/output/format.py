@@ -4,8 +4,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from helexa.engine.output.calls import FUNCTION, OPEN, PARAMETER
 from helexa.engine.output.parser import OutputParser, ThinkMarkers
+from helexa.engine.output.tags import FUNCTION, OPEN, PARAMETER
 from helexa.engine.output.tool_grammar import tool_grammar
 
 ToolCallFormat = Literal["hermes", "qwen_xml"]

@@ -39,7 +39,7 @@ class LooseJson:
     def value(self, write: Write, within: str = "", depth: int = 0) -> Read[None]:
         """Reads a value and writes it as JSON. within: the bracket that it stands in, if any."""
         source = self._source
-        source.take((yield from source.whitespace()))
+        yield from source.skip_whitespace()
         first = yield from source.char()
         if first == "{" and depth < MAX_DEPTH:
             yield from self.object(write, depth=depth)
@@ -103,7 +103,7 @@ class LooseJson:
         """Whether there is an item before the closing bracket, be it ours or that of an outer one."""
         source = self._source
         while True:
-            source.take((yield from source.whitespace()))
+            yield from source.skip_whitespace()
             character = yield from source.char()
             if not character or character == bracket or (yield from self._is_end(0)):
                 return False
@@ -143,7 +143,7 @@ class LooseJson:
             if not key:
                 source.take(1)
                 return None
-        source.take((yield from source.whitespace()))
+        yield from source.skip_whitespace()
         if (yield from source.char()) == ":":
             source.take(1)
         return key

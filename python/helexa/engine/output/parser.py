@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helexa.engine.output.arguments import Tools
-from helexa.engine.output.calls import FENCE, OPEN, Calls
+from helexa.engine.output.calls import Calls
 from helexa.engine.output.events import Content, Event, Reasoning, ToolStart, joined
 from helexa.engine.output.source import Read, Source
+from helexa.engine.output.tags import FENCE, OPEN
+from helexa.engine.output.tools import Tools
 
 _MAX_FAILURES = 16  # text full of broken calls must not be read again from each of them
 
@@ -140,31 +141,29 @@ class OutputParser:
 
     def _is_call(self, gap: int, is_fresh: bool, is_line_start: bool) -> Read[bool]:
         source, calls = self._source, self._calls
-        if (yield from source.starts_with(OPEN, gap)):
+        is_wrapped = yield from source.starts_with(OPEN, gap)
+        if is_wrapped or (yield from self._is_bare_call(gap, is_fresh, is_line_start)):
             mark = source.mark()
             source.take(gap)
-            if (yield from calls.wrapped()):
+            if (yield from (calls.wrapped() if is_wrapped else calls.bare())):
                 return True
             source.rewind(mark)
             self._failures += 1
             return False
-        if is_line_start and (yield from calls.is_bare_function(gap)):
-            source.take(gap)
-            yield from calls.bare()
-            return True
-        if is_fresh and (yield from calls.is_bare_object(gap)):
-            source.take(gap)
-            yield from calls.bare()
-            return True
         if is_line_start and not is_fresh and not (yield from source.starts_with(FENCE, gap)):
             return (yield from calls.is_bare_object(gap)) and (yield from self._is_closed_object(gap))
         return False
+
+    def _is_bare_call(self, gap: int, is_fresh: bool, is_line_start: bool) -> Read[bool]:
+        if is_line_start and (yield from self._calls.is_bare_function(gap)):
+            return True
+        return is_fresh and (yield from self._calls.is_bare_object(gap))
 
     def _is_closed_object(self, gap: int) -> Read[bool]:
         """Reads an object behind text as a call if `</tool_call>` follows it; else it is an example."""
         count, mark = self._begin_tentative()
         self._source.take(gap)
-        is_closed = yield from self._calls.bare()
+        is_closed = yield from self._calls.bare(must_close=True)
         self._end_tentative(count, mark, keep=is_closed)
         return is_closed
 
@@ -191,10 +190,10 @@ class OutputParser:
         source = self._source
         self.is_in_reasoning = True
         stops = _run_of_text({"<", markers.end[0]})
-        source.take((yield from source.whitespace()))
+        yield from source.skip_whitespace()
         if (yield from source.starts_with(markers.start)):  # once in the prompt and once by the model
             source.take(len(markers.start))
-            source.take((yield from source.whitespace()))
+            yield from source.skip_whitespace()
         is_line_start = True
         while True:
             gap = yield from source.whitespace()
@@ -220,20 +219,17 @@ class OutputParser:
             return False
         count, mark = self._begin_tentative()
         source.take(gap)
-        is_call = yield from (calls.wrapped() if is_wrapped else self._bare_function())
+        is_call = yield from (calls.wrapped() if is_wrapped else calls.bare())
+        yield from source.skip_whitespace()
         while is_call and (yield from source.starts_with(OPEN)):
             is_call = yield from calls.wrapped()
-        source.take((yield from source.whitespace()))
+            yield from source.skip_whitespace()
         if is_call and (yield from source.starts_with(markers.end)):
             source.take(len(markers.end))
-            source.take((yield from source.whitespace()))
+            yield from source.skip_whitespace()
         is_call = is_call and not source.truncated and not (yield from source.char())
         self._end_tentative(count, mark, keep=is_call)
         return is_call
-
-    def _bare_function(self) -> Read[bool]:
-        yield from self._calls.bare()
-        return True
 
     # Small things
 

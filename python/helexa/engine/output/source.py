@@ -72,12 +72,35 @@ class Source:
                 return False
             yield
 
+    def starts_with_any(self, literals: tuple[str, ...], ahead: int = 0) -> Read[bool]:
+        """Whether one of `literals` stands there; the empty one means the end of the text."""
+        for literal in literals:
+            if literal:
+                if (yield from self.starts_with(literal, ahead)):
+                    return True
+            elif not (yield from self.char(ahead)):
+                return True
+        return False
+
+    def ends_within(self, literal: str, ahead: int = 0) -> Read[int | None]:
+        """How much of `literal` stands there if the text ends before the rest of it; else None."""
+        length = 0
+        while length < len(literal) and (character := (yield from self.char(ahead + length))):
+            if character != literal[length]:
+                return None
+            length += 1
+        return length if length < len(literal) else None
+
     def whitespace(self, ahead: int = 0) -> Read[int]:
         """How many characters of whitespace stand there."""
         count = 0
         while (character := (yield from self.char(ahead + count))) and character in WHITESPACE:
             count += 1
         return count
+
+    def skip_whitespace(self) -> Read[None]:
+        count = yield from self.whitespace()  # which may move the place
+        self._place += count
 
     def take(self, count: int) -> str:
         """The next `count` characters, which must have been looked at."""

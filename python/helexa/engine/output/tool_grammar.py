@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from helexa.engine.output.arguments import Tool, Tools
-from helexa.engine.output.calls import CLOSE, OPEN
+from helexa.engine.output.json_types import TEXT
+from helexa.engine.output.tags import CLOSE, OPEN
+from helexa.engine.output.tools import Tool, Tools
 from helexa.errors import InvalidParameter
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
@@ -88,7 +89,7 @@ def _qwen_xml(number: int, tool: Tool) -> Iterable[str]:
 
 
 def _value(tool: Tool, key: str, schema: Any) -> str:
-    types = tool.types(key) or frozenset({"string"})
+    types = tool.types(key) or TEXT
     if "string" not in types:
         definitions = {name: tool.parameters[name] for name in _DEFINITIONS if name in tool.parameters}
         return f"{_json({**definitions, **schema}, _COMPACT)} NEWLINE {_quoted('</parameter>')}"

@@ -1,0 +1,64 @@
+"""Tools to call, and what a parser finds in a text, in a form that is easy to write down."""
+
+import json
+
+from helexa.engine.output import Content, Reasoning, ToolArguments, ToolStart
+from helexa.engine.output.events import joined
+
+
+def function(name, properties=None, required=(), **parameters):
+    schema = {"type": "object", "properties": properties or {}, "required": list(required), **parameters}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS = [
+    function("get_weather", {"city": {"type": "string"}, "days": {"type": "integer"}}, ["city"]),
+    function("write_file", {"path": {"type": "string"}, "content": {"type": "string"}}, ["path", "content"]),
+    function(
+        "plot",
+        {
+            "title": {"type": ["string", "null"]},
+            "points": {"type": "array", "items": {"type": "number"}},
+            "scale": {"type": "number"},
+            "is_log": {"type": "boolean"},
+            "options": {"type": "object"},
+            "id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+            "anything": {},
+        },
+    ),
+    function("now"),
+]
+
+
+def summary(events):
+    """Events without the seams between pieces: ("reasoning" | "content", text) and ("call", name, arguments)."""
+    whole = []
+    for event in events:
+        joined(whole, event)
+    found = []
+    for event in whole:
+        match event:
+            case Reasoning(text):
+                found.append(("reasoning", text))
+            case Content(text):
+                found.append(("content", text))
+            case ToolStart(index, name):
+                assert index == sum(item[0] == "call" for item in found)
+                found.append(("call", name, ""))
+            case ToolArguments(index, fragment):
+                assert found[-1][0] == "call"
+                assert index == sum(item[0] == "call" for item in found) - 1
+                found[-1] = (*found[-1][:2], found[-1][2] + fragment)
+    return found
+
+
+def read(parser, pieces, *, truncated=False):
+    """The summary of all that a parser makes of the pieces."""
+    events = [event for piece in pieces for event in parser.push(piece)]
+    return summary(events + parser.flush(truncated=truncated))
+
+
+def loaded(found):
+    """The same with arguments as Python has them."""
+    return [(*item[:2], json.loads(item[2])) if item[0] == "call" else item for item in found]
+
