@@ -12,6 +12,7 @@
 #include "core/parallel.h"
 #include "ops/attention.h"
 #include "ops/embedding.h"
+#include "ops/gated_delta_net.h"
 #include "ops/pack.h"
 #include "ops/quant_matmul.h"
 #include "ops/rms_norm.h"
@@ -96,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_table_cpu", cpu(&rope_table_cpu));
   m.def("rope_append_cpu", cpu(&rope_append_cpu));
   m.def("attention_cpu", cpu(&attention_cpu));
+  m.def("gated_delta_net_cpu", cpu(&gated_delta_net_cpu));
 
   register_cuda_error(m);
 #ifdef HELEXA_WITH_CUDA

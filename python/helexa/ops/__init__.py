@@ -7,6 +7,7 @@ On the CPU an op runs on a pool of threads that belongs to the calling thread, a
 from helexa._C import cpu_isa, num_threads, set_num_threads
 from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.embedding import embedding, embedding_reference
+from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
 from helexa.ops.pack import (
     TILE_ROWS,
@@ -26,6 +27,7 @@ __all__ = [
     "PAGE_TOKENS",
     "TILE_ROWS",
     "CpuGraph",
+    "DeltaParameters",
     "PackedWeight",
     "WeightArena",
     "attention",
@@ -34,6 +36,8 @@ __all__ = [
     "embedding",
     "embedding_reference",
     "empty_packed",
+    "gated_delta_net",
+    "gated_delta_net_reference",
     "num_threads",
     "pack_rows",
     "pack_weight",
