@@ -34,6 +34,8 @@ def error_body(error: HelexaError, request_id: str | None = None) -> dict[str, A
     if _is_overflow(error):
         message = f"prompt is too long: {error.extra['prompt_tokens']} tokens > {error.extra['max']} maximum"
     body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    if "details" in error.extra:
+        body["error"]["details"] = error.extra["details"]
     return body | {"request_id": request_id} if request_id else body
 
 

@@ -1,6 +1,6 @@
 """The body of POST /v1/messages and /v1/messages/count_tokens, and the canonical chat request that it means.
 
-Fields that need Anthropic's servers (containers, MCP connectors, hosted tools) are refused; what concerns
+What needs Anthropic's servers (containers, MCP connectors, threads, hosted tools) is refused; what concerns
 only its caches, tiers or context editing is accepted and has no effect.
 """
 
@@ -14,6 +14,11 @@ from helexa.wire.anthropic.content import Content, Message, canonical_messages
 from helexa.wire.body import decode
 from helexa.wire.generation import MAX_STOPS, Positive, Share
 
+# Clients that would have the server hold a conversation send all of it when they are told so in this form.
+_DETAILS: dict[str, dict[str, Any]] = {
+    "thread": {"details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
+}
+
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 
 
@@ -22,7 +27,7 @@ class Thinking(msgspec.Struct):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Positive | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    display: str | None = None
 
 
 class OutputFormat(msgspec.Struct):
@@ -71,8 +76,12 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     cache_control: dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
     inference_geo: str | None = None
+    diagnostics: dict[str, Any] | None = None
+    speed: str | None = None
     container: Any = None
     mcp_servers: list[Any] | None = None
+    compaction: Any = None
+    thread: Any = None
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -85,9 +94,10 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
             message = "'stop_sequences' has an empty string; expected text to stop at"
             raise InvalidParameter(message, param="stop_sequences")
         self._check_thinking()
-        for name in ("container", "mcp_servers"):
+        for name in ("container", "mcp_servers", "compaction", "thread"):
             if getattr(self, name):
-                raise InvalidParameter(f"'{name}' is not supported here; leave it out", param=name)
+                message = f"'{name}' is not supported here; leave it out"
+                raise InvalidParameter(message, param=name, **_DETAILS.get(name, {}))
         for index, tool in enumerate(self.tools or ()):
             _check_tool(tool, f"tools[{index}]")
         if self.tool_choice is not None and self.tool_choice.type == "tool" and not self.tool_choice.name:
