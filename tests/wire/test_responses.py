@@ -1,5 +1,6 @@
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from helexa.errors import (
+    BadRequest,
     ContextTooLong,
     HelexaError,
     InvalidParameter,
@@ -23,6 +25,7 @@ from helexa.wire.responses.custom_input import CustomInput, arguments_of
 from helexa.wire.responses.reasoning import MAX_BYTES, seal, unseal
 from helexa.wire.responses.translator import REPEAT_AFTER
 
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("codex_*.json"))
 EVENTS = TypeAdapter[Any](ResponseStreamEvent)
 TOKEN = "0123456789abcdef0123456789abcdef"
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
@@ -698,6 +701,92 @@ def test_a_response_repeats_what_was_asked() -> None:
     assert (response["max_output_tokens"], response["store"]) == (9, False)
     assert (response["previous_response_id"], response["temperature"]) == ("resp_1", 0.5)
     assert response["reasoning"] == {"effort": "high", "summary": None}
+
+
+# what agents send, in texts of our own
+
+
+@pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
+def test_requests_of_codex_become_canonical_chat(path: Path) -> None:
+    transcript = json.loads(path.read_text("utf-8"))
+    request = parse_responses(json.dumps(transcript["request"]).encode())
+    assert json.loads(request.to_chat(request.items)[0]) == transcript["canonical"]
+
+
+def test_there_are_transcripts() -> None:
+    assert len(TRANSCRIPTS) == 4
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+item_kinds = st.sampled_from(
+    [
+        *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call"),
+        *(
+            "custom_tool_call_output",
+            "tool_search_call",
+            "tool_search_output",
+            "additional_tools",
+            "function",
+        ),
+        *("item_reference", "namespace", "custom", "tool_search", "web_search", "output_text", "input_image"),
+    ]
+)
+names = st.sampled_from(
+    [
+        *(
+            "role",
+            "content",
+            "call_id",
+            "name",
+            "namespace",
+            "arguments",
+            "output",
+            "input",
+            "summary",
+            "tools",
+        ),
+        *("encrypted_content", "id", "text", "format", "parameters", "execution", "description", "image_url"),
+    ]
+)
+things = st.deferred(
+    lambda: st.builds(
+        lambda kind, members: {"type": kind, **members},
+        item_kinds,
+        st.dictionaries(names, anything | st.lists(things, max_size=2), max_size=5),
+    )
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "input": st.lists(things, max_size=3) | anything,
+            "tools": st.lists(things, max_size=3) | anything,
+            "tool_choice": things | anything,
+            "text": st.fixed_dictionaries({}, optional={"format": things}) | anything,
+            "reasoning": anything,
+            "include": anything,
+            "metadata": anything,
+            "stream": st.booleans(),
+        },
+    )
+)
+def test_whatever_is_asked_is_served_or_refused(members: Json) -> None:
+    try:
+        request = asked(**members)
+        items = request.resolved({})
+        body, tools = request.to_chat(items)
+    except BadRequest:
+        return
+    assert json.loads(body)["messages"]
+    made = ResponseTranslator(request, tools)
+    json.loads(made.whole(b'{"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]}'))
+    assert len(listed(items, TOKEN)) == len(items)
 
 
 # errors, stored items

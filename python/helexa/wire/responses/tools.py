@@ -42,16 +42,15 @@ class Tools:
         self.functions: list[Json] = []
         self._origins: dict[str, Origin] = {}
         left_out = []
-        for index, tool in enumerate(tools):
-            where = f"tools[{index}]"
+        places = [(tool, f"tools[{index}]", False) for index, tool in enumerate(tools)]
+        for tool, where, is_repeated in (*places, *((tool, "input.tools", True) for tool in added)):
             kind = _text(tool, "type", where)
             if kind in _OPTIONAL and (choice is None or choice in ("auto", "none")):
                 left_out.append((where, kind))
                 continue
-            self._add(tool, kind, where)
-            self.offered.append(tool)
-        for tool in added:
-            self._add(tool, _text(tool, "type", "input.tools"), "input.tools", is_repeated=True)
+            self._add(tool, kind, where, is_repeated=is_repeated)
+            if not is_repeated:
+                self.offered.append(tool)
         if left_out and not self.functions:
             raise _hosted(*left_out[0])
         self.choice = self._choose(choice)
@@ -63,7 +62,7 @@ class Tools:
         alike = [origin for origin in self._origins.values() if origin.namespace and origin.name == chat_name]
         return alike[0] if len(alike) == 1 else Origin("function", chat_name)
 
-    def _add(self, tool: Json, kind: str, where: str, *, is_repeated: bool = False) -> None:
+    def _add(self, tool: Json, kind: str, where: str, *, is_repeated: bool) -> None:
         """is_repeated: whether a tool known by its name is passed over."""
         if kind == "namespace":
             namespace = _text(tool, "name", where)
