@@ -4,6 +4,7 @@ Convolution, norms, gates, delta rule and gated norm of one layer are one op, si
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,11 +121,9 @@ def gated_delta_net(
         )
     p = parameters
     tensors = (x, p.conv_weight, p.decay, p.dt_bias, p.norm_weight, conv_states, states, state_slots)
-    _C.gated_delta_net_cpu(
-        *(tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths, out)),
-        *(x.shape[0], num_sequences, p.num_key_heads, p.num_value_heads, p.key_head_dim, p.value_head_dim),
-        *(p.conv_weight.shape[0], p.eps, p.tiled),
-    )
+    addresses: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths, out)]
+    sizes = (x.shape[0], num_sequences, p.num_key_heads, p.num_value_heads, p.key_head_dim)
+    _C.gated_delta_net_cpu(*addresses, *sizes, p.value_head_dim, p.conv_weight.shape[0], p.eps, p.tiled)
     return out
 
 
