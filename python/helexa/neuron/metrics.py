@@ -54,6 +54,7 @@ class _LoadCollector(Collector):
         for load in loads:
             rejections.add_metric([load.id, "queue_full"], load.rejected_queue_full)
             rejections.add_metric([load.id, "wait_timeout"], load.rejected_timeout)
+            rejections.add_metric([load.id, "per_principal"], load.rejected_per_principal)
         yield rejections
 
 
