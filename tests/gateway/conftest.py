@@ -17,6 +17,7 @@ from helexa.gateway.app import create_app, create_metrics_app
 from helexa.gateway.catalogue import Catalogue, ModelEntry
 from helexa.gateway.config import GatewayConfig, GatewaySection, NeuronEntry
 from helexa.gateway.gateway import Gateway, running
+from helexa.gateway.server import serve
 
 MIB = 2**20
 
@@ -198,21 +199,47 @@ async def answer(send: Any, status: int, body: Any, headers: dict[str, str] | No
 
 
 @asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
-    """Serves an ASGI application on a free loopback port; yields its URL."""
+async def listening(app: Any, serve: Any = hypercorn.asyncio.serve, **more: Any) -> AsyncIterator[str]:
+    """Serves an ASGI application on a free loopback port; yields its URL. more: settings of hypercorn."""
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     settings = hypercorn.config.Config()
     settings.bind = [f"fd://{listener.detach()}"]
     settings.errorlog = None
     settings.graceful_timeout = 0.2
+    for name, value in more.items():
+        setattr(settings, name, value)
     stop = asyncio.Event()
-    server = asyncio.create_task(hypercorn.asyncio.serve(app, settings, shutdown_trigger=stop.wait))
+    server = asyncio.create_task(serve(app, settings, shutdown_trigger=stop.wait))
     try:
         yield url
     finally:
         stop.set()
         await asyncio.wait([server])
+
+
+@pytest.fixture
+async def serving() -> AsyncIterator[Callable[..., Awaitable[tuple[str, int]]]]:
+    """`await serving(app, **settings)`: host and port of the gateway's server before that application."""
+    async with AsyncExitStack() as stack:
+
+        async def start_serving(app: Any, **settings: Any) -> tuple[str, int]:
+            url = await stack.enter_async_context(listening(app, serve, **settings))
+            host, port = url.removeprefix("http://").split(":")
+            return host, int(port)
+
+        yield start_serving
+
+
+@pytest.fixture
+def free_listener() -> tuple[hypercorn.config.Config, tuple[str, int]]:
+    """Settings of a server on a free port, and its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    settings = hypercorn.config.Config()
+    settings.bind = [f"fd://{listener.detach()}"]
+    settings.errorlog = None
+    return settings, address
 
 
 @dataclass
@@ -278,7 +305,7 @@ async def make_site() -> AsyncIterator[MakeSite]:
             section = GatewaySection(**{"poll_interval_s": 0.2, "placement_wait_s": 0.3, **settings})
             whole = replace(config or GatewayConfig(), gateway=section, neurons=tuple(entries))
             gateway = await stack.enter_async_context(running(whole, catalogue or Catalogue()))
-            url = await stack.enter_async_context(listening(create_app(gateway)))
+            url = await stack.enter_async_context(listening(create_app(gateway), serve))
             metrics_url = await stack.enter_async_context(listening(create_metrics_app(gateway)))
             client = await stack.enter_async_context(aiohttp.ClientSession())
             return Site(url, metrics_url, gateway, list(neurons), client)

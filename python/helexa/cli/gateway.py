@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 
 from helexa import __version__
 from helexa.cli.terminal import command_line, run_app
@@ -58,7 +59,8 @@ def run(
         )
         return
     configure_logging(settings.log.level)
-    asyncio.run(serve(settings, catalogue, read=lambda: load_config(path, overrides)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, catalogue, read=lambda: load_config(path, overrides)))
 
 
 def main() -> None:

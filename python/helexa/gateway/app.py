@@ -7,8 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 
-import hypercorn.asyncio
-import hypercorn.config
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +16,7 @@ from starlette.routing import Route
 
 from helexa import __version__
 from helexa.errors import BadRequest, HelexaError, NotFound
-from helexa.gateway import listing
+from helexa.gateway import listing, server
 from helexa.gateway.admin import Admin, Reload
 from helexa.gateway.anthropic import anthropic
 from helexa.gateway.catalogue import Catalogue
@@ -27,7 +25,7 @@ from helexa.gateway.cors import Origins
 from helexa.gateway.dialects import Dialects, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
-from helexa.gateway.handlers import App, Generating, Inference, request_id_of
+from helexa.gateway.handlers import Generating, Inference, request_id_of
 from helexa.gateway.reload import Read, Reloader, watch_keys
 from helexa.gateway.responses import responses
 from helexa.log import fields
@@ -161,8 +159,10 @@ async def serve(
             app = create_app(gateway, reloader.reload if reloader else None)
             watching = asyncio.create_task(watch_keys(gateway), name="keys")
             await asyncio.gather(
-                _run(app, server_settings(api, grace_s + CUT_S, config.tls), stopping),
-                _run(create_metrics_app(gateway), server_settings(metrics, grace_s + CUT_S), stopping),
+                server.serve(app, server_settings(api, grace_s + CUT_S, config.tls), stopping.wait),
+                server.serve(
+                    create_metrics_app(gateway), server_settings(metrics, grace_s + CUT_S), stopping.wait
+                ),
                 _drain(gateway, stopping, grace_s),
             )
             watching.cancel()
@@ -189,7 +189,3 @@ async def _drain(gateway: Gateway, stop: asyncio.Event, grace_s: float) -> None:
     await stop.wait()
     logger.info("stopping", extra=fields(running=len(gateway.relays), grace_s=grace_s))
     await gateway.relays.drain(grace_s)
-
-
-async def _run(app: App, settings: hypercorn.config.Config, stop: asyncio.Event) -> None:
-    await hypercorn.asyncio.serve(app, settings, shutdown_trigger=stop.wait)  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+"""The server on the wire: what clients see of connections, whatever the application."""
+
+import asyncio
+
+import pytest
+
+from helexa.gateway.server import serve
+
+pytestmark = pytest.mark.timeout(30)
+
+POST = b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nhi"
+
+
+class Echo:
+    """Answers with the body it got, in two blocks, and remembers how its requests ended."""
+
+    def __init__(self, pause_s=0.0):
+        self.pause_s = pause_s
+        self.bodies = []
+        self.is_gone = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        self.bodies.append(body)
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"x-path", scope["raw_path"])]}
+        )
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        if self.pause_s:
+            gone = asyncio.ensure_future(receive())
+            done, _ = await asyncio.wait((gone,), timeout=self.pause_s)
+            if done:
+                self.is_gone.set()
+                return
+            gone.cancel()
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+
+class Client:
+    def __init__(self, reader, writer):
+        self.reader = reader
+        self.writer = writer
+
+    async def until(self, end):
+        return await asyncio.wait_for(self.reader.readuntil(end), 5)
+
+    async def rest(self):
+        return await asyncio.wait_for(self.reader.read(), 5)
+
+    async def ask(self, request=POST):
+        self.writer.write(request)
+        return await self.until(b"0\r\n\r\n")
+
+
+@pytest.fixture
+async def connect(serving):
+    clients = []
+
+    async def connect(app, **settings):
+        client = Client(*await asyncio.open_connection(*await serving(app, **settings)))
+        clients.append(client)
+        return client
+
+    yield connect
+    for client in clients:
+        client.writer.close()
+        await asyncio.gather(client.writer.wait_closed(), return_exceptions=True)
+
+
+async def test_a_connection_serves_one_request_after_the_other(connect):
+    app = Echo()
+    client = await connect(app)
+    for _ in range(3):
+        answer = await client.ask()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n2\r\nhi\r\n3\r\nend\r\n0\r\n\r\n")
+    assert app.bodies == [b"hi"] * 3
+
+
+async def test_head_and_first_block_leave_together(connect):
+    client = await connect(Echo(pause_s=5))
+    client.writer.write(POST)
+    first = await asyncio.wait_for(client.reader.read(65536), 5)
+    assert first.startswith(b"HTTP/1.1 200")
+    assert first.endswith(b"\r\n\r\n2\r\nhi\r\n")
+
+
+async def test_requests_that_come_at_once_are_answered_in_turn(connect):
+    client = await connect(Echo())
+    client.writer.write(POST.replace(b"/x", b"/1") + POST.replace(b"/x", b"/2"))
+    answers = await client.until(b"0\r\n\r\n") + await client.until(b"0\r\n\r\n")
+    assert answers.index(b"x-path: /1") < answers.index(b"x-path: /2")
+
+
+async def test_a_body_that_is_announced_is_asked_for(connect):
+    client = await connect(Echo())
+    head, body = POST[:-2], POST[-2:]
+    client.writer.write(head.replace(b"\r\n\r\n", b"\r\nexpect: 100-continue\r\n\r\n"))
+    assert (await client.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+    assert b"2\r\nhi\r\n" in await client.ask(body)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nno colon\r\n\r\n", b"\x16\x03\x01\x00" * 9],
+)
+async def test_what_is_no_request_is_400_and_the_end_of_the_connection(connect, request_bytes):
+    app = Echo()
+    client = await connect(app)
+    client.writer.write(request_bytes + b"\r\n\r\n")
+    assert (await client.rest()).startswith(b"HTTP/1.1 400")
+    assert app.bodies == []
+
+
+async def test_http_2_is_not_taken_up(connect):
+    client = await connect(Echo())
+    request = POST.replace(b"host: a", b"host: a\r\nconnection: upgrade\r\nupgrade: h2c")
+    assert (await client.ask(request)).startswith(b"HTTP/1.1 200")
+
+
+async def test_an_idle_connection_is_closed_and_one_at_work_is_not(connect):
+    client = await connect(Echo(pause_s=0.5), keep_alive_timeout=0.2)
+    assert (await client.ask()).endswith(b"end\r\n0\r\n\r\n")
+    assert await client.rest() == b""
+
+
+async def test_a_client_that_leaves_is_told_to_the_application(connect):
+    app = Echo(pause_s=20)
+    client = await connect(app)
+    client.writer.write(POST)
+    await client.until(b"hi\r\n")
+    client.writer.close()
+    await asyncio.wait_for(app.is_gone.wait(), 5)
+
+
+async def test_an_application_that_crashes_is_500_and_the_next_connection_is_served(connect, caplog):
+    async def crashing(scope, receive, send):
+        raise RuntimeError("a bug")
+
+    client = await connect(crashing)
+    client.writer.write(POST)
+    assert (await client.rest()).startswith(b"HTTP/1.1 500")
+
+
+async def test_stopping_ends_idle_connections_at_once_and_lets_the_others_finish(free_listener):
+    app, stop = Echo(pause_s=0.3), asyncio.Event()
+    settings, address = free_listener
+    settings.graceful_timeout = 10
+    server = asyncio.create_task(serve(app, settings, stop.wait))
+    idle = Client(*await asyncio.open_connection(*address))
+    busy = Client(*await asyncio.open_connection(*address))
+    await idle.ask()
+    busy.writer.write(POST)
+    await busy.until(b"hi\r\n")
+    stop.set()
+    assert await idle.rest() == b""
+    assert (await busy.rest()).endswith(b"end\r\n0\r\n\r\n")
+    await asyncio.wait_for(server, 5)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*address)
+    for client in (idle, busy):
+        client.writer.close()
+
+
+async def test_stopping_cuts_what_goes_on_beyond_the_grace(free_listener):
+    stop = asyncio.Event()
+    settings, address = free_listener
+    settings.graceful_timeout = 0.1
+    server = asyncio.create_task(serve(Echo(pause_s=60), settings, stop.wait))
+    client = Client(*await asyncio.open_connection(*address))
+    client.writer.write(POST)
+    await client.until(b"hi\r\n")
+    stop.set()
+    await asyncio.wait_for(server, 5)
+    assert await client.rest() == b""
+    client.writer.close()
+
+
+async def test_a_client_that_does_not_read_holds_up_its_application_alone(connect):
+    sent = 0
+
+    async def flood(scope, receive, send):
+        nonlocal sent
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            sent += 1
+
+    client = await connect(flood)
+    client.writer.write(POST)
+    await asyncio.sleep(0.5)
+    assert 0 < sent < 500
