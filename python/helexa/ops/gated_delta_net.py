@@ -121,9 +121,10 @@ def gated_delta_net(
         )
     p = parameters
     tensors = (x, p.conv_weight, p.decay, p.dt_bias, p.norm_weight, conv_states, states, state_slots)
-    addresses: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths, out)]
-    sizes = (x.shape[0], num_sequences, p.num_key_heads, p.num_value_heads, p.key_head_dim)
-    _C.gated_delta_net_cpu(*addresses, *sizes, p.value_head_dim, p.conv_weight.shape[0], p.eps, p.tiled)
+    arguments: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths, out)]
+    arguments += (x.shape[0], num_sequences, p.num_key_heads, p.num_value_heads, p.key_head_dim)
+    arguments += (p.value_head_dim, p.conv_weight.shape[0], p.eps, p.tiled)
+    _C.gated_delta_net_cpu(*arguments)
     return out
 
 
