@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import hypercorn.asyncio
 import hypercorn.config
+import openai
 import pytest
 
 from helexa.engine.chat_template import ChatTemplate
+from helexa.engine.engine import Engine
 from helexa.engine.grammar import GrammarSpec
 from helexa.engine.output import OutputFormat
 from helexa.engine.sampling_params import SamplingParams
@@ -24,7 +26,7 @@ from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, InvalidParameter, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
-from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection
+from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection, PromptSection
 from helexa.weights.load import LoadProgress
 
 
@@ -234,3 +236,24 @@ async def client(make_neuron: Callable[..., Neuron]) -> AsyncIterator[httpx.Asyn
         await until(lambda: neuron.registry.activation().state == "ready")
         client.neuron = neuron  # type: ignore[attr-defined]
         yield client
+
+
+@asynccontextmanager
+async def serving(engine: Engine, **prompt: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client of a neuron on which `engine` is model "m"."""
+    config = NeuronConfig(
+        neuron=NeuronSection(keep_alive_s=0.05, shutdown_grace_s=0.2),
+        prompt=PromptSection(**prompt),
+        models=(ModelEntry(id="m"),),
+    )
+    neuron = Neuron(config, load=lambda path, **_: engine, fetch=lambda source, _: Path(source))
+    async with listening(neuron) as http:
+        await until(lambda: neuron.registry.activation().state == "ready")
+        url = f"{str(http.base_url).rstrip('/')}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0) as api:
+            yield api
+
+
+@pytest.fixture
+def serve_engine() -> Callable[..., Any]:
+    return serving

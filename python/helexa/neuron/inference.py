@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from helexa.engine.engine import Engine
 from helexa.engine.stream import Delta
-from helexa.errors import HelexaError
+from helexa.errors import HelexaError, InvalidParameter
 from helexa.log import fields
 from helexa.neuron.answers import Answers, ChatAnswers
 from helexa.neuron.caller import Caller, caller_of, turn_owner
@@ -45,6 +46,18 @@ class Plan:
     jobs: list[Job]
     answers: Answers
     finished: Callable[[], None] = lambda: None
+    grammar_param: str = ""  # the field that asks for the grammar of the jobs
+
+    async def check_grammar(self, engine: Engine) -> None:
+        """Compiles the grammar while a refusal can still be a status. Raises InvalidParameter."""
+        grammar = self.jobs[0].params.grammar
+        if grammar is None:
+            return
+        try:
+            await engine.check_grammar(grammar)
+        except InvalidParameter as error:
+            param = self.grammar_param
+            raise InvalidParameter(f"'{param}' is no use: {error.message}", param=param) from None
 
 
 class Inference(ABC, Generic[R]):
@@ -91,8 +104,7 @@ class Inference(ABC, Generic[R]):
         caller = caller_of(http)
         plan = await self._work.run(self.prepare, model, request, caller)
         record.jobs = plan.jobs
-        if grammar := plan.jobs[0].params.grammar:
-            await model.engine.check_grammar(grammar)
+        await plan.check_grammar(model.engine)
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
             events = self._events(model, record, plan, caller, request.include_usage, is_noted)
@@ -214,7 +226,7 @@ class ChatInference(Inference[ChatRequest]):
                 if reader.is_faithful:
                     self._prompts.keep(prompt, reader.message(), reader.token_ids)
 
-        return Plan(jobs, answers, finished)
+        return Plan(jobs, answers, finished, "tools" if request.forced_tool else "response_format")
 
 
 class CompletionInference(Inference[CompletionRequest]):

@@ -21,6 +21,7 @@ _FIELDS = (
 _EFFORT_SHARES = {"minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.75, "xhigh": 0.85, "max": 0.95}
 _DEFAULT_SHARE = 0.5
 _MOST_SHARE = 0.95
+_LEFT_TOKENS = 24  # for the end of the block and the beginning of the answer, however small the limit
 
 
 def refuse_unsupported(request: ChatRequest) -> None:
@@ -133,5 +134,5 @@ def thinking_of(
         budget = min(request.thinking_budget, int(limit * _MOST_SHARE))
     else:
         budget = int(limit * _EFFORT_SHARES.get(request.reasoning_effort or "", _DEFAULT_SHARE))
-    closing = f"\n{markers.end}\n\n"
-    return Thinking(is_open, markers.start, markers.end, budget, closing)
+    budget = max(0, min(budget, limit - _LEFT_TOKENS))
+    return Thinking(is_open, markers.start, markers.end, budget, f"\n{markers.end}\n\n")
