@@ -392,3 +392,19 @@ def test_logprobs_zero_reports_the_chosen_token_alone_and_none_reports_nothing()
 def test_an_impossible_alternative_has_a_logprob_that_json_can_carry():
     sampled = _sampler(temperature=0, logprobs=3).sample(_row([0.0, -math.inf]), 0)
     assert sampled.top == [(0, 0.0), (1, -9999.0)]
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0, 1, 5, 0x1FFFF, 0x20000, 0x7F7FFFFF]), st.integers(0, 9)), min_size=1
+    ),
+    share=st.floats(0.01, 1.0),
+)
+def test_the_fewest_are_those_of_a_full_sort(rows, share):
+    rows.append((5, 1))
+    keys = np.array([key for key, _ in rows], np.uint32)
+    masses = np.array([mass for _, mass in rows], np.float64)
+    target = share * masses.sum()
+    order = np.lexsort((np.arange(len(rows)), keys))
+    count = min(int(np.searchsorted(masses[order].cumsum(), target)) + 1, len(rows))
+    assert sampler_module.fewest(keys, masses, target).tolist() == sorted(order[:count].tolist())

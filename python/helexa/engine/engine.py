@@ -313,6 +313,9 @@ class Engine:
         # The kernels bring their own threads; torch's few small operations run faster without waking others.
         torch.set_num_threads(1)
         ops.set_num_threads(options.num_threads or 0)
+        # glibc keeps free memory up to the size of the largest block that it saw freed, within 32 MB.
+        # Sampling takes and frees a few megabytes a token; new pages each time would double what it costs.
+        np.empty(30 << 20, np.uint8)
         dtype = kv_dtype(options.kv_dtype)
         model = build()
         num_pages, self.max_context = plan_capacity(

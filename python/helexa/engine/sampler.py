@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -227,19 +228,9 @@ def nearest(gaps: FloatArray, count: int) -> IdArray:
 
 
 def nucleus(weights: FloatArray, top_p: float) -> IdArray:
-    """Indices, ascending, of the fewest weights that hold `top_p` of the total (Holtzman et al. 2020).
-
-    Only weights above a cut are sorted: the first leaves at most 10^4, the second drops less than 1 - top_p.
-    """
-    total = float(weights.sum(dtype=np.float64))
-    target = top_p * total
-    for cut in (1e-4 * total, 0.999 * (1.0 - top_p) * total / weights.size, 0.0):
-        heavy = np.flatnonzero(weights >= cut)
-        if heavy.size and weights[heavy].sum(dtype=np.float64) >= target:
-            break
-    ranked = _ranked(~weights[heavy].view(np.uint32), heavy)
-    reached = np.cumsum(weights[ranked], dtype=np.float64)
-    return np.sort(ranked[: int(np.searchsorted(reached, target)) + 1])
+    """Indices, ascending, of the fewest weights that hold `top_p` of the total (Holtzman et al. 2020)."""
+    bits = weights.view(np.uint32)
+    return fewest(bits.max() - bits, weights, top_p * float(weights.sum(dtype=np.float64)))
 
 
 def typical(weights: FloatArray, mass: float) -> IdArray:
@@ -249,9 +240,25 @@ def typical(weights: FloatArray, mass: float) -> IdArray:
     probabilities /= probabilities.sum()
     surprise = -np.log(probabilities)
     strangeness = np.abs(surprise - probabilities @ surprise).astype(np.float32)
-    order = _ranked(strangeness.view(np.uint32), np.arange(possible.size))
-    reached = np.cumsum(probabilities[order])
-    return np.sort(possible[order[: int(np.searchsorted(reached, mass)) + 1]])
+    return possible[fewest(strangeness.view(np.uint32), probabilities, mass)]
+
+
+def fewest(keys: npt.NDArray[np.uint32], masses: npt.NDArray[Any], target: float) -> IdArray:
+    """Indices, ascending, of the first masses that hold `target`, by ascending key and then by index.
+
+    Some key is 0 or the target above 0, and the masses hold more than nothing. A histogram over the upper half of the keys finds the bucket that reaches the target; only that is sorted.
+    """
+    upper = (keys >> np.uint32(16)).astype(np.intp)
+    held = np.bincount(upper, weights=masses).cumsum()
+    bucket = min(int(np.searchsorted(held, target)), held.size - 1)
+    inside = np.flatnonzero(upper == bucket)
+    lower = keys[inside]
+    ranked = inside if lower.min() == lower.max() else _ranked(lower, inside)
+    reached = masses[ranked].cumsum(dtype=np.float64)
+    reached += held[bucket - 1] if bucket else 0.0
+    kept = upper < bucket
+    kept[ranked[: int(np.searchsorted(reached, target)) + 1]] = True
+    return np.flatnonzero(kept)
 
 
 def invert(weights: FloatArray, random: float) -> int:
