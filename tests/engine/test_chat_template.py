@@ -190,6 +190,48 @@ def _tokenizer(*control):
     return Tokenizer(tokens, [1, 3, *[3] * len(control)], [], PRE_TOKENIZERS["gpt-2"], bos_token_id=1)
 
 
+_ONE_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('the system speaks first') }}{% endif %}{% endfor %}" + _SHOW
+)
+_MANY_SYSTEMS = [
+    {"role": "system", "content": "one"},
+    {"role": "developer", "content": "two"},
+    {"role": "user", "content": "Hello"},
+    {"role": "system", "content": "three"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "system", "content": "four"},
+]
+
+
+def test_system_messages_that_a_template_refuses_are_said_where_they_stand():
+    assert _render(_ONE_SYSTEM, _MANY_SYSTEMS) == (
+        "[system:one\n\ntwo][user:Hello\n\nthree][assistant:Yes?][user:four]"
+    )
+
+
+def test_system_messages_that_a_template_ignores_are_not_lost():
+    source = _SHOW.replace("message in messages", "message in messages if message.role != 'system'")
+    assert _render(source, _MANY_SYSTEMS[2:]) == "[user:Hello\n\nthree][assistant:Yes?][user:four]"
+
+
+def test_system_messages_stay_where_the_template_takes_them():
+    assert _render(_SHOW, _MANY_SYSTEMS) == (
+        "[system:one][system:two][user:Hello][system:three][assistant:Yes?][system:four]"
+    )
+
+
+def test_a_late_system_message_joins_the_parts_of_a_user():
+    source = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for part in message.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "system", "content": [parts[0]]}]
+    assert _render(source, messages) == "<a><b><\n\n><a>"
+    assert messages[0]["content"] == parts
+
+
 def test_the_template_of_a_file_is_used_with_the_files_tokens():
     template = ChatTemplate.from_gguf(
         {"tokenizer.chat_template": "{{ bos_token }}{{ eos_token }}!"}, _tokenizer()

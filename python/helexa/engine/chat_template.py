@@ -44,6 +44,7 @@ class ChatTemplate:
         self._template = self._compile(source)
         self._with_tools = self._compile(tool_use) if tool_use else self._template
         self._takes_parts = self._probe_parts()
+        self._takes_late_system = self._probe_late_system()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Self | None:
@@ -74,6 +75,8 @@ class ChatTemplate:
         template's words if it refuses the messages, InvalidParameter for content that is not text.
         """
         prepared = [self._prepare(index, message) for index, message in enumerate(messages)]
+        if not self._takes_late_system:
+            prepared = _with_one_system(prepared)
         return self._render(prepared, tools, add_generation_prompt, variables)
 
     def _render(
@@ -114,6 +117,14 @@ class ChatTemplate:
             return False
         return _PROBE in written and f"'{_PROBE}'" not in written and f'"{_PROBE}"' not in written
 
+    def _probe_late_system(self) -> bool:
+        """Whether the template takes system messages that are not the first message."""
+        messages = [{"role": "user", "content": "a"}, {"role": "system", "content": _PROBE}]
+        try:
+            return _PROBE in self._render(messages, None, False, {})
+        except BadRequest:
+            return False
+
     def _prepare(self, index: int, message: Message) -> dict[str, Any]:
         """A message as templates expect it: no empty fields, content as text, arguments as objects."""
         prepared = {name: value for name, value in message.items() if value is not None}
@@ -128,6 +139,31 @@ class ChatTemplate:
         if "tool_calls" in prepared:
             prepared["tool_calls"] = [_with_object_arguments(call) for call in prepared["tool_calls"]]
         return prepared
+
+
+def _with_one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leading system messages as one; later ones are said with a user's words before them, or as a user's."""
+    found = list[dict[str, Any]]()
+    for message in messages:
+        before = found[-1].get("role") if found else None
+        if message.get("role") != "system" or before is None:
+            found.append(message)
+        elif before in ("system", "user"):
+            found[-1] = {**found[-1], "content": _joined(found[-1]["content"], message["content"])}
+        else:
+            found.append({**message, "role": "user"})
+    return found
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Two contents, each a text or parts, a blank line apart."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    one, other = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for content in (first, second)
+    )
+    return [*one, {"type": "text", "text": "\n\n"}, *other]
 
 
 def _text_parts(content: Any, param: str) -> list[str]:
