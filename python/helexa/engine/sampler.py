@@ -246,7 +246,8 @@ def typical(weights: FloatArray, mass: float) -> IdArray:
 def fewest(keys: npt.NDArray[np.uint32], masses: npt.NDArray[Any], target: float) -> IdArray:
     """Indices, ascending, of the first masses that hold `target`, by ascending key and then by index.
 
-    Some key is 0 or the target above 0, and the masses hold more than nothing. A histogram over the upper half of the keys finds the bucket that reaches the target; only that is sorted.
+    A histogram over the upper half of the keys finds the bucket that reaches the target; only that is sorted.
+    The masses hold more than nothing, and the target is above 0 or some key is 0.
     """
     upper = (keys >> np.uint32(16)).astype(np.intp)
     held = np.bincount(upper, weights=masses).cumsum()
