@@ -31,7 +31,7 @@ TOOLS = [
 
 
 def summary(events):
-    """Events without the seams between pieces: ("reasoning" | "content", text) and ("call", name, arguments)."""
+    """Events without seams between pieces: ("reasoning" | "content", text), ("call", name, arguments)."""
     whole = []
     for event in events:
         joined(whole, event)
@@ -61,4 +61,3 @@ def read(parser, pieces, *, truncated=False):
 def loaded(found):
     """The same with arguments as Python has them."""
     return [(*item[:2], json.loads(item[2])) if item[0] == "call" else item for item in found]
-

@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.model_output import TOOLS, loaded, read, summary
 
 from helexa.engine.output import Content, OutputFormat, OutputParser, Reasoning, ThinkMarkers, ToolArguments
 from helexa.engine.output.events import ToolStart
+from support.model_output import TOOLS, loaded, read, summary
 
 _THINK = ThinkMarkers("<think>", "</think>")
 _OSLO = ("call", "get_weather", {"city": "Oslo"})
@@ -118,17 +118,14 @@ def test_text_is_held_back_only_while_it_may_be_a_tag():
         (
             "a\n</think>\n<think>\nb\n</think>\nc",
             True,
-            [("reasoning", "a"), ("reasoning", "b"), ("content", "c")],
+            [("reasoning", "a\nb"), ("content", "c")],
         ),
-        ("Yes.\n</think>\n\nNo.", False, [("content", "Yes."), ("content", "No.")]),
+        ("Yes.\n</think>\n\nNo.", False, [("content", "Yes.\nNo.")]),
         ("</think>\n\nYes.", False, [("content", "Yes.")]),
     ],
 )
 def test_reasoning_is_told_from_the_answer(text, thinking, found):
-    joined = [item for item in found]
-    if [kind for kind, _ in found] in (["content", "content"], ["reasoning", "reasoning", "content"]):
-        joined = [(found[0][0], found[0][1] + found[1][1]), *found[2:]]
-    assert _read(text, thinking=thinking) == joined
+    assert _read(text, thinking=thinking) == found
 
 
 def test_the_parser_says_whether_the_model_is_thinking():
@@ -151,15 +148,21 @@ def test_reasoning_streams_without_waiting_for_its_end():
 
 
 @pytest.mark.parametrize("body", [_JSON_OSLO, _XML_OSLO])
-@pytest.mark.parametrize("before", ["", "I will look.\n", "I will look.", "<think>\nHm.\n</think>\n\n"])
-@pytest.mark.parametrize("after", ["", "\n", "\nDone."])
-def test_a_call_has_a_name_and_arguments(body, before, after):
-    found = _read(before + _wrapped(body) + after)
-    assert [item for item in found if item[0] == "call"] == [_OSLO]
-    texts = {"": [], "<think>\nHm.\n</think>\n\n": [("reasoning", "Hm.")]}.get(
-        before, [("content", "I will look.")]
-    )
-    assert found == [*texts, _OSLO, *([("content", "Done.")] if after.strip() else [])]
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ("", "", [_OSLO]),
+        ("\n", "\n", [_OSLO]),
+        ("I will look.", "\n", [("content", "I will look."), _OSLO]),
+        ("I will look.\n\n", "", [("content", "I will look."), _OSLO]),
+        ("", "\n\nDone.\n", [_OSLO, ("content", "Done.\n")]),
+        ("I will.", "Done.", [("content", "I will."), _OSLO, ("content", "\nDone.")]),
+        ("I will.\n\n", "\nDone.", [("content", "I will."), _OSLO, ("content", "\n\nDone.")]),
+        ("<think>\nHm.\n</think>\n\n", "", [("reasoning", "Hm."), _OSLO]),
+    ],
+)
+def test_only_whitespace_between_a_call_and_text_is_dropped(body, before, after, found):
+    assert _read(before + _wrapped(body) + after) == found
 
 
 def test_several_calls_are_numbered():
@@ -459,10 +462,10 @@ def test_a_call_that_is_cut_off_is_not_completed(body):
 _PIECES = st.sampled_from(
     [
         "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=get_weather>", "<function=fly>",
-        "</function>", "<parameter=city>", "<parameter=days>", "</parameter>", "\n", "\n\n", " ", "\r\n", "<", ">",
-        "{", "}", "[", "]", '"', "'", ",", ":", "\\", "```json\n", "```", "Oslo", "3", "True", "null", "é😀",
-        '{"name": "get_weather", "arguments": {', '{"name": "', '"arguments"', "get_weather", "\\u00e9", "\\ud83d",
-        _JSON_OSLO, _XML_OSLO,
+        "</function>", "<parameter=city>", "<parameter=days>", "</parameter>", "\n", "\n\n", " ", "\r\n", "<",
+        ">", "{", "}", "[", "]", '"', "'", ",", ":", "\\", "```json\n", "```", "Oslo", "3", "True", "null",
+        '{"name": "get_weather", "arguments": {', '{"name": "', '"arguments"', "get_weather", "\\u00e9",
+        "\\ud83d", "é😀", _JSON_OSLO, _XML_OSLO,
     ]
 )  # fmt: skip
 _TEXTS = st.lists(_PIECES | st.text(max_size=5), max_size=30).map("".join)
@@ -528,8 +531,8 @@ def test_valid_json_means_what_it_says(arguments, indent, ascii_only):
 @given(path=st.text(), content=st.text(), days=st.integers())
 def test_xml_means_what_it_says(path, content, days):
     text = _wrapped(
-        f"<function=write_file>\n<parameter=path>\n{path}\n</parameter>\n<parameter=content>\n{content}\n</parameter>\n"
-        "</function>"
+        f"<function=write_file>\n<parameter=path>\n{path}\n</parameter>\n"
+        f"<parameter=content>\n{content}\n</parameter>\n</function>"
     )
     assert _read(text) == [("call", "write_file", {"path": path, "content": content})]
     text = _wrapped(f"<function=get_weather>\n<parameter=days>\n{days}\n</parameter>\n</function>")

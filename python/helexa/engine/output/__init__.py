@@ -1,4 +1,4 @@
-"""The text that a model writes, as reasoning, answer and tool calls: which format it has, parsing, grammars. No torch."""
+"""What a model writes, taken apart into reasoning, answer and calls; grammars that have it call tools."""
 
 from helexa.engine.output.events import Content, Event, Reasoning, ToolArguments, ToolStart
 from helexa.engine.output.format import OutputFormat

@@ -23,7 +23,7 @@ def read_arguments(source: Source, tool: Tool, write: Write) -> Read[None]:
 
 
 def whole_arguments(tool: Tool, text: str) -> str:
-    """The object that a text stands for: itself, one that it encodes, or one with the text as its only value."""
+    """The object that a text stands for: itself, one that it encodes, or one with it as its only value."""
     value = read_whole(text)
     for _ in range(2):  # models encode the object as a text, and the text once more
         decoded = json.loads(value) if value else None

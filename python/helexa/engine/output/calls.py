@@ -1,7 +1,7 @@
 """Reading tool calls: Hermes' JSON, the XML of Qwen3-Coder and Qwen3.5, and what models make of the two.
 
-A call is announced as soon as its name is sure, and its arguments follow while they are read. Until then nothing is
-written, so that text which turns out to be no call can still come out as text.
+A call is announced as soon as its name is sure, and its arguments follow while they are read. Until then
+nothing is written, so that text which turns out to be no call can still come out as text.
 """
 
 import json
@@ -14,7 +14,15 @@ from helexa.engine.output.json_call import ARGUMENT_KEYS, JsonCall, call_of
 from helexa.engine.output.loose_json import LooseJson, Write
 from helexa.engine.output.source import WHITESPACE, Read, Source
 from helexa.engine.output.tags import (
-    CLOSE, FENCE, FUNCTION, FUNCTION_END, JSON_ENDS, OPEN, PARAMETER, skip_tag, tag_name,
+    CLOSE,
+    FENCE,
+    FUNCTION,
+    FUNCTION_END,
+    JSON_ENDS,
+    OPEN,
+    PARAMETER,
+    skip_tag,
+    tag_name,
 )  # fmt: skip
 from helexa.engine.output.tools import Tool, Tools
 from helexa.engine.output.xml_parameters import XmlParameters
@@ -198,7 +206,7 @@ class Calls:
         return True
 
     def _skip_leftovers(self, is_fenced: bool) -> Read[bool]:
-        """Goes past what may be left of a call: tags, brackets, the end of its fence; True after `</tool_call>`."""
+        """Goes past what may be left of a call (tags, brackets, the end of its fence); True after its end."""
         source = self._source
         while True:
             yield from source.skip_whitespace()

@@ -1,7 +1,7 @@
 """JSON types: those that a schema admits, and values brought into one of them.
 
-Models write numbers as texts and texts as numbers. A value of a type that is not declared is converted where
-that loses nothing, and stays as it is where it would.
+Models write numbers as texts and texts as numbers. A value of a type that is not declared is converted
+where that loses nothing, and stays as it is where it would.
 """
 
 import json
@@ -22,7 +22,7 @@ _INTEGRAL = re.compile(r"-?[0-9]{1,300}(\.0+)?")
 
 
 def declared_types(schema: Any, root: Mapping[str, Any], references: int = 0) -> JsonTypes:
-    """The JSON types that `schema` admits; all of them where it says nothing. root: what its references refer to."""
+    """The JSON types that `schema` admits; all where it says nothing. root: what references refer to."""
     if not isinstance(schema, Mapping) or references > _MAX_REFERENCES:
         return ANY
     if isinstance(reference := schema.get("$ref"), str):
@@ -57,7 +57,7 @@ def as_declared(value: str, types: JsonTypes) -> str:
 
 
 def from_text(text: str, types: JsonTypes) -> str:
-    """The JSON that a text without quotes stands for in one of `types`; a string where it stands for nothing else."""
+    """The JSON that a text without quotes stands for in one of `types`; a string if for nothing else."""
     value = read_whole(text)
     if value is not None and (types < ANY or _is_json(text)):
         kind = json_type(value)

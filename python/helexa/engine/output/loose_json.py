@@ -1,8 +1,9 @@
 """JSON as models write it, made valid while it is read.
 
-What is valid comes out as it is, but for the whitespace between tokens, which becomes that of Python's json.dumps. Repaired
-are: single quotes, quotes and line breaks left unescaped within strings, wrong escapes, halves of surrogate pairs, literals of Python,
-words without quotes, trailing, doubled and missing commas, unclosed brackets. Whatever is read, valid JSON is written.
+What is valid comes out as it is, but for the whitespace between tokens, which becomes that of Python's
+json.dumps. Repaired are: single quotes, quotes and line breaks left unescaped within strings, wrong
+escapes, halves of surrogate pairs, literals of Python, words without quotes, trailing, doubled and missing
+commas, unclosed brackets. Whatever is read, valid JSON is written.
 """
 
 import json
@@ -51,7 +52,7 @@ class LooseJson:
             yield from self._scalar(write)
 
     def object(self, write: Write, member: Member | None = None, depth: int = 0) -> Read[None]:
-        """Reads an object. member: reads the value for a key, in place of `value`, and writes what it should be.
+        """Reads an object. member: reads the value for a key, in place of `value`, and writes it.
 
         Nothing is written for a key until its reader writes.
         """
@@ -71,7 +72,7 @@ class LooseJson:
         yield from self._close("}", write)
 
     def string(self, write: Write, within: str) -> Read[None]:
-        """Reads a quoted string. within: "{", "[" or ":" for a key, which says what may follow its last quote."""
+        """Reads a quoted string. within: "{", "[" or, for a key, ":"; what the last quote stands before."""
         source = self._source
         quote = source.take(1)
         write('"')

@@ -1,8 +1,8 @@
 """A model's text, taken apart into reasoning, answer and tool calls while it arrives.
 
-Whatever is not a block or a call of the model's format comes out as it came, byte for byte. Only the whitespace between
-a block or a call and its neighbours belongs to the format, and is dropped. How the text is cut into pieces makes
-no difference to what comes out, only to when.
+Whatever is not a block or a call of the model's format comes out as it came, byte for byte. Only the
+whitespace between a block or a call and its neighbours belongs to the format, and is dropped. How the text
+is cut into pieces makes no difference to what comes out, only to when.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 from helexa.engine.output.calls import Calls
 from helexa.engine.output.events import Content, Event, Reasoning, ToolStart, joined
-from helexa.engine.output.source import Read, Source
+from helexa.engine.output.source import WHITESPACE, Read, Source
 from helexa.engine.output.tags import FENCE, OPEN
 from helexa.engine.output.tools import Tools
 
@@ -37,7 +37,7 @@ class OutputParser:
         *,
         is_in_reasoning: bool = False,
     ):
-        """tools: those that the model may call; without any, calls are text.   is_in_reasoning: the prompt ends so."""
+        """tools: what may be called; without any, calls are text.   is_in_reasoning: the prompt ends so."""
         self.is_in_reasoning = is_in_reasoning
         self._markers = markers
         self._source = Source()
@@ -46,6 +46,8 @@ class OutputParser:
         self._events: list[Event] = []
         self._tentative: list[Event] | None = None  # what has been read that may have to be read otherwise
         self._failures = 0
+        self._has_thought = False
+        self._separator = ""  # between the text before a block and the text behind it
         self._reader = self._answer()
 
     @property
@@ -59,7 +61,7 @@ class OutputParser:
         return self._read()
 
     def flush(self, *, truncated: bool = False) -> list[Event]:
-        """What was held back. truncated: the text was cut off by a limit, so an open call stays incomplete."""
+        """What was held back. truncated: a limit cut the text off, so an open call stays incomplete."""
         self._source.ended = True
         self._source.truncated = truncated
         return self._read()
@@ -95,23 +97,23 @@ class OutputParser:
         stops = _run_of_text({"<", self._markers.start[0], self._markers.end[0]} if self._markers else {"<"})
         is_fresh = True  # nothing but whitespace so far
         while True:
-            gap = yield from source.whitespace()
-            character = yield from source.char(gap)
-            if not character:
-                if not is_after_block or not is_fresh:
-                    self._write(source.take(gap))
+            gap = yield from self._gap()
+            if not (yield from source.char(len(gap))):
+                if not (is_after_block and is_fresh):
+                    self._write(source.take(len(gap)))
                 return False
-            is_line_start = is_fresh or "\n" in (yield from self._peek(gap))
-            if (yield from self._is_block(gap, is_fresh, is_line_start)):
+            is_line_start = is_fresh or "\n" in gap
+            if (yield from self._is_block(len(gap), is_fresh, is_line_start)):
+                if not is_fresh:
+                    self._separator = gap or "\n"
                 return True
-            space = source.take(gap)
-            if not is_after_block or not is_fresh:
-                self._write(space)
+            source.take(len(gap))
+            self._write(self._separator if is_after_block and is_fresh else gap)
             is_fresh = False
             self._write(source.take_run(stops) or source.take(1))
 
     def _is_block(self, gap: int, is_fresh: bool, is_line_start: bool) -> Read[bool]:
-        """Reads the block of reasoning or the calls behind `gap`; False, with nothing read, if there is none."""
+        """Reads the reasoning or the calls behind `gap`; False, with nothing read, if there are none."""
         markers = self._markers
         if markers is not None:
             if is_fresh and (yield from self._source.starts_with(markers.start, gap)):
@@ -194,26 +196,29 @@ class OutputParser:
         if (yield from source.starts_with(markers.start)):  # once in the prompt and once by the model
             source.take(len(markers.start))
             yield from source.skip_whitespace()
-        is_line_start = True
+        is_fresh = True
         while True:
-            gap = yield from source.whitespace()
-            if (yield from source.starts_with(markers.end, gap)):
-                source.take(gap + len(markers.end))
+            gap = yield from self._gap()
+            if (yield from source.starts_with(markers.end, len(gap))):
+                source.take(len(gap) + len(markers.end))
                 break
-            character = yield from source.char(gap)
-            is_line_start = is_line_start or "\n" in (yield from self._peek(gap))
-            if is_line_start and self._may_call and (yield from self._is_call_instead(markers, gap)):
+            if (is_fresh or "\n" in gap) and (yield from self._is_call_instead(markers, len(gap))):
                 break
-            self._think(source.take(gap))
+            character = yield from source.char(len(gap))
+            if is_fresh and self._has_thought and character:
+                self._think("\n")  # between two blocks
+            self._think(source.take(len(gap)))
             if not character:
                 break
             self._think(source.take_run(stops) or source.take(1))
-            is_line_start = False
+            is_fresh, self._has_thought = False, True
         self.is_in_reasoning = False
 
     def _is_call_instead(self, markers: ThinkMarkers, gap: int) -> Read[bool]:
-        """Reads calls that the model made without ending its reasoning: nothing but the end may follow them."""
+        """Reads calls made without an end of the reasoning: nothing but that end may follow them."""
         source, calls = self._source, self._calls
+        if not self._may_call:
+            return False
         is_wrapped = yield from source.starts_with(OPEN, gap)
         if not is_wrapped and not (yield from calls.is_bare_function(gap)):
             return False
@@ -233,11 +238,12 @@ class OutputParser:
 
     # Small things
 
-    def _peek(self, count: int) -> Read[str]:
-        text = ""
-        for ahead in range(count):
-            text += yield from self._source.char(ahead)
-        return text
+    def _gap(self) -> Read[str]:
+        """The whitespace that stands here."""
+        gap = ""
+        while (character := (yield from self._source.char(len(gap)))) and character in WHITESPACE:
+            gap += character
+        return gap
 
     def _write(self, text: str) -> None:
         if text:

@@ -1,7 +1,8 @@
 """Text that arrives in pieces, for readers that are written as if all of it were there.
 
-A reader is a generator. It looks at characters by their distance from where it stands and yields whenever it needs
-one that has not arrived; what it decides depends on characters alone, never on how the text was cut into pieces.
+A reader is a generator. It looks at characters by their distance from where it stands and yields whenever
+it needs one that has not arrived; what it decides depends on characters alone, never on how the text was
+cut into pieces.
 """
 
 import re
@@ -15,7 +16,7 @@ WHITESPACE = " \t\r\n"
 
 
 class Source:
-    """A window over the text: from the first mark, or else from where the reader stands, to what has arrived."""
+    """A window over the text: from the first mark, or from where the reader stands, to what has arrived."""
 
     def __init__(self, text: str = "", *, ended: bool = False):
         self.ended = ended
@@ -36,7 +37,7 @@ class Source:
         self._marks = [mark - start for mark in self._marks]
 
     def mark(self) -> int:
-        """Keeps the text from here on, until the mark with the returned number is released or gone back to."""
+        """Keeps the text from here on, until the mark of the returned number is released or gone back to."""
         self._marks.append(self._place)
         return len(self._marks)
 
@@ -109,7 +110,7 @@ class Source:
         return taken
 
     def take_run(self, pattern: re.Pattern[str]) -> str:
-        """What `pattern` matches here of the text that has arrived: only for runs that may be cut anywhere."""
+        """What `pattern` matches of the text that has arrived: only for runs that may be cut anywhere."""
         match = pattern.match(self._text, self._place)
         return self.take(match.end() - self._place) if match else ""
 

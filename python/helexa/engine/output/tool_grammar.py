@@ -1,7 +1,7 @@
 """Grammars in llguidance's dialect of Lark that have a model call tools in its own format, and well.
 
-Such a grammar holds an answer to calls from its first character on. What it admits, the parser of this package reads as
-calls with arguments of the declared types.
+Such a grammar holds an answer to calls from its first character on. What it admits, the parser of this
+package reads as calls with arguments of the declared types.
 """
 
 import json
@@ -28,9 +28,9 @@ def tool_grammar(
 ) -> str:
     """The grammar of an answer that calls tools.
 
-    tool_calls: "hermes" or "qwen_xml".   choice: "required", the name of the only tool to call, or "auto" with a
-    response_schema, where the answer is either calls or JSON of that schema.   parallel: whether several calls may be
-    made.   Raises InvalidParameter if there is no such tool.
+    tool_calls: "hermes" or "qwen_xml".   choice: "required", the name of the only tool, or "auto" with a
+    response_schema: the answer is either calls or JSON of that schema.   parallel: whether several calls
+    may be made.   Raises InvalidParameter if there is no such tool.
     """
     chosen = _chosen(Tools(tools), choice)
     rules = [

@@ -1,4 +1,4 @@
-"""The tools of a request: their names, also as models misspell them, and what their schemas say of arguments."""
+"""The tools of a request: their names, even misspelt, and what their schemas say of arguments."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -71,5 +71,5 @@ class Tools:
 
 
 def _plain(name: str) -> str:
-    """A name without what models get wrong: case, separators, and a prefix for the kind of thing that it is."""
+    """A name without what models get wrong: case, separators, and a prefix for its kind."""
     return name.rpartition("functions.")[2].replace("-", "_").replace(".", "_").casefold()

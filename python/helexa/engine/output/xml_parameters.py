@@ -1,7 +1,7 @@
-"""The parameters of a call in the XML of Qwen3-Coder and Qwen3.5, written as the JSON object that they stand for.
+"""The parameters of a call in the XML of Qwen3-Coder and Qwen3.5, as the JSON object that they stand for.
 
-The values are text without any escapes, so where one ends is decided by what follows: a value may be a document that
-has such tags itself.
+The values are text without any escapes, so where one ends is decided by what follows: a value may be a
+document that has such tags itself.
 """
 
 import json
