@@ -222,4 +222,5 @@ class SourceError(HelexaError):
 class ConfigError(HelexaError):
     """A configuration file or environment override is wrong; the message names file and key."""
 
+    status = 422
     code = "invalid_configuration"

@@ -1,5 +1,6 @@
-"""`helexa load` and `unload`: the right neuron, its progress, and its failures."""
+"""`helexa load` and `unload`: what is asked for, the progress of it, and its failures."""
 
+import asyncio
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -7,23 +8,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 from rich.console import Console
+from typer.testing import CliRunner
 
+from helexa.cli import app
 from helexa.cli.client import Client
-from helexa.cli.load import neuron_url, progress_bar, wait_until_loaded
-from helexa.errors import BadRequest, HelexaError, UnknownModel
+from helexa.cli.load import progress_bar, wait_until_loaded
+from helexa.errors import HelexaError, UnknownModel
 
 LOADING = {"id": "m", "status": "loading", "progress": {"phase": "weights", "percent": 40.0}}
-
-
-def fleet(*nodes: tuple[str, list[str]]):
-    async def handler(_: web.Request) -> web.Response:
-        entries = [
-            {"name": name, "endpoint": f"http://{name}:13131", "models": [{"id": model} for model in models]}
-            for name, models in nodes
-        ]
-        return web.json_response({"nodes": entries})
-
-    return {"GET /fleet": handler}
 
 
 def listing(states: Iterator[list[dict[str, Any]]]):
@@ -33,29 +25,45 @@ def listing(states: Iterator[list[dict[str, Any]]]):
     return {"GET /models": handler}
 
 
-async def test_a_neuron_is_meant_by_its_own_url(serve) -> None:
-    url = await serve({})
-    assert await neuron_url(url, None, None) == url
+def gateway(posted: list[tuple[str, Any, str | None]], *states: dict[str, Any]):
+    """A gateway that loads what it is told on node attic, whose model goes through `states`."""
+    left = list(states)
+
+    async def post(request: web.Request) -> web.Response:
+        posted.append((request.path, await request.json(), request.headers.get("authorization")))
+        return web.json_response(
+            {"id": "m", "model_id": "m", "status": "loading", "node": "attic"}, status=202
+        )
+
+    async def fleet(_: web.Request) -> web.Response:
+        state = left.pop(0) if len(left) > 1 else left[0]
+        others = {"name": "cellar", "models": [{"id": "m", "status": "failed"}]}
+        return web.json_response({"nodes": [others, {"name": "attic", "models": [state]}]})
+
+    return {"POST /models/load": post, "POST /models/unload": post, "GET /fleet": fleet}
 
 
-async def test_the_only_neuron_of_a_gateway_needs_no_name(serve) -> None:
-    assert await neuron_url(await serve(fleet(("attic", []))), None, None) == "http://attic:13131"
+def helexa(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
 
 
-async def test_among_several_neurons_one_must_be_named(serve) -> None:
-    url = await serve(fleet(("attic", ["m"]), ("cellar", [])))
-    with pytest.raises(BadRequest, match=r"--node attic\|cellar"):
-        await neuron_url(url, None, None)
-    assert await neuron_url(url, None, "cellar") == "http://cellar:13131"
-    with pytest.raises(BadRequest, match="no neuron 'roof'"):
-        await neuron_url(url, None, "roof")
+async def test_a_gateway_is_asked_to_load_and_says_where(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helexa.cli.load.POLL_S", 0)
+    posted: list[Any] = []
+    url = await serve(gateway(posted, LOADING, {"id": "m", "status": "loaded", "load_seconds": 2.0}))
+    arguments = ("load", "alias", "--url", url, "--key", "k", "--node", "attic", "--max-context", "64")
+    done = await asyncio.to_thread(helexa, *arguments)
+    assert done.output.endswith("m is loaded on attic in 2.0 s\n")
+    body = {"model_id": "alias", "options": {"max_context": 64}, "node": "attic"}
+    assert posted == [("/models/load", body, "Bearer k")]
 
 
-async def test_a_model_is_unloaded_where_it_is(serve) -> None:
-    url = await serve(fleet(("attic", ["m"]), ("cellar", [])))
-    assert await neuron_url(url, None, None, holding="m") == "http://attic:13131"
-    with pytest.raises(BadRequest, match="no neuron with x"):
-        await neuron_url(url, None, None, holding="x")
+async def test_a_gateway_is_asked_to_unload(serve) -> None:
+    posted: list[Any] = []
+    url = await serve(gateway(posted, LOADING))
+    assert (await asyncio.to_thread(helexa, "unload", "m", "--url", url)).output == "m is unloaded\n"
+    await asyncio.to_thread(helexa, "unload", "m", "--url", url, "--node", "attic")
+    assert [body for _, body, _ in posted] == [{"model_id": "m"}, {"model_id": "m", "node": "attic"}]
 
 
 async def test_waiting_ends_when_the_model_is_loaded(serve, monkeypatch: pytest.MonkeyPatch) -> None:

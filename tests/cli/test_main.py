@@ -9,7 +9,9 @@ from helexa import __version__
 from helexa.cli.terminal import command_line, run_app
 from helexa.errors import ConfigError
 
-COMMANDS = {"up", "status", "models", "load", "unload", "pull", "chat", "bench", "perplexity"}
+COMMANDS = {
+    *("up", "status", "models", "load", "unload", "reload", "keys", "pull", "chat", "bench", "perplexity")
+}
 
 
 def helexa(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from helexa import __version__
-from helexa.cli import bench, chat, load, models, perplexity, pull, status, up
+from helexa.cli import bench, chat, keys, load, models, perplexity, pull, reload, status, up
 from helexa.cli.terminal import command_line, run_app
 
 app = command_line("Serve open-weight language models on your own machines.")
@@ -38,12 +38,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "models": models.models_command,
     "load": load.load,
     "unload": load.unload,
+    "reload": reload.reload,
     "chat": chat.chat,
     "bench": bench.bench,
     "perplexity": perplexity.perplexity,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from helexa.cli.client import GATEWAY_URL, Client, Key
-from helexa.errors import BadRequest, HelexaError, UnknownModel
+from helexa.errors import HelexaError, UnknownModel
 
 POLL_S = 0.3
 
@@ -22,20 +22,25 @@ def progress_bar(console: Console | None = None) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console or Console(stderr=True), transient=True)
 
 
-async def model_info(client: Client, model: str) -> dict[str, Any] | None:
-    """The neuron's entry for the model, None when it does not know it."""
-    models = await client.get("/models")
-    entries: list[dict[str, Any]] = models if isinstance(models, list) else models["models"]
+async def model_info(client: Client, model: str, node: str | None = None) -> dict[str, Any] | None:
+    """The entry of a neuron for the model, None when it does not know it; `node`: as its gateway shows it."""
+    if node is None:
+        entries = await client.get("/models")
+    else:
+        nodes = (await client.get("/fleet"))["nodes"]
+        entries = next((entry["models"] for entry in nodes if entry["name"] == node), [])
     return next((entry for entry in entries if entry["id"] == model), None)
 
 
-async def wait_until_loaded(client: Client, model: str, bar: Progress) -> dict[str, Any]:
+async def wait_until_loaded(
+    client: Client, model: str, bar: Progress, node: str | None = None
+) -> dict[str, Any]:
     """The model's entry once it is loaded, its progress shown until then. Raises HelexaError if it fails."""
     task = bar.add_task(f"loading {model}", total=100)
     while True:
-        info = await model_info(client, model)
+        info = await model_info(client, model, node)
         if info is None:
-            raise UnknownModel(f"the neuron at {client.url} has no model {model!r}")
+            raise UnknownModel(f"{node or f'the neuron at {client.url}'} has no model {model!r}")
         if info["status"] == "loaded":
             bar.update(task, completed=100)
             return info
@@ -49,45 +54,17 @@ async def wait_until_loaded(client: Client, model: str, bar: Progress) -> dict[s
         await asyncio.sleep(POLL_S)
 
 
-async def neuron_url(url: str, key: str | None, node: str | None, holding: str | None = None) -> str:
-    """The neuron meant by `url` and `node`: `url` itself, or one of the fleet if `url` is a gateway.
-
-    holding: only neurons that have this model come into question. Raises BadRequest unless exactly one does.
-    """
-    async with Client(url, key) as client:
-        try:
-            nodes = (await client.get("/fleet"))["nodes"]
-        except HelexaError as error:
-            if error.status == 404:
-                return url
-            raise
-    wanted = [entry for entry in nodes if node in (None, entry["name"])]
-    if holding is not None:
-        wanted = [entry for entry in wanted if any(model["id"] == holding for model in entry["models"])]
-    if len(wanted) == 1:
-        return str(wanted[0]["endpoint"])
-    having = f" with {holding}" if holding else ""
-    if not wanted:
-        raise BadRequest(
-            f"{url} has no neuron{f' {node!r}' if node else ''}{having}; `helexa status` lists them"
-        )
-    raise BadRequest(
-        f"several neurons{having}: choose one with --node {'|'.join(entry['name'] for entry in wanted)}"
-    )
-
-
-async def _load(url: str, key: str | None, model: str, source: str | None, options: dict[str, Any]) -> None:
-    async with Client(url, key) as client:
-        body = {
-            "model_id": model,
-            "options": {key: value for key, value in options.items() if value is not None},
-        }
-        await client.post("/models/load", body | ({"source": source} if source else {}))
-        with progress_bar() as bar:
-            info = await wait_until_loaded(client, model, bar)
+async def _load(client: Client, body: dict[str, Any]) -> None:
+    told = await client.post("/models/load", body)
+    model, node = told["id"], told.get("node")  # a gateway resolves aliases and says where
+    with progress_bar() as bar:
+        info = await wait_until_loaded(client, model, bar, node)
     context = (info.get("limit") or {}).get("context")
     seconds = f" in {info['load_seconds']:.1f} s" if info.get("load_seconds") is not None else ""
-    typer.echo(f"{model} is loaded{seconds}" + (f", context {context} tokens" if context else ""))
+    typer.echo(
+        f"{model} is loaded{f' on {node}' if node else ''}{seconds}"
+        + (f", context {context} tokens" if context else "")
+    )
 
 
 def load(
@@ -106,9 +83,12 @@ def load(
 ) -> None:
     """Load a model into a neuron; loading a loaded model again is fine."""
     options = {"device": device, "max_context": max_context, "max_sequences": max_sequences}
+    given = {name: value for name, value in options.items() if value is not None}
+    body = {"model_id": model, "source": source, "options": given, "node": node}
 
     async def run() -> None:
-        await _load(await neuron_url(url, key, node), key, model, source, options)
+        async with Client(url, key) as client:
+            await _load(client, {name: value for name, value in body.items() if value is not None})
 
     asyncio.run(run())
 
@@ -122,8 +102,8 @@ def unload(
     """Free a model's memory; requests that are running may finish first."""
 
     async def run() -> None:
-        async with Client(await neuron_url(url, key, node, holding=model), key, timeout_s=None) as client:
-            await client.post("/models/unload", {"model_id": model})
+        async with Client(url, key, timeout_s=None) as client:
+            await client.post("/models/unload", {"model_id": model} | ({"node": node} if node else {}))
 
     asyncio.run(run())
     typer.echo(f"{model} is unloaded")

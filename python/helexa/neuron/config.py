@@ -29,7 +29,7 @@ class NeuronSection:
 
 @dataclass(frozen=True)
 class AuthSection:
-    """[auth]: who can use a neuron can have it read files of its machine, so on a network it needs a secret."""
+    """[auth]: whoever can use a neuron can have it read files, so on a network it needs a secret."""
 
     secret: str | None = field(default=None, metadata={"secret": True})  # that its gateways know
     open: bool = False  # whether it serves a network, which is trusted then, without one

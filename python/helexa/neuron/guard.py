@@ -1,4 +1,4 @@
-"""Who may speak to a neuron: who has its secret, or without one programs of this machine; never a web page."""
+"""Who may speak to a neuron: who has its secret, or without one programs of this machine; no web page."""
 
 import hashlib
 import hmac
