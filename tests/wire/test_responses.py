@@ -717,47 +717,66 @@ def test_there_are_transcripts() -> None:
     assert len(TRANSCRIPTS) == 4
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
+texts = st.sampled_from(["", "a", "b", "a", "b"])
+anything = st.sampled_from(
+    [None, True, 7, 10**30, [], {}, "a", [{}], ["a"], {"type": "text"}, [{"type": []}]]
 )
-item_kinds = st.sampled_from(
-    [
-        *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call"),
-        *(
-            "custom_tool_call_output",
-            "tool_search_call",
-            "tool_search_output",
-            "additional_tools",
-            "function",
-        ),
-        *("item_reference", "namespace", "custom", "tool_search", "web_search", "output_text", "input_image"),
-    ]
+mostly = texts | texts | anything
+parts = mostly | st.lists(
+    st.builds(
+        lambda kind, text: {"type": kind, "text": text},
+        st.sampled_from(["input_text", "output_text", "summary_text", "input_image", "refusal"]) | anything,
+        mostly,
+    ),
+    max_size=2,
 )
-names = st.sampled_from(
-    [
-        *(
-            "role",
-            "content",
-            "call_id",
-            "name",
-            "namespace",
-            "arguments",
-            "output",
-            "input",
-            "summary",
-            "tools",
-        ),
-        *("encrypted_content", "id", "text", "format", "parameters", "execution", "description", "image_url"),
-    ]
-)
-things = st.deferred(
-    lambda: st.builds(
-        lambda kind, members: {"type": kind, **members},
-        item_kinds,
-        st.dictionaries(names, anything | st.lists(things, max_size=2), max_size=5),
+tools = st.deferred(
+    lambda: st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(["function", "custom", "namespace", "tool_search", "web_search", "mcp"]),
+            "name": mostly,
+        },
+        optional={
+            "description": mostly,
+            "parameters": anything,
+            "tools": st.lists(tools, max_size=2) | anything,
+            "format": st.fixed_dictionaries({"type": st.sampled_from(["text", "grammar"]), "syntax": mostly})
+            | anything,
+            "execution": st.sampled_from(["client", "server"]),
+        },
     )
+)
+items = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(
+            [
+                *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call"),
+                *("custom_tool_call_output", "tool_search_call", "tool_search_output", "additional_tools"),
+                "item_reference",
+            ]
+        )
+        | anything,
+        "call_id": mostly,
+        "role": st.sampled_from(["user", "assistant", "system", "developer"]) | anything,
+        "content": parts,
+    },
+    optional={
+        "name": mostly,
+        "namespace": mostly,
+        "arguments": mostly,
+        "input": mostly,
+        "output": parts,
+        "summary": parts,
+        "encrypted_content": mostly | st.just(seal("a")),
+        "tools": st.lists(tools, max_size=2) | anything,
+        "id": mostly,
+    },
+)
+choices = st.builds(
+    lambda kind, name, tools: {"type": kind, "name": name, "tools": tools},
+    st.sampled_from(["function", "custom", "allowed_tools", "web_search"]),
+    mostly,
+    st.lists(tools, max_size=2) | anything,
 )
 
 
@@ -765,10 +784,10 @@ things = st.deferred(
     st.fixed_dictionaries(
         {},
         optional={
-            "input": st.lists(things, max_size=3) | anything,
-            "tools": st.lists(things, max_size=3) | anything,
-            "tool_choice": things | anything,
-            "text": st.fixed_dictionaries({}, optional={"format": things}) | anything,
+            "input": st.lists(items, max_size=3) | anything,
+            "tools": st.lists(tools, max_size=3) | anything,
+            "tool_choice": choices | anything,
+            "text": st.fixed_dictionaries({"format": anything}) | anything,
             "reasoning": anything,
             "include": anything,
             "metadata": anything,
@@ -779,14 +798,14 @@ things = st.deferred(
 def test_whatever_is_asked_is_served_or_refused(members: Json) -> None:
     try:
         request = asked(**members)
-        items = request.resolved({})
-        body, tools = request.to_chat(items)
+        given_items = request.resolved({})
+        body, offered = request.to_chat(given_items)
     except BadRequest:
         return
     assert json.loads(body)["messages"]
-    made = ResponseTranslator(request, tools)
+    made = ResponseTranslator(request, offered)
     json.loads(made.whole(b'{"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]}'))
-    assert len(listed(items, TOKEN)) == len(items)
+    assert len(listed(given_items, TOKEN)) == len(given_items)
 
 
 # errors, stored items

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -141,15 +141,17 @@ class _Kept:
 
     def _stored(self, told: bytes) -> bytes:
         response = self._translator.response
-        items = orjson.dumps(listed(self._items, self._translator.token))
+        items = msgspec.json.encode(listed(self._items, self._translator.token))
         self._store.put(
-            StoredResponse(response["id"], self._principal, self._previous_id, orjson.dumps(response), items)
+            StoredResponse(
+                response["id"], self._principal, self._previous_id, msgspec.json.encode(response), items
+            )
         )
         return told
 
 
 def _items(stored: StoredResponse) -> list[Json]:
-    items: list[Json] = orjson.loads(stored.items)
+    items: list[Json] = msgspec.json.decode(stored.items)
     return items
 
 
@@ -158,7 +160,7 @@ def _conversation(chain: Sequence[StoredResponse]) -> list[Json]:
     items: list[Json] = []
     for stored in chain:
         items += _items(stored)
-        items += orjson.loads(stored.body)["output"]
+        items += msgspec.json.decode(stored.body)["output"]
     return items
 
 

@@ -167,7 +167,7 @@ def _part(part: Any, where: str) -> Json:
     if not isinstance(part, dict):
         raise InvalidParameter(f"'{where}' is {part!r:.80}; expected an object", param=where)
     kind = part.get("type")
-    if kind in _TEXTS:
+    if isinstance(kind, str) and kind in _TEXTS:
         return {"type": "text", "text": _string(part, _TEXTS[kind], where)}
     if kind == "input_image" and isinstance(part.get("image_url"), str):
         detail = {"detail": part["detail"]} if part.get("detail") in ("low", "high", "auto") else {}

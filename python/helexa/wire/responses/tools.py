@@ -66,11 +66,8 @@ class Tools:
         """is_repeated: whether a tool known by its name is passed over."""
         if kind == "namespace":
             namespace = _text(tool, "name", where)
-            members = tool.get("tools")
-            if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
-                raise InvalidParameter(f"'{where}.tools' is missing; expected tools", param=f"{where}.tools")
-            about = tool.get("description")
-            for index, member in enumerate(members):
+            about = _described(tool, where)
+            for index, member in enumerate(_objects(tool, where)):
                 inner = f"{where}.tools[{index}]"
                 origin = _origin(member, _text(member, "type", inner), inner, namespace)
                 if not (is_repeated and qualified(origin.name, namespace) in self._origins):
@@ -87,7 +84,7 @@ class Tools:
             message = f"'{where}.name' is {origin.name!r:.80}, as that of a tool before it"
             raise InvalidParameter(message, param=where)
         self._origins[chat_name] = origin
-        description = "\n\n".join(filter(None, (about, tool.get("description"))))
+        description = "\n\n".join(filter(None, (about, _described(tool, where))))
         function: Json = {"name": chat_name}
         if description:
             function["description"] = description
@@ -113,14 +110,12 @@ class Tools:
         return {"type": "function", "function": {"name": self._named(choice, "tool_choice")}}
 
     def _allow(self, choice: Json) -> str:
-        mode, names = choice.get("mode", "auto"), choice.get("tools")
-        if mode not in ("auto", "required") or not isinstance(names, list) or not names:
+        mode, allowed_tools = choice.get("mode", "auto"), _objects(choice, "tool_choice")
+        if mode not in ("auto", "required") or not allowed_tools:
             message = "'tool_choice' allows tools; expected 'mode' auto or required, and 'tools'"
             raise InvalidParameter(message, param="tool_choice")
         allowed = {
-            self._named(member, f"tool_choice.tools[{index}]")
-            for index, member in enumerate(names)
-            if isinstance(member, dict)
+            self._named(member, f"tool_choice.tools[{index}]") for index, member in enumerate(allowed_tools)
         }
         self.functions = [tool for tool in self.functions if tool["function"]["name"] in allowed]
         return str(mode)
@@ -146,8 +141,7 @@ def added_tools(items: Iterable[Json]) -> list[Json]:
         tool
         for item in items
         if item.get("type") in ("additional_tools", "tool_search_output")
-        for tool in item.get("tools") or ()
-        if isinstance(tool, dict)
+        for tool in _objects(item, "input")
     ]
 
 
@@ -156,9 +150,8 @@ def names_of(tools: Iterable[Json]) -> list[str]:
     names = []
     for tool in tools:
         if tool.get("type") == "namespace":
-            names += [
-                qualified(str(member.get("name")), tool.get("name")) for member in tool.get("tools") or ()
-            ]
+            namespace = str(tool.get("name"))
+            names += [qualified(str(member.get("name")), namespace) for member in _objects(tool, "input")]
         else:
             names.append(str(tool.get("name")))
     return names
@@ -177,10 +170,11 @@ def _parameters_of(tool: Json, where: str) -> Json:
     """The one text parameter of a custom tool; the grammar it shall follow is for the model to read."""
     about = "The whole input of the tool, as plain text."
     wanted = tool.get("format") or {"type": "text"}
-    if wanted.get("type") == "grammar":
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "grammar":
         syntax = _text(wanted, "syntax", f"{where}.format")
         about += f" It follows this {syntax} grammar:\n{_text(wanted, 'definition', f'{where}.format')}"
-    elif wanted.get("type") != "text":
+    elif kind != "text":
         param = f"{where}.format"
         raise InvalidParameter(f"'{param}' is {wanted!r:.80}; expected text or grammar", param=param)
     return {
@@ -189,6 +183,23 @@ def _parameters_of(tool: Json, where: str) -> Json:
         "required": [PARAMETER],
         "additionalProperties": False,
     }
+
+
+def _objects(members: Mapping[str, Any], where: str) -> list[Json]:
+    """The tools in `members`."""
+    found = members.get("tools")
+    if isinstance(found, list) and all(isinstance(member, dict) for member in found):
+        return found
+    param = f"{where}.tools"
+    raise InvalidParameter(f"'{param}' is {found!r:.80}; expected a list of tools", param=param)
+
+
+def _described(tool: Mapping[str, Any], where: str) -> str | None:
+    about = tool.get("description")
+    if about is None or isinstance(about, str):
+        return about
+    param = f"{where}.description"
+    raise InvalidParameter(f"'{param}' is {about!r:.80}; expected a text", param=param)
 
 
 def _text(members: Mapping[str, Any], name: str, where: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import orjson
 
 from helexa.errors import BadRequest, ContextTooLong, HelexaError, UpstreamError
 from helexa.wire import sse
@@ -131,7 +130,7 @@ class ResponseTranslator:
         self._take(answer)
         self._complete()
         self._events.clear()
-        return orjson.dumps(self.response)
+        return msgspec.json.encode(self.response)
 
     def _feed_data(self, data: bytes) -> None:
         if data == b"[DONE]":
@@ -249,7 +248,7 @@ class ResponseTranslator:
             self._emit("response.in_progress", response=self.response)
 
     def _emit(self, kind: str, **members: Any) -> None:
-        data = orjson.dumps({"type": kind, "sequence_number": self._number, **members})
+        data = msgspec.json.encode({"type": kind, "sequence_number": self._number, **members})
         self._events.append(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
         self._number += 1
 
