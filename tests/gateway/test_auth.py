@@ -2,9 +2,10 @@
 
 import pytest
 
-from helexa.errors import Unauthorized
-from helexa.gateway.auth import Keys
+from helexa.errors import ConfigError, Forbidden, Unauthorized
+from helexa.gateway.auth import Keys, Principal
 from helexa.gateway.config import AuthSection, GatewayConfig, GatewaySection
+from helexa.gateway.keys import Limit, add_key, revoke_key
 
 KEY, OTHER = "sk-helexa-one", "sk-helexa-two"
 
@@ -72,3 +73,167 @@ async def test_the_api_wants_the_key_and_health_does_not(make_site, neuron):
     ) as response:
         assert response.status == 200
     assert neuron.requests == []
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "keys.jsonl"
+
+
+def of_file(path, listen="127.0.0.1:31313", **auth):
+    section = AuthSection(keys_file=str(path), **auth)
+    return Keys(GatewayConfig(gateway=GatewaySection(listen=listen), auth=section))
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_a_key_of_the_file_is_who_it_is_made_for(path):
+    limit = Limit("requests", 1, 60)
+    key, record = add_key(path, "ada", models=["qwen*"], limits=[limit], priority=7)
+    found = of_file(path).check(bearer(key))
+    assert found == Principal(record.id, "ada", ("qwen*",), (limit,), 7, is_admin=False)
+    assert found.headers == {"x-helexa-principal": record.id, "x-helexa-priority": "7"}
+
+
+def test_a_revoked_key_is_refused_even_where_none_is_needed(path):
+    key, _ = add_key(path, "ada")
+    keys = of_file(path)
+    revoke_key(path, "ada")
+    assert keys.refresh()
+    with pytest.raises(Unauthorized, match="may have been revoked"):
+        keys.check(bearer(key))
+    assert keys.check({}).id == ""
+
+
+def test_keys_are_read_again_when_the_file_has_changed_and_only_then(path):
+    keys = of_file(path)
+    assert not keys.refresh()
+    key, _ = add_key(path, "ada")
+    assert keys.refresh()
+    assert keys.check(bearer(key)).name == "ada"
+    assert not keys.refresh()
+
+
+def test_a_bad_keys_file_is_told_once_and_leaves_the_keys_as_they_were(path):
+    key, _ = add_key(path, "ada")
+    keys = of_file(path)
+    path.write_text('{"id": "half')
+    with pytest.raises(ConfigError, match="not written completely"):
+        keys.refresh()
+    assert not keys.refresh()
+    assert keys.check(bearer(key)).name == "ada"
+
+
+def test_a_gateway_does_not_start_with_a_keys_file_that_it_cannot_trust(path):
+    add_key(path, "ada")
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="others may write"):
+        of_file(path)
+
+
+@pytest.mark.parametrize(
+    ("listen", "anonymous", "served"),
+    [
+        ("127.0.0.1:1", None, True),
+        ("127.0.0.1:1", False, False),
+        ("0.0.0.0:1", None, False),
+        ("[::]:1", None, False),
+        ("0.0.0.0:1", True, True),
+    ],
+)
+def test_those_without_a_key_are_served_on_loopback_or_as_configured(listen, anonymous, served):
+    config = GatewayConfig(
+        gateway=GatewaySection(listen=listen), auth=AuthSection((KEY,), anonymous=anonymous)
+    )
+    if served:
+        assert Keys(config).check({"authorization": "Bearer placeholder"}).models == ()
+    else:
+        with pytest.raises(Unauthorized):
+            Keys(config).check({"authorization": "Bearer placeholder"})
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [
+        *[(host, True) for host in ("localhost:31313", "127.0.0.1:31313", "[::1]:31313", "", "attic:1")],
+        *[(host, True) for host in ("192.168.1.2:31313", "host.docker.internal:31313", "attic.local")],
+        *[(host, False) for host in ("evil.example:31313", "127.0.0.1.evil.example", "localhost.evil.org.")],
+    ],
+)
+def test_a_foreign_name_for_this_machine_is_not_served_without_a_key(host, served):
+    lenient = keys("127.0.0.1:31313")
+    assert lenient.check({"host": host, "x-api-key": KEY}).name == "config-1"
+    if served:
+        assert lenient.check({"host": host}).id == ""
+    else:
+        with pytest.raises(Unauthorized):
+            lenient.check({"host": host})
+
+
+def test_only_admins_administrate_once_there_is_one(path):
+    keys = of_file(path)
+    keys.check({}).require_admin()
+    admin, _ = add_key(path, "root", admin=True)
+    user, _ = add_key(path, "ada")
+    keys.refresh()
+    keys.check(bearer(admin)).require_admin()
+    for headers in ({}, bearer(user)):
+        with pytest.raises(Forbidden, match="needs an admin key") as caught:
+            keys.check(headers).require_admin()
+        assert (caught.value.status, caught.value.code) == (403, "permission_denied")
+
+
+def test_nobody_without_a_key_administrates_a_network(path):
+    anonymous = of_file(path, "0.0.0.0:1", anonymous=True).check({})
+    assert anonymous.id == "anonymous"
+    with pytest.raises(Forbidden):
+        anonymous.require_admin()
+
+
+def test_an_admin_key_of_the_configuration_is_one():
+    keys = Keys(GatewayConfig(auth=AuthSection((KEY,), (OTHER,))))
+    keys.check(bearer(OTHER)).require_admin()
+    with pytest.raises(Forbidden):
+        keys.check(bearer(KEY)).require_admin()
+
+
+def test_models_are_allowed_by_name_or_pattern():
+    principal = Principal("x", models=("qwen*", "helexa/small"))
+    principal.require_model("qwen3-0.6b")
+    principal.require_model("helexa/small", "anything")
+    principal.require_model("alias", "qwen3-0.6b")
+    with pytest.raises(Forbidden, match="may not use model 'llama'"):
+        principal.require_model("llama", "llama")
+
+
+async def test_neurons_are_told_who_asks_and_never_what_a_client_claims(make_site, neuron, path):
+    key, record = add_key(path, "ada", priority=5)
+    site = await make_site(neuron, config=GatewayConfig(auth=AuthSection(keys_file=str(path))))
+    spoofed = {"X-Helexa-Principal": "root", "x-helexa-PRIORITY": "100", "x-helexa-usage": "x", "cookie": "c"}
+    for headers, told in ((bearer(key), {"principal": record.id, "priority": "5"}), ({}, {})):
+        neuron.headers.clear()
+        body = {"model": "tiny", "messages": []}
+        url = site.url + "/v1/chat/completions"
+        async with site.client.post(url, json=body, headers=[*spoofed.items(), *headers.items()]) as response:
+            assert response.status == 200
+        (seen,) = neuron.headers
+        claimed = {name[9:]: value for name, value in seen.items() if name.startswith("x-helexa-")}
+        assert claimed == {"usage": "comment", **told}
+        assert not {"authorization", "x-api-key", "cookie"} & seen.keys()
+
+
+async def test_a_key_sees_and_uses_its_models_alone(make_site, make_neuron, catalogue, path):
+    key, _ = add_key(path, "ada", models=["tiny", "nick"])
+    neuron = make_neuron("tiny", "other", "third")
+    config = GatewayConfig(auth=AuthSection(keys_file=str(path)))
+    site = await make_site(neuron, config=config, catalogue=catalogue(nick="other"))
+    site.client.headers.update(bearer(key))
+    listed = await site.get("/v1/models")
+    assert [card["id"] for card in listed["data"]] == ["nick", "tiny"]
+    for model, expected in (("tiny", 200), ("nick", 200), ("other", 403), ("third", 403), ("nowhere", 403)):
+        assert (await site.chat(model))[0] == expected
+        async with site.client.get(f"{site.url}/v1/models/{model}") as response:
+            assert response.status == expected
+    assert [asked["model"] for asked in neuron.requests] == ["tiny", "other"]
