@@ -1,7 +1,9 @@
 """What gateway and neuron cost on the wire.
 
-overhead  the gateway before a neuron stand-in that streams at a fixed rate: time to first byte and chunk rate
-          with and without it, alternating; each runs in a process of its own on loopback.
+overhead  the gateway before a neuron stand-in that streams at a fixed rate: time to first byte, delay of each
+          event and chunk rate with and without it, and with another proxy in its place (--peer, the command
+          of LiteLLM's), alternating; each runs in a process of its own on loopback.
+memory    what the gateway keeps after so many thousand requests.
 model     a real model straight and through the gateway: time to first token and tokens per second, beside
           what the engine measured of itself.
 
@@ -13,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -20,97 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-READY_S = 60.0
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-
-
-class StandIn(asyncio.Protocol):
-    """A connection to a neuron stand-in: answers polls, streams `max_tokens` chunks, one each `seed` ms."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        while b"\r\n\r\n" in self._buffer:
-            head, _, rest = self._buffer.partition(b"\r\n\r\n")
-            lower = head.lower()
-            size = (
-                int(lower.split(b"content-length:")[1].split(b"\r\n")[0])
-                if b"content-length:" in lower
-                else 0
-            )
-            if len(rest) < size:
-                return
-            self._buffer = rest[size:]
-            self._answer(head.split(b" ")[1].decode(), rest[:size])
-
-    def _answer(self, path: str, body: bytes) -> None:
-        if path in _CONTROL:
-            payload = json.dumps(_CONTROL[path]).encode()
-            self._transport.write(
-                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-                % len(payload)
-                + payload
-            )
-            return
-        asked = json.loads(body)
-        self._task = asyncio.ensure_future(self._stream(asked["max_tokens"], asked["seed"] / 1e3))
-
-    async def _stream(self, count: int, pause_s: float) -> None:
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        word = {"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}
-        payload = {
-            "id": "chatcmpl-1",
-            "object": "chat.completion.chunk",
-            "created": 1,
-            "model": "tiny",
-            "choices": [word],
-        }
-        event = b"data: " + json.dumps(payload).encode() + b"\n\n"
-        chunk = b"%x\r\n" % len(event) + event + b"\r\n"
-        self._transport.write(head + chunk)
-        due = time.perf_counter()
-        for _ in range(count - 1):
-            due += pause_s
-            delay = due - time.perf_counter()
-            await asyncio.sleep(max(0.0, delay))
-            self._transport.write(chunk)
-        done = b"data: [DONE]\n\n"
-        self._transport.write(b"%x\r\n" % len(done) + done + b"\r\n0\r\n\r\n")
-
-
-_CONTROL: dict[str, Any] = {
-    "/health": {
-        **{"status": "ok", "uptime_s": 1.0, "memory_available_bytes": 1 << 30},
-        **{"activation": {"state": "ready"}, "models": [{"id": "tiny"}]},
-    },
-    "/models": [{"id": "tiny", "status": "loaded", "source": "tiny"}],
-    "/discovery": {
-        **{"hostname": "stand-in", "os": "Linux", "kernel": "6", "devices": []},
-        "cpu": {
-            "name": "CPU",
-            "cores": 2,
-            "threads": 2,
-            "instruction_sets": [],
-            "memory_total_bytes": 1 << 30,
-        },
-    },
+READY_S = 120.0
+STAND_IN = str(Path(__file__).with_name("stand_in.py"))
+WRITTEN = re.compile(rb'"content": ?"(\d+)"')
+EMPTY: Mapping[str, str] = {}
+PEER_ENVIRONMENT = {  # it asks for no key, as ours on loopback, and looks nothing up on the network
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False",
 }
-
-
-async def stand_in(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(StandIn, "127.0.0.1", port, backlog=1024)
-    await server.serve_forever()
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
 
 def free_port() -> int:
@@ -119,10 +48,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(*arguments: str, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process that answers at `url`, until the block ends; its log is shown if it does not start."""
+def process(
+    *arguments: str, url: str, program: str = sys.executable, environment: Mapping[str, str] = EMPTY
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that answers at `url`, until the block ends; its log is shown if it does not start."""
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
+        child = subprocess.Popen(
+            [program, *arguments], stdout=log, stderr=log, env={**os.environ, **environment}
+        )
         try:
             host, port = url.removeprefix("http://").split(":")
             end = time.monotonic() + READY_S
@@ -147,24 +80,56 @@ def gateway(neuron: str) -> Iterator[tuple[str, int]]:
         config = Path(folder) / "gateway.toml"
         config.write_text(
             f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:{metrics}"\n'
-            f'[log]\nlevel = "warning"\n[[neurons]]\nname = "n"\nendpoint = "{neuron}"\n'
+            f'[[neurons]]\nname = "n"\nendpoint = "{neuron}"\n'
         )
         url = f"http://127.0.0.1:{port}"
         with process("-m", "helexa.cli.gateway", "--config", str(config), url=url) as child:
             yield url, child.pid
 
 
-async def stream(session: aiohttp.ClientSession, url: str, **fields: Any) -> tuple[float, float, int]:
-    """Seconds to the first body byte, seconds in all, and events of one streamed chat."""
-    started = time.perf_counter()
+@contextlib.contextmanager
+def peer(command: str, neuron: str) -> Iterator[tuple[str, int]]:
+    """URL and process id of LiteLLM's proxy before that neuron."""
+    port = free_port()
+    model = {"model": "openai/tiny", "api_base": neuron + "/v1", "api_key": "none"}
+    config = {"model_list": [{"model_name": "tiny", "litellm_params": model}]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(config))  # JSON is YAML
+        url = f"http://127.0.0.1:{port}"
+        arguments = ("--config", str(path), "--host", "127.0.0.1", "--port", str(port))
+        with process(*arguments, url=url, program=command, environment=PEER_ENVIRONMENT) as child:
+            yield url, child.pid
+
+
+@dataclass
+class Times:
+    """What the clients of one target have measured, in seconds."""
+
+    alone: list[float] = field(default_factory=list)  # to the first byte, one stream at a time
+    first: list[float] = field(default_factory=list)  # to the first byte, many at a time
+    events: list[float] = field(default_factory=list)  # from the neuron to the client, each event
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {f"{name}_ms": percentiles(values) for name, values in vars(self).items()}
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, delays: list[float] | None = None, **fields: Any
+) -> tuple[float, int]:
+    """Seconds to the first byte and number of events of one chat; `delays` gets those of its events."""
+    started, count = time.perf_counter(), 0
     async with session.post(url + "/v1/chat/completions", json=CHAT | fields) as response:
         response.raise_for_status()
-        block = await response.content.readany()
-        first = time.perf_counter() - started
-        events = block.count(b"data: ")
+        first = 0.0
         while block := await response.content.readany():
-            events += block.count(b"data: ")
-    return first, time.perf_counter() - started, events - 1
+            first = first or time.perf_counter() - started
+            found = WRITTEN.findall(block)
+            count += len(found)
+            if delays is not None:
+                now = time.monotonic_ns()
+                delays += [(now - int(written)) / 1e9 for written in found]
+    return first, count
 
 
 def cpu_seconds(pid: int) -> float:
@@ -175,52 +140,111 @@ def cpu_seconds(pid: int) -> float:
 def percentiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
-        name: ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+        name: round(ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3, 3)
         for name, share in (("p50", 0.5), ("p99", 0.99))
     }
 
 
-async def clients(session: aiohttp.ClientSession, url: str, streams: int) -> list[float]:
-    """Seconds to the first byte of what `streams` clients see that each send three requests, out of step."""
+async def crowd(session: aiohttp.ClientSession, url: str, streams: int, times: Times) -> None:
+    """So many clients that each send three requests, out of step."""
 
-    async def client(index: int) -> list[float]:
+    async def client(index: int) -> None:
         await asyncio.sleep(0.2 * index / streams)
-        return [(await stream(session, url, max_tokens=20, seed=10))[0] for _ in range(3)]
+        for _ in range(3):
+            first, _ = await stream(session, url, times.events, max_tokens=20, seed=10)
+            times.first.append(first)
 
-    return [first for firsts in await asyncio.gather(*map(client, range(streams))) for first in firsts]
-
-
-async def flood(session: aiohttp.ClientSession, url: str, streams: int) -> tuple[int, float]:
-    """Events and seconds of streams whose source never waits."""
-    started = time.perf_counter()
-    parts = (stream(session, url, max_tokens=2500, seed=0) for _ in range(streams))
-    events = sum(count for _, _, count in await asyncio.gather(*parts))
-    return events, time.perf_counter() - started
+    await asyncio.gather(*map(client, range(streams)))
 
 
-async def overhead(streams: int, rounds: int) -> dict[str, Any]:
+async def flood(
+    session: aiohttp.ClientSession, url: str, pid: int, streams: int, each: int
+) -> dict[str, int]:
+    """Chunks per second, of the clock and of the process's CPU time, where the source never waits."""
+    started, used = time.perf_counter(), cpu_seconds(pid)
+    found = await asyncio.gather(*(stream(session, url, max_tokens=each, seed=0) for _ in range(streams)))
+    seconds, used = time.perf_counter() - started, cpu_seconds(pid) - used
+    chunks = sum(count for _, count in found)
+    return {"of_clock": round(chunks / seconds), "of_cpu": round(chunks / max(used, 0.01))}
+
+
+async def paced(session: aiohttp.ClientSession, url: str, pid: int, streams: int) -> int:
+    """Chunks per second of CPU time where every chunk comes alone: one each 4 ms of each stream."""
+    used = cpu_seconds(pid)
+    found = await asyncio.gather(*(stream(session, url, max_tokens=500, seed=4) for _ in range(streams)))
+    return round(sum(count for _, count in found) / (cpu_seconds(pid) - used))
+
+
+async def overhead(streams: int, rounds: int, other: str | None) -> dict[str, Any]:
     port = free_port()
     neuron = f"http://127.0.0.1:{port}"
-    alone: dict[str, list[float]] = {"direct": [], "gateway": []}
-    many: dict[str, list[float]] = {"direct": [], "gateway": []}
-    with process(__file__, "stand-in", str(port), url=neuron), gateway(neuron) as (url, pid):
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            for _ in range(rounds):
-                for name, target in (("direct", neuron), ("gateway", url)):
-                    alone[name] += [
-                        (await stream(session, target, max_tokens=3, seed=1))[0] for _ in range(5)
-                    ]
-                    many[name] += await clients(session, target, streams)
-            direct, direct_s = await flood(session, neuron, streams)
-            before = cpu_seconds(pid)
-            through, through_s = await flood(session, url, streams)
-            per_core = through / (cpu_seconds(pid) - before)
+    async with contextlib.AsyncExitStack() as stack:
+        child = stack.enter_context(process(STAND_IN, str(port), url=neuron))
+        targets = {"direct": (neuron, child.pid), "gateway": stack.enter_context(gateway(neuron))}
+        if other:
+            targets["peer"] = stack.enter_context(peer(other, neuron))
+        connector = aiohttp.TCPConnector(limit=0)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        times = {name: Times() for name in targets}
+        for url, _ in targets.values():
+            await crowd(session, url, streams, Times())  # to warm up
+        for _ in range(rounds):
+            for name, (url, _) in targets.items():
+                for _ in range(5):
+                    times[name].alone.append((await stream(session, url, max_tokens=3, seed=1))[0])
+                await crowd(session, url, streams, times[name])
+        rows: dict[str, Any] = {name: measured.summary() for name, measured in times.items()}
+        for name, (url, pid) in targets.items():
+            rows[name]["chunks_per_s"] = await flood(
+                session, url, pid, streams, 250 if name == "peer" else 2500
+            )
+            rows[name]["chunks_per_s"]["of_cpu_one_by_one"] = await paced(session, url, pid, streams)
+    for name in ("gateway", "peer"):
+        if name in rows:
+            rows[name]["added"] = _added(rows["direct"], rows[name])
+    return {"streams": streams, "requests": rounds * (5 + 3 * streams), **rows}
+
+
+def _added(direct: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    kinds = ("alone_ms", "first_ms", "events_ms")
     return {
-        "first_byte_ms_1_stream": _summary(alone),
-        f"first_byte_ms_{streams}_streams": _summary(many),
-        "chunks_per_s": {"direct": round(direct / direct_s), "gateway": round(through / through_s)},
-        "chunks_per_s_of_gateway_cpu": round(per_core),
+        kind: {key: round(row[kind][key] - direct[kind][key], 3) for key in direct[kind]} for kind in kinds
     }
+
+
+async def memory(requests: int, streams: int) -> dict[str, Any]:
+    """Resident bytes of the gateway after each tenth of the requests, which end in every way there is."""
+    port = free_port()
+    neuron = f"http://127.0.0.1:{port}"
+    resident = []
+    with process(STAND_IN, str(port), url=neuron), gateway(neuron) as (url, pid):
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+
+            async def client(count: int) -> None:
+                for index in range(count):
+                    if index % 10 == 0:
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(0.01):  # leaves
+                                await stream(session, url, max_tokens=100, seed=10)
+                    elif index % 10 == 1:
+                        async with session.post(
+                            url + "/v1/chat/completions", json={"model": "none"}
+                        ) as refused:
+                            await refused.read()
+                    else:
+                        await stream(session, url, max_tokens=3, seed=0)
+
+            for _ in range(11):
+                await asyncio.gather(*(client(requests // 10 // streams) for _ in range(streams)))
+                resident.append(resident_bytes(pid))
+    first, *later = resident  # the first tenth is to warm up
+    return {"requests": requests, "resident_bytes": resident, "grown_bytes": later[-1] - first}
+
+
+def resident_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
 async def model(path: str, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
@@ -262,7 +286,8 @@ async def generation(session: aiohttp.ClientSession, url: str, words: str, count
         "stream_options": {"include_usage": True},
     }
     body = CHAT | wanted | {"messages": [{"role": "user", "content": words}]}
-    started, first, last, usage = time.perf_counter(), 0.0, 0.0, {}
+    started, first, last = time.perf_counter(), 0.0, 0.0
+    usage: dict[str, Any] = {}
     async with session.post(url + "/v1/chat/completions", json=body) as response:
         async for line in response.content:
             if not line.startswith(b"data: {"):
@@ -283,13 +308,6 @@ async def generation(session: aiohttp.ClientSession, url: str, words: str, count
     }
 
 
-def _summary(values: dict[str, list[float]]) -> dict[str, Any]:
-    """Percentiles of both, and how much the gateway adds."""
-    rows = {name: {key: round(s * 1e3, 3) for key, s in percentiles(v).items()} for name, v in values.items()}
-    added = {key: round(rows["gateway"][key] - rows["direct"][key], 3) for key in rows["direct"]}
-    return {**rows, "added": added, "requests": len(values["gateway"])}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -298,18 +316,20 @@ def main() -> None:
     own = commands.add_parser("overhead")
     own.add_argument("--streams", type=int, default=16)
     own.add_argument("--rounds", type=int, default=20)
+    own.add_argument("--peer", help="path of the `litellm` command, to measure its proxy in the same run")
+    flat = commands.add_parser("memory")
+    flat.add_argument("--requests", type=int, default=20_000)
+    flat.add_argument("--streams", type=int, default=16)
     real = commands.add_parser("model")
     real.add_argument("path", help="a GGUF file")
     real.add_argument("--prompt", type=int, default=256)
     real.add_argument("--generate", type=int, default=64)
     real.add_argument("--rounds", type=int, default=5)
-    commands.add_parser("stand-in").add_argument("port", type=int)
     arguments = parser.parse_args()
-    if arguments.command == "stand-in":
-        asyncio.run(stand_in(arguments.port))
-        return
     if arguments.command == "overhead":
-        result = asyncio.run(overhead(arguments.streams, arguments.rounds))
+        result = asyncio.run(overhead(arguments.streams, arguments.rounds, arguments.peer))
+    elif arguments.command == "memory":
+        result = asyncio.run(memory(arguments.requests, arguments.streams))
     else:
         result = asyncio.run(model(arguments.path, arguments.prompt, arguments.generate, arguments.rounds))
     print(json.dumps(result))
