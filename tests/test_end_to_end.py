@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -55,6 +56,24 @@ def test_a_streamed_answer_is_the_same_text_in_pieces_and_ends_with_usage(stack:
     reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
     assert reasons == [whole.choices[0].finish_reason]
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_messages_say_the_same_streamed_and_whole_and_their_tokens_are_counted_exactly(stack: Stack) -> None:
+    prompt: Any = {"model": "starter", "messages": QUESTION, "system": "Answer in a few words."}
+    asked: Any = {**prompt, "max_tokens": 60, "stop_sequences": ["."], "extra_body": {"temperature": 0}}
+    with anthropic.Anthropic(base_url=stack.url, api_key="none", max_retries=0) as client:
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+        counted = client.messages.count_tokens(**prompt).input_tokens
+        with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > \d+ maximum"):
+            client.messages.create(**{**asked, "messages": [{"role": "user", "content": "word " * 20000}]})
+    assert whole.content[0].text == streamed.content[0].text
+    assert "London" in whole.content[0].text
+    for message in (whole, streamed):
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ".")
+        assert message.usage.input_tokens + message.usage.cache_read_input_tokens == counted
+    assert streamed.usage.cache_read_input_tokens > 0
 
 
 def test_a_text_is_continued(stack: Stack) -> None:
