@@ -1,10 +1,11 @@
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -717,85 +718,24 @@ def test_there_are_transcripts() -> None:
     assert len(TRANSCRIPTS) == 4
 
 
-texts = st.sampled_from(["", "a", "b", "a", "b"])
-anything = st.sampled_from(
-    [None, True, 7, 10**30, [], {}, "a", [{}], ["a"], {"type": "text"}, [{"type": []}]]
-)
-mostly = texts | texts | anything
-parts = mostly | st.lists(
-    st.builds(
-        lambda kind, text: {"type": kind, "text": text},
-        st.sampled_from(["input_text", "output_text", "summary_text", "input_image", "refusal"]) | anything,
-        mostly,
-    ),
-    max_size=2,
-)
-tools = st.deferred(
-    lambda: st.fixed_dictionaries(
-        {
-            "type": st.sampled_from(["function", "custom", "namespace", "tool_search", "web_search", "mcp"]),
-            "name": mostly,
-        },
-        optional={
-            "description": mostly,
-            "parameters": anything,
-            "tools": st.lists(tools, max_size=2) | anything,
-            "format": st.fixed_dictionaries({"type": st.sampled_from(["text", "grammar"]), "syntax": mostly})
-            | anything,
-            "execution": st.sampled_from(["client", "server"]),
-        },
-    )
-)
-items = st.fixed_dictionaries(
-    {
-        "type": st.sampled_from(
-            [
-                *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call"),
-                *("custom_tool_call_output", "tool_search_call", "tool_search_output", "additional_tools"),
-                "item_reference",
-            ]
-        )
-        | anything,
-        "call_id": mostly,
-        "role": st.sampled_from(["user", "assistant", "system", "developer"]) | anything,
-        "content": parts,
-    },
-    optional={
-        "name": mostly,
-        "namespace": mostly,
-        "arguments": mostly,
-        "input": mostly,
-        "output": parts,
-        "summary": parts,
-        "encrypted_content": mostly | st.just(seal("a")),
-        "tools": st.lists(tools, max_size=2) | anything,
-        "id": mostly,
-    },
-)
-choices = st.builds(
-    lambda kind, name, tools: {"type": kind, "name": name, "tools": tools},
-    st.sampled_from(["function", "custom", "allowed_tools", "web_search"]),
-    mostly,
-    st.lists(tools, max_size=2) | anything,
-)
+anything = st.sampled_from([None, True, 7, 10**30, "", "a", [], {}, [{}], ["a"], {"type": []}, {"tools": 7}])
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "input": st.lists(items, max_size=3) | anything,
-            "tools": st.lists(tools, max_size=3) | anything,
-            "tool_choice": choices | anything,
-            "text": st.fixed_dictionaries({"format": anything}) | anything,
-            "reasoning": anything,
-            "include": anything,
-            "metadata": anything,
-            "stream": st.booleans(),
-        },
-    )
-)
-def test_whatever_is_asked_is_served_or_refused(members: Json) -> None:
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container within `value`, with each of its keys or indexes."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, member in inner:
+        yield value, key
+        yield from places(member)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_one_place_of_a_request_holds_it_is_served_or_refused(data: st.DataObject) -> None:
+    transcript = data.draw(st.sampled_from(TRANSCRIPTS))
+    members = json.loads(transcript.read_text("utf-8"))["request"]
+    container, key = data.draw(st.sampled_from(list(places(members))))
+    container[key] = data.draw(anything)
     try:
         request = asked(**members)
         given_items = request.resolved({})
