@@ -1,0 +1,95 @@
+"""Messages read from deltas, without an engine: however tokens and texts are cut, the message is the same."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helexa.engine.output import OutputFormat, ThinkMarkers
+from helexa.engine.stream import Delta, TokenLogprob
+from helexa.neuron.message import MessageReader
+from support.scripted_engine import tokenizer
+
+WORDS = tokenizer()
+FORMAT = OutputFormat(ThinkMarkers("<think>", "</think>"), "hermes", True)
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+TEXT = (
+    "<think>\nÀ propos: te</think>\n\nthe <answer>, ça va? 日本\n"
+    '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+)
+CONTENT = "the <answer>, ça va? 日本"
+
+
+def reader(**keywords) -> MessageReader:
+    return MessageReader(WORDS, FORMAT.parser(tools=TOOLS), **keywords)
+
+
+def deltas(text: str, cuts: list[int], lags: list[int], reason: str = "stop") -> list[Delta]:
+    """`text` in deltas of several tokens, with texts that lag behind by some characters."""
+    token_ids = WORDS.encode(text)
+    ends = [0, *sorted(min(cut, len(token_ids)) for cut in cuts), len(token_ids)]
+    made, sent = [], 0
+    for number, (start, end) in enumerate(pairwise(ends)):
+        known = WORDS.decode(token_ids[:end]).rstrip("\ufffd")
+        upto = max(sent, len(known) - (lags[number % len(lags)] if lags else 0))
+        is_last = number == len(ends) - 2
+        piece = text[sent:] if is_last else text[sent:upto]
+        sent = upto
+        logprobs = [TokenLogprob(token_id, -1.0, []) for token_id in token_ids[start:end]]
+        made.append(Delta(piece, token_ids[start:end], logprobs, reason if is_last else None))
+    return made
+
+
+@given(cuts=st.lists(st.integers(0, 200), max_size=40), lags=st.lists(st.integers(0, 9), max_size=4))
+def test_the_message_and_its_logprobs_do_not_depend_on_the_cuts(cuts, lags):
+    reading = reader()
+    parts = [part for delta in deltas(TEXT, cuts, lags) for part in reading.feed(delta)]
+    message = reading.message()
+    assert (message.reasoning_content, message.content) == ("À propos: te", CONTENT)
+    assert [call.function.arguments for call in message.tool_calls] == ['{"a": "é"}', "{}"]
+    assert reading.finish_reason == "tool_calls"
+    said = b"".join(WORDS.token_bytes(item.token_id) for item in reading.logprobs)
+    assert said.decode() == CONTENT
+    assert [item for part in parts for item in part.logprobs or ()] == reading.logprobs
+    assert "".join(part.delta.content or "" for part in parts) == CONTENT
+
+
+def test_all_of_a_plain_answer_is_content():
+    reading = MessageReader(WORDS)
+    for delta in deltas(TEXT, [5, 9], []):
+        reading.feed(delta)
+    assert reading.message().content == TEXT
+    assert len(reading.logprobs) == len(WORDS.encode(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "is_faithful"),
+    [
+        (TEXT, "stop", True),
+        ("<think>\nhm\n</think>\n\nhi", "length", True),
+        ("<think>\nhm", "length", False),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "length", False),
+        ("hi", "stop", True),
+    ],
+)
+def test_only_what_a_message_says_in_full_may_be_continued(text, reason, is_faithful):
+    reading = reader()
+    for delta in deltas(text, [3], [], reason):
+        reading.feed(delta)
+    assert reading.is_faithful is is_faithful
+
+
+def test_calls_beyond_the_allowed_are_left_out_and_then_nothing_may_be_continued():
+    reading = reader(max_calls=1)
+    parts = [part for delta in deltas(TEXT, [], []) for part in reading.feed(delta)]
+    assert len(reading.message().tool_calls) == 1
+    assert {call.index for part in parts for call in part.delta.tool_calls or ()} == {0}
+    assert not reading.is_faithful
+
+
+def test_a_message_that_is_not_finished_may_not_be_continued():
+    reading = reader()
+    reading.feed(Delta("hi", WORDS.encode("hi")))
+    assert not reading.is_faithful
