@@ -13,6 +13,7 @@
 #include "ops/attention.h"
 #include "ops/embedding.h"
 #include "ops/gated_delta_net.h"
+#include "ops/moe.h"
 #include "ops/pack.h"
 #include "ops/quant_matmul.h"
 #include "ops/rms_norm.h"
@@ -98,6 +99,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append_cpu", cpu(&rope_append_cpu));
   m.def("attention_cpu", cpu(&attention_cpu));
   m.def("gated_delta_net_cpu", cpu(&gated_delta_net_cpu));
+  m.def("moe_route_cpu", cpu(&moe_route_cpu));
+  m.def("moe_mlp_cpu", cpu(&moe_mlp_cpu));
 
   register_cuda_error(m);
 #ifdef HELEXA_WITH_CUDA

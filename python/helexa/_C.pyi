@@ -101,3 +101,20 @@ def gated_delta_net_cpu(
     tiled: bool,
     /,
 ) -> None: ...
+def moe_route_cpu(
+    logits: int, ids: int, weights: int, num_tokens: int, num_experts: int, top_k: int, normalize: bool, /
+) -> None: ...
+def moe_mlp_cpu(
+    x: int,
+    ids: int,
+    weights: int,
+    gate_up: Sequence[WeightView],
+    down: Sequence[WeightView],
+    shared: int,
+    shared_gate: int,
+    out: int,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    /,
+) -> None: ...

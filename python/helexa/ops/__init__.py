@@ -9,6 +9,7 @@ from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
+from helexa.ops.moe import moe_mlp, moe_mlp_reference, moe_route, moe_route_reference
 from helexa.ops.pack import (
     TILE_ROWS,
     PackedWeight,
@@ -38,6 +39,10 @@ __all__ = [
     "empty_packed",
     "gated_delta_net",
     "gated_delta_net_reference",
+    "moe_mlp",
+    "moe_mlp_reference",
+    "moe_route",
+    "moe_route_reference",
     "num_threads",
     "pack_rows",
     "pack_weight",

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/cpu.h"
+#include "ops/quant_matmul.h"
+
+namespace helexa {
+
+// The top_k most likely of num_experts for each token: ids and softmax(logits) of theirs, divided by their sum if normalize.
+// logits [num_tokens, num_experts]; ids, weights [num_tokens, top_k], by falling probability, the lower id first where equal.
+void moe_route_cpu(const float* logits, int32_t* ids, float* weights, int64_t num_tokens, int64_t num_experts,
+                   int64_t top_k, bool normalize);
+
+// out[t] = sum over j of weights[t, j] * down_e(silu(gate_e(x[t])) * up_e(x[t])), e = ids[t, j], plus shared[t] times
+// sigmoid(shared_gate[t]) where shared is not null (times one where shared_gate is null).
+//
+// gate_up are one or two stacks of num_experts matrices [rows_i, cols] whose rows_i are multiples of 16 and together 2 F: the gate's
+// F rows of an expert, then the up's.  down is a stack of [cols, F] matrices.  A stack is packed as one matrix
+// [num_experts * rows_i, cols].  x, shared, out [num_tokens, cols]; out must not overlap the others.
+void moe_mlp_cpu(const float* x, const int32_t* ids, const float* weights, std::vector<WeightView> gate_up,
+                 std::vector<WeightView> down, const float* shared, const float* shared_gate, float* out,
+                 int64_t num_tokens, int64_t num_experts, int64_t top_k);
+
+HELEXA_ISA_KERNEL(void, moe_route_rows, const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
+                  int64_t num_experts, int64_t top_k, bool normalize)
+// out[i] = (accumulate ? out[i] : 0) + factor * x[i]
+HELEXA_ISA_KERNEL(void, moe_add_scaled, const float* x, float factor, float* out, int64_t width,
+                  bool accumulate)
+
+}  // namespace helexa
