@@ -57,11 +57,12 @@ async def test_the_time_of_all_models_is_not_that_of_pinned_ones(
 async def test_a_model_at_work_is_not_idle_and_each_request_begins_its_time_anew(
     make_site, make_neuron, catalogue
 ):
-    neuron = make_neuron("m", pause_s=0.15)
-    site = await make_site(neuron, catalogue=catalogue(ModelEntry("m", idle_ttl_s=0.4)))
-    for _ in range(3):
+    neuron = make_neuron("m", pause_s=0.3)
+    site = await make_site(neuron, catalogue=catalogue(ModelEntry("m", idle_ttl_s=1.0)))
+    for _ in range(2):
         assert (await site.stream("m")).endswith(b"data: [DONE]\n\n")
-        assert neuron.unloads == []
+        await asyncio.sleep(0.1)
+        assert neuron.unloads == [], "the time of a request is no idle time"
 
 
 async def test_by_default_nothing_is_unloaded(make_site, make_neuron, catalogue):

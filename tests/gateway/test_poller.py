@@ -94,6 +94,15 @@ async def test_the_time_of_a_load_is_known_of_models_that_came_while_we_looked(m
     assert list(node.seen) == ["tiny", "late"]
 
 
+async def test_what_others_use_is_used(make_site, neuron):
+    site = await make_site(neuron, poll_interval_s=60)
+    node = site.gateway.fleet.nodes["n0"]
+    assert "tiny" not in node.last_used
+    neuron.load_reports["tiny"] = {"in_flight": 1}
+    await site.poll()
+    assert node.last_used["tiny"] > 0
+
+
 async def test_a_load_under_way_is_looked_at_more_often(make_site, neuron, eventually, monkeypatch):
     monkeypatch.setattr("helexa.gateway.poller.LOADING_S", 0.02)
     neuron.hold("slow", status="loading", progress={"phase": "weights", "percent": 1.0})

@@ -504,3 +504,14 @@ def test_a_node_where_room_is_free_after_eviction_is_better_than_one_to_wait_for
     fleet = taken_node(loaded_ago=1)
     fleet.nodes["b"] = make_node("b", gpu(650, 50), models={"idle": ("loaded", 600)})
     assert choose(fleet, catalogue(BIG), "big", now=NOW) == Decision("load", "b", "big", ("idle",))
+
+
+def test_nothing_is_loaded_on_a_server_that_is_no_neuron():
+    other = make_node("a", gpu(900), models={"theirs": "loaded", "big": "unloaded"}, kind="openai")
+    fleet = make_fleet(other)
+    assert choose(fleet, BARE, "theirs") == Decision("serve", "a", "theirs")
+    for listed in (catalogue(BIG), BARE):
+        with pytest.raises(Unavailable, match="could be served by a"):
+            choose(fleet, listed, "big")
+    fleet.nodes["b"] = make_node("b", gpu(900))
+    assert choose(fleet, catalogue(BIG), "big") == Decision("load", "b", "big")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
+from typing import Literal
 
 from helexa.errors import HelexaError
 from helexa.wire.control import Discovery, Health, ModelInfo, ModelLoad, Progress
@@ -26,12 +27,13 @@ class Device:
 
 @dataclass
 class Node:
-    """One neuron."""
+    """One neuron, or another server that speaks the OpenAI API, whose models come and go without us."""
 
     name: str
     endpoint: str
     headers: Mapping[str, str] = field(default_factory=dict)  # that show it who we are
     ssl: SSLContext | bool = True  # whom we believe to be it, if it speaks https
+    kind: Literal["neuron", "openai"] = "neuron"
     healthy: bool = False  # never seen is not healthy
     suspect: bool = False  # a request could not reach it; the next poll decides
     failures: int = 0
@@ -85,6 +87,16 @@ class Node:
             return False
         load = self.loads.get(model)
         return load is None or load.poisoned is None
+
+    def begin(self, model: str, now: float) -> None:
+        """A request for the model goes there."""
+        self.active[model] += 1
+        self.last_used[model] = now
+
+    def end(self, model: str, now: float) -> None:
+        """It has ended."""
+        self.active[model] -= 1
+        self.last_used[model] = now
 
     def progress(self, model: str) -> Progress:
         """How far the load of the model is, as of the last poll."""

@@ -51,7 +51,7 @@ class Housekeeper:
         """One look at everything; what takes time goes on by itself."""
         self._placer.pursue(now)
         for node in self._fleet.routable():
-            if node.name in self._errands:
+            if node.kind != "neuron" or node.name in self._errands:
                 continue
             if idle := next(self._idle(node, now), None):
                 self._send(node, f"retire {idle}", self._loader.retire(node, idle))

@@ -96,7 +96,9 @@ class Placer:
                     stay.leave()
                     if has_waited:
                         self._metrics.model_wait.labels(model, decision.node).observe(now - started)
-                    return self._serve(model, decision.node, now)
+                    node = self._fleet.nodes[decision.node]
+                    node.begin(model, now)
+                    return node
                 if decision is not None and decision.action in ("load", "join") and not is_cold:
                     is_cold = True
                     self._metrics.cold_starts.labels(model, decision.node).inc()
@@ -138,18 +140,14 @@ class Placer:
                 return None, refusal
             raise refusal from None
 
-    def _serve(self, model: str, name: str, now: float) -> Node:
-        node = self._fleet.nodes[name]
-        node.active[model] += 1
-        node.last_used[model] = now
-        return node
-
     async def _take_step(
         self, stay: "_Stay", decision: Decision | None, now: float, left_s: float | None
     ) -> None:
         """Does what the decision asks for and waits until something may have changed."""
         if decision is None or decision.action == "wait":
-            if decision is not None and stay.wait(decision, now).is_spent(now, self._room_wait_s):
+            if decision is None:
+                stay.hold_nobody_up()
+            elif stay.wait(decision, now).is_spent(now, self._room_wait_s):
                 others = ", ".join(decision.evict)
                 raise NoPlacement(
                     f"model {stay.model!r} needs the room of {others} on {decision.node}, still at work"
@@ -210,6 +208,11 @@ class _Stay:
         claim.asked_at = now
         claim.follow(decision.node, decision.evict, decision.is_due, now)
         return claim
+
+    def hold_nobody_up(self) -> None:
+        """There is no room for it now, whoever leaves."""
+        if self._claim is not None:
+            self._claim.follow("", (), False, self._claim.asked_at)
 
     def leave(self) -> None:
         """The turn has come: nobody waits any more."""

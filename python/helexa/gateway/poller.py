@@ -96,6 +96,7 @@ class Poller:
         node.health = health
         node.models = {info.id: info for info in models}
         node.loads = {load.id: load for load in health.models}
+        node.last_used |= {load.id: time.monotonic() for load in health.models if load.in_flight}
         node.active_at_poll = active
         self._succeeded(node)
         return True

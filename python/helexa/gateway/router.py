@@ -102,7 +102,9 @@ def _place(
     if entry is None and not known_by:
         raise UnknownModel(f"model {model!r} is not known here; GET /v1/models lists what is", param="model")
     hosts = [node for node in fleet.nodes.values() if is_feasible(node, entry)] if entry else known_by
-    open_hosts = [node for node in hosts if node.routable and node.name not in avoid]
+    open_hosts = [
+        node for node in hosts if node.routable and node.kind == "neuron" and node.name not in avoid
+    ]
     if not open_hosts:
         raise _no_host(fleet, entry, model, hosts)
     candidates = [node for node in open_hosts if (node.name, model) not in fleet.failed]

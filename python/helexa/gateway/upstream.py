@@ -1,6 +1,7 @@
 """From a request to a neuron's answer: place it, wait for its model, connect, try elsewhere where safe."""
 
 import io
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -170,5 +171,5 @@ async def _refusal(response: aiohttp.ClientResponse) -> HelexaError:
 
 
 def _finished(node: Node, model: str, poller: Poller) -> None:
-    node.active[model] -= 1
+    node.end(model, time.monotonic())
     poller.notify()
