@@ -287,3 +287,10 @@ async def test_headers_and_queries_of_betas_are_tolerated(make_site, script):
         assert response.status == 200
     async with site.client.head(site.url + "/") as response:
         assert response.status == 200
+
+
+async def test_the_models_are_listed(make_site, script):
+    site = await make_site(script)
+    async with client_of(site) as client:
+        assert [model.id async for model in client.models.list()] == ["scripted"]
+        assert (await client.models.retrieve("scripted")).id == "scripted"

@@ -1,10 +1,13 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from helexa.errors import InvalidParameter, MalformedJson, MissingModel
+from helexa.errors import BadRequest, InvalidParameter, MalformedJson, MissingModel
 from helexa.wire.anthropic import parse_messages
 from helexa.wire.chat import parse_chat
 
@@ -290,3 +293,29 @@ def test_arguments_keep_their_order_and_letters():
     said = messages(("user", "Hi"), ("assistant", [call]), ("user", "?"))[1]
     assert said["tool_calls"][0]["function"]["arguments"] == '{"z":"ü","a":[1,null]}'
     assert msgspec.json.decode(said["tool_calls"][0]["function"]["arguments"]) == call["input"]
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3)
+VALUES = (
+    LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(st.sampled_from(["type", "text", "x"]), LEAVES)
+)
+
+
+@given(
+    st.sampled_from(TRANSCRIPTS), st.lists(st.tuples(st.integers(0, 10**6), VALUES), min_size=1, max_size=3)
+)
+def test_any_body_is_understood_or_refused_as_wrong(path, changes):
+    body = json.loads(path.read_text())["request"]
+    for place, value in changes:
+        places = list(_places(body))
+        within, key = places[place % len(places)]
+        within[key] = value
+    with suppress(BadRequest):
+        parse_chat(parse_messages(json.dumps(body).encode()).to_chat())
+
+
+def _places(value):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from _places(inner)
