@@ -23,7 +23,7 @@ from helexa.engine.output.tags import (
 )
 from helexa.engine.output.tools import Tool
 
-_VALUE = re.compile(r"[^<\r\n]+")
+_VALUE = re.compile(r"[^<\n]+")
 
 
 class XmlParameters:
@@ -74,10 +74,8 @@ class XmlParameters:
         """Reads the text up to the end of a parameter; what is surely a string is written as it comes."""
         source = self._source
         types = self._tool.types(key) or TEXT
-        for line_end in ("\r\n", "\n"):
-            if (yield from source.starts_with(line_end)):
-                source.take(len(line_end))
-                break
+        if (yield from source.char()) == "\n":
+            source.take(1)
         parts: list[str] = []
         is_text = types == TEXT
         if types == {"string", "null"}:
@@ -101,19 +99,13 @@ class XmlParameters:
             character = yield from source.char()
             if not character:
                 return
-            gap = 0
-            for line_end in ("\r\n", "\n"):
-                if (yield from source.starts_with(line_end)):
-                    gap = len(line_end)
-                    break
+            gap = int(character == "\n")
             if (yield from source.char(gap)) in ("<", ""):
                 length = yield from self._end(gap)
                 if length is not None:
                     source.take(gap + length)
                     return
-            if character == "<" or gap:
-                write(source.take(gap or 1))
-            elif character == "\r":
+            if character in "<\n":
                 write(source.take(1))
 
     def _end(self, ahead: int) -> Read[int | None]:
