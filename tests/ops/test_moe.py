@@ -1,4 +1,4 @@
-"""Routing and experts against their references: formats, odd counts, experts that nobody or everybody wants."""
+"""Routing and experts against their references: formats, odd counts, experts nobody or everybody wants."""
 
 import pytest
 import torch

@@ -59,7 +59,7 @@ def moe_mlp(
     Capturable: allocates only `out`.
     """
     num_tokens, cols = x.shape
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty(num_tokens, cols) if out is None else out
     pairs = tuple(ids.shape)
     _check_like("moe_mlp", "x", x, (num_tokens, cols), torch.float32)
     check(len(pairs) == 2 and pairs[0] == num_tokens, f"moe_mlp: ids {pairs} do not fit x {tuple(x.shape)}")
