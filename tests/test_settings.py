@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helexa.errors import ConfigError
-from helexa.settings import LogConfig, find_config, load_settings, log_settings
+from helexa.settings import LogConfig, differences, find_config, load_settings, log_settings
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,18 @@ def test_the_effective_configuration_is_logged_without_secrets(caplog):
 def test_an_unknown_log_level_is_refused():
     with pytest.raises(ValueError, match="level 'loud' is unknown"):
         LogConfig(level="loud")
+
+
+def test_differences_name_what_is_new_gone_or_other_and_mask_secrets():
+    before = Config(server=Server(port=1, secret="one", ratio=1.0), nodes=[Node("a"), Node("b")])
+    after = Config(server=Server(port=2, secret="two"), nodes=[Node("b"), Node("c", 3)])
+    assert differences(before, before) == {}
+    assert differences(before, after) == {
+        "server.port": (1, 2),
+        "server.ratio": (1.0, None),
+        "server.secret": ("***", "***"),
+        "nodes.a.name": ("a", None),
+        "nodes.a.weight": (1, None),
+        "nodes.c.name": (None, "c"),
+        "nodes.c.weight": (None, 3),
+    }

@@ -82,8 +82,15 @@ def log_settings(settings: Any) -> None:
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """What differs between two configurations: key to both values, None for an absent one, secrets masked."""
-    old, new = ({".".join(key): rest for key, *rest in _values(settings)} for settings in (before, after))
+    """What differs between two configurations: key to both values, None for none, secrets masked."""
+    old, new = (
+        {
+            ".".join(key): (value, is_secret)
+            for key, value, is_secret in _values(settings)
+            if value not in (None, ())
+        }
+        for settings in (before, after)
+    )
     return {
         key: (_shown(*old.get(key, (None, False))), _shown(*new.get(key, (None, False))))
         for key in [*old, *(key for key in new if key not in old)]
