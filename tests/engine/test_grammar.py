@@ -3,6 +3,7 @@
 import json
 import threading
 
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -164,6 +165,32 @@ def test_the_latest_grammars_are_kept_and_old_ones_go(tokenizer, monkeypatch):
     for spec in (a, b, a, c):
         compiler.compile(spec)
     assert [compiler.is_compiled(spec) for spec in (a, b, c)] == [True, False, True]
+
+
+def test_a_grammar_is_compiled_anew_once_its_copies_have_seen_many_tokens(tokenizer, monkeypatch):
+    """Copies share what the lexer has learned; without a new start it gives up one day, for everybody."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 40)) for _ in range(60)]
+    spec = GrammarSpec("regex", "|".join(words))
+
+    def write_all():
+        compiler = GrammarCompiler(tokenizer)
+        for word in words:
+            _walk(compiler.compile(spec), tokenizer.encode(word))
+
+    monkeypatch.setattr(grammar_module, "_LIMITS", llguidance.LLParserLimits(max_lexer_states=1000))
+    with pytest.raises(InvalidParameter, match="too many states"):
+        write_all()
+    monkeypatch.setattr(grammar_module, "_WORN_TOKENS", 200)
+    write_all()
+
+
+def test_a_grammar_that_fails_at_its_first_step_is_refused_when_it_is_compiled(tokenizer, monkeypatch):
+    monkeypatch.setattr(grammar_module, "_LIMITS", llguidance.LLParserLimits(max_lexer_states=10))
+    compiler, spec = GrammarCompiler(tokenizer), GrammarSpec("regex", "[a-z]{1,50}")
+    with pytest.raises(InvalidParameter, match="failed after 0 tokens.*too many states"):
+        compiler.compile(spec)
+    assert not compiler.is_compiled(spec)
 
 
 def test_matchers_of_one_grammar_know_nothing_of_each_other(compiler, tokenizer):

@@ -20,7 +20,11 @@ from helexa.errors import InvalidParameter
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 PARAM = "response_format"
 
-_CACHED = 128  # compiled grammars that are kept
+_CACHED = 32  # compiled grammars that are kept
+# Copies of a compiled grammar share the states of its lexer, which only ever grow, up to a bound at which the
+# parser gives up. So after that many tokens the grammar is compiled anew.
+_WORN_TOKENS = 4096
+_LIMITS = llguidance.LLParserLimits(verbose_errors=False)
 _MESSAGE = 500  # characters of an error that are passed on
 # One blank, or a line and its indentation: a weak model would fill its answer with blanks if it might.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"\x20|\r?\n[\x20\t]{0,64}"}
@@ -39,10 +43,24 @@ class GrammarSpec:
             raise InvalidParameter(f"the grammar is of kind {self.kind!r}; expected {known}", param=PARAM)
 
 
+class CompiledGrammar:
+    """A grammar that is ready to be copied, and how many tokens its copies have seen."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+        self.num_tokens = 0
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> "Matcher":
+        """A matcher at the start of the grammar."""
+        return Matcher(self, self._matcher.deep_copy(), self._vocab_size)
+
+
 class Matcher:
     """The state of one text within a grammar: what may come next, and whether it may end here."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+    def __init__(self, grammar: CompiledGrammar, matcher: llguidance.LLMatcher, vocab_size: int):
+        self._grammar = grammar
         self._matcher = matcher
         self._bits: npt.NDArray[np.uint8] = np.zeros(4 * -(-vocab_size // 32), np.uint8)
         self._address = self._bits.ctypes.data
@@ -60,6 +78,7 @@ class Matcher:
     def consume(self, token_id: int) -> None:
         """Goes on by one token, which must be allowed; InvalidParameter if the grammar gets too complex."""
         self._num_tokens += 1
+        self._grammar.num_tokens += 1
         if not self._matcher.consume_token(token_id):
             raise self._failure()
 
@@ -84,7 +103,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._vocabulary: _Vocabulary | None = None
-        self._compiled: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         self._building = threading.Lock()
 
@@ -94,22 +113,27 @@ class GrammarCompiler:
         It takes microseconds for a grammar of late, milliseconds for a new one, and half a second the first
         time of all. Raises InvalidParameter for a grammar that is refused.
         """
-        vocabulary = self._ready_vocabulary()
         with self._lock:
-            matcher = self._compiled.get(spec)
-            if matcher is not None:
+            grammar = self._fresh(spec)
+            if grammar is not None:
                 self._compiled.move_to_end(spec)
-        if matcher is None:
-            matcher = vocabulary.compile(spec)
+        if grammar is None:
+            grammar = self._ready_vocabulary().compile(spec)
+            grammar.matcher().allowed()  # some grammars fail only now
             with self._lock:
-                self._compiled[spec] = matcher
+                self._compiled[spec] = grammar
+                self._compiled.move_to_end(spec)
                 while len(self._compiled) > _CACHED:
                     self._compiled.popitem(last=False)
-        return Matcher(matcher.deep_copy(), self._tokenizer.vocab_size)
+        return grammar.matcher()
 
     def is_compiled(self, spec: GrammarSpec) -> bool:
         """Whether `compile` will answer at once."""
-        return spec in self._compiled
+        return self._fresh(spec) is not None
+
+    def _fresh(self, spec: GrammarSpec) -> CompiledGrammar | None:
+        grammar = self._compiled.get(spec)
+        return None if grammar is None or grammar.num_tokens >= _WORN_TOKENS else grammar
 
     def _ready_vocabulary(self) -> "_Vocabulary":
         with self._building:
@@ -142,11 +166,11 @@ class _Vocabulary:
             return token_ids
         return self._parsed.greedy_tokenize(text)  # the tokenizer normalises, and a grammar does not
 
-    def compile(self, spec: GrammarSpec) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._parsed, _source(spec), log_level=0)
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        matcher = llguidance.LLMatcher(self._parsed, _source(spec), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidParameter(f"the grammar is refused: {_shortened(matcher.get_error())}", param=PARAM)
-        return matcher
+        return CompiledGrammar(matcher, self._tokenizer.vocab_size)
 
 
 def _source(spec: GrammarSpec) -> str:
@@ -164,4 +188,5 @@ def _source(spec: GrammarSpec) -> str:
 
 
 def _shortened(message: str) -> str:
+    message = message.removesuffix("<non-verbose/>").strip()
     return message if len(message) <= _MESSAGE else message[:_MESSAGE] + " …"
