@@ -18,6 +18,7 @@
 #include "ops/quant_matmul.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/sigmoid_mul.h"
 #include "ops/silu_mul.h"
 
 namespace py = pybind11;
@@ -94,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_cpu", cpu(&embedding_cpu));
   m.def("quant_matmul_cpu", cpu(&quant_matmul_cpu));
   m.def("rms_norm_cpu", cpu(&rms_norm_cpu));
+  m.def("sigmoid_mul_cpu", cpu(&sigmoid_mul_cpu));
   m.def("silu_mul_cpu", cpu(&silu_mul_cpu));
   m.def("rope_table_cpu", cpu(&rope_table_cpu));
   m.def("rope_append_cpu", cpu(&rope_append_cpu));

@@ -22,6 +22,7 @@ from helexa.ops.pack import (
 from helexa.ops.quant_matmul import quant_matmul, quant_matmul_reference
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
+from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "rope_table",
     "rope_table_reference",
     "set_num_threads",
+    "sigmoid_mul",
+    "sigmoid_mul_reference",
     "silu_mul",
     "silu_mul_reference",
 ]
