@@ -211,6 +211,47 @@ async def test_a_context_that_is_too_long_is_a_status_or_an_event(make_client):
     assert events[-1].response.error.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_conversation_that_is_too_long_loses_its_beginning_where_that_is_asked_for(
+    make_client, eventually, stream
+):
+    client, neuron, site = await make_client(Turn("Fine."), context=300)
+    said = [{"role": "user", "content": f"{n} " * 40} for n in range(20)]
+    asked = {"model": "scripted", "input": said, "instructions": "Be brief.", "max_output_tokens": 20}
+    with pytest.raises(openai.BadRequestError, match="context is 300"):
+        await client.responses.create(**asked)
+    refused = len(neuron.headers)
+    if stream:
+        async with client.responses.stream(**asked, truncation="auto") as events:
+            response = await events.get_final_response()
+    else:
+        response = await client.responses.create(**asked, truncation="auto")
+    assert response.output_text == "Fine."
+    assert len(neuron.headers) > refused + 1
+    left = neuron.requests[-1]["messages"]
+    assert left[0]["content"] == "Be brief."
+    assert [message["content"] for message in left[1:]] == [
+        item["content"] for item in said[-len(left) + 1 :]
+    ]
+    assert len(left) > 3
+    await eventually(lambda: not any(sum(node.active.values()) for node in site.gateway.fleet.nodes.values()))
+
+
+async def test_what_cannot_be_shortened_is_refused_after_all(make_client):
+    client, _, _ = await make_client(context=100)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.responses.create(model="scripted", input="x" * 1000, truncation="auto")
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_input_tokens_are_those_of_the_usage(make_client):
+    client, _, _ = await make_client(Turn("One."), Turn("Two."))
+    first = await client.responses.create(model="scripted", input="Count.")
+    asked = {"model": "scripted", "input": "Go on.", "previous_response_id": first.id, "tools": [WEATHER]}
+    counted = await client.responses.input_tokens.count(**asked)
+    assert counted.input_tokens == (await client.responses.create(**asked)).usage.input_tokens
+
+
 async def test_an_answer_at_its_limit_is_incomplete(make_client):
     client, _, _ = await make_client(Turn("A long answer that does not end."))
     response = await client.responses.create(model="scripted", input="x", max_output_tokens=2)

@@ -21,7 +21,15 @@ from helexa.errors import (
     UpstreamError,
 )
 from helexa.wire import sse
-from helexa.wire.responses import ResponsesRequest, ResponseTranslator, listed, parse_responses, renamed
+from helexa.wire.responses import (
+    CountTranslator,
+    ResponsesRequest,
+    ResponseTranslator,
+    listed,
+    parse_responses,
+    renamed,
+    shortened,
+)
 from helexa.wire.responses.custom_input import CustomInput, arguments_of
 from helexa.wire.responses.reasoning import MAX_BYTES, seal, unseal
 from helexa.wire.responses.translator import REPEAT_AFTER
@@ -685,6 +693,13 @@ def test_a_whole_answer_holds_what_its_stream_would() -> None:
     assert whole == streamed_response
 
 
+def test_a_count_is_told_as_clients_expect() -> None:
+    told = json.loads(CountTranslator().whole(b'{"count": 7, "max_model_len": 9, "tokens": []}'))
+    assert told == {"object": "response.input_tokens", "input_tokens": 7}
+    with pytest.raises(UpstreamError, match="not understood"):
+        CountTranslator().whole(b"{}")
+
+
 def test_a_whole_answer_that_is_not_understood_is_an_error_of_the_neuron() -> None:
     with pytest.raises(UpstreamError, match="not understood"):
         translator().whole(b"<html>")
@@ -746,6 +761,72 @@ def test_whatever_one_place_of_a_request_holds_it_is_served_or_refused(data: st.
     made = ResponseTranslator(request, offered)
     json.loads(made.whole(b'{"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]}'))
     assert len(listed(given_items, TOKEN)) == len(given_items)
+
+
+# truncation
+
+
+def too_long(found: int, most: int) -> ContextTooLong:
+    return ContextTooLong("too long", max=most, prompt_tokens=found)
+
+
+def test_a_conversation_is_shortened_from_its_beginning() -> None:
+    said = [{"role": "system", "content": "Be brief."}]
+    said += [{"role": role, "content": f"{n} " * 50} for n in range(6) for role in ("user", "assistant")]
+    said += [{"role": "user", "content": "Go on."}]
+    body = json.dumps({"model": "tiny", "messages": said, "max_completion_tokens": 10}).encode()
+    shorter = shortened(body, too_long(700, 400))
+    assert shorter is not None
+    left = json.loads(shorter)["messages"]
+    assert left[0] == said[0]
+    assert left[1:] == said[7:]
+    assert json.loads(shorter) | {"messages": said} == json.loads(body)
+
+
+def test_the_results_of_a_call_go_with_it() -> None:
+    said = [
+        {"role": "user", "content": "x" * 100},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "tool_call_id": "c", "content": "y" * 900},
+        {"role": "assistant", "content": "The last."},
+    ]
+    shorter = shortened(json.dumps({"messages": said}).encode(), too_long(300, 290))
+    assert shorter is not None
+    assert json.loads(shorter)["messages"] == said[3:]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ([{"role": "user", "content": "x"}], too_long(9, 5)),
+        ([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], too_long(9, 5)),
+        (
+            [{"role": "assistant", "content": None}, {"role": "tool", "tool_call_id": "c", "content": "x"}],
+            too_long(9, 5),
+        ),
+        ([{"role": "user", "content": "x"}] * 3, ContextTooLong("nobody counted")),
+    ],
+)
+def test_what_cannot_be_shortened_is_not(said: list[Json], error: HelexaError) -> None:
+    assert shortened(json.dumps({"messages": said}).encode(), error) is None
+
+
+@given(
+    st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), min_size=1, max_size=12),
+    st.integers(2, 1000),
+    st.integers(1, 2000),
+)
+def test_every_shortening_is_shorter_and_keeps_both_ends(roles: list[str], most: int, over: int) -> None:
+    said = [{"role": role, "content": str(index)} for index, role in enumerate(roles)]
+    left = said
+    while (
+        shorter := shortened(json.dumps({"messages": left}).encode(), too_long(most + over, most))
+    ) is not None:
+        fewer = json.loads(shorter)["messages"]
+        assert len(fewer) < len(left)
+        assert fewer[-1] == said[-1]
+        assert (roles[0] == "system") == (fewer[0]["role"] == "system" and fewer[0] == said[0])
+        left = fewer
 
 
 # errors, stored items

@@ -19,6 +19,10 @@ CHAT_PATH = "/v1/chat/completions"
 PASSED_PATHS = (CHAT_PATH, "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
+# Another body to ask with, after a refusal, if the neuron found that one too long; or None.
+Shorten = Callable[[bytes, HelexaError], bytes | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request as it came, its key already checked."""
@@ -38,6 +42,7 @@ class Job:
     stream: bool = False
     translator: Translator | None = None
     told_in_stream: frozenset[str] = frozenset()  # codes of errors that are events, even as a stream's first
+    shorten: Shorten | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,20 @@ from helexa.gateway.auth import Keys
 from helexa.gateway.dialects import CHAT_PATH, Asked, Dialect, Job, Refusal, refuse
 from helexa.gateway.store import ResponseStore, StoredResponse
 from helexa.wire.dialect import Translator
-from helexa.wire.responses import ResponsesRequest, ResponseTranslator, listed, parse_responses, renamed
+from helexa.wire.responses import (
+    CountTranslator,
+    ResponsesRequest,
+    ResponseTranslator,
+    listed,
+    parse_responses,
+    renamed,
+    shortened,
+)
+from helexa.wire.responses.tools import Tools
 
 Json = dict[str, Any]
 PATH = "/v1/responses"
+COUNT_PATH = PATH + "/input_tokens"
 # What agents look for in the events of a stream, not in a status: they compact their conversation then.
 TOLD_IN_STREAM = frozenset(("context_length_exceeded",))
 MAX_LISTED = 100
@@ -31,7 +41,8 @@ def responses(keys: Keys, store: ResponseStore) -> Dialect:
         Route(PATH + "/{id}/input_items", api.input_items, methods=["GET"]),
         Route(PATH + "/{id}/cancel", api.cancel, methods=["POST"]),
     )
-    return Dialect("responses", (PATH,), {PATH: api.prepare}, routes, _refuse)
+    generating = {PATH: api.create, COUNT_PATH: api.count}
+    return Dialect("responses", (PATH,), generating, routes, _refuse)
 
 
 def _refuse(error: HelexaError, request_id: str) -> Refusal:
@@ -43,17 +54,28 @@ class _Responses:
         self._keys = keys
         self._store = store
 
-    async def prepare(self, asked: Asked) -> Job:
+    async def create(self, asked: Asked) -> Job:
         request = parse_responses(asked.body)
-        history = await self._history(request, asked.principal)
-        items = request.resolved(await self._referenced(request, asked.principal))
-        body, tools = request.to_chat(items, history=history)
+        items, body, tools = await self._chat(request, asked.principal)
         made = ResponseTranslator(request, tools)
         translator: Translator = made
         if request.is_stored:
             translator = _Kept(made, request, items, self._store, asked.principal)
         told = TOLD_IN_STREAM if request.stream else frozenset()
-        return Job(CHAT_PATH, request.model, body, request.stream is True, translator, told)
+        shorten = shortened if request.truncation == "auto" else None
+        return Job(CHAT_PATH, request.model, body, request.stream is True, translator, told, shorten)
+
+    async def count(self, asked: Asked) -> Job:
+        request = parse_responses(asked.body)
+        request.stream = None
+        _, body, _ = await self._chat(request, asked.principal)
+        return Job("/tokenize", request.model, body, translator=CountTranslator())
+
+    async def _chat(self, request: ResponsesRequest, principal: str) -> tuple[list[Json], bytes, Tools]:
+        """The items of the input, the canonical request, and its tools."""
+        history = await self._history(request, principal)
+        items = request.resolved(await self._referenced(request, principal))
+        return items, *request.to_chat(items, history=history)
 
     async def retrieve(self, request: Request) -> Response:
         if request.query_params.get("stream", "false") == "true":

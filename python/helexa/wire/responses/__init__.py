@@ -2,6 +2,15 @@
 
 from helexa.wire.responses.items import listed
 from helexa.wire.responses.request import ResponsesRequest, parse_responses
-from helexa.wire.responses.translator import ResponseTranslator, renamed
+from helexa.wire.responses.translator import CountTranslator, ResponseTranslator, renamed
+from helexa.wire.responses.truncation import shortened
 
-__all__ = ["ResponseTranslator", "ResponsesRequest", "listed", "parse_responses", "renamed"]
+__all__ = [
+    "CountTranslator",
+    "ResponseTranslator",
+    "ResponsesRequest",
+    "listed",
+    "parse_responses",
+    "renamed",
+    "shortened",
+]
