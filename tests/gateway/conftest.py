@@ -41,6 +41,7 @@ class FakeNeuron:
     half_after: int | None = None  # chunks after which the stream ends in the middle of an event
     total_bytes: int = 1000 * MIB
     status: str = "ok"
+    secret: str | None = None
     name: str = ""
     url: str = ""
     loads: list[dict[str, Any]] = field(default_factory=list)
@@ -71,6 +72,10 @@ class FakeNeuron:
             if not message.get("more_body"):
                 break
         path, asked = scope["path"], json.loads(body or b"{}")
+        given = dict(scope["headers"]).get(b"authorization", b"").decode()
+        if self.secret and given != f"Bearer {self.secret}":
+            await answer(send, 401, {"error": {"message": "no", "code": "invalid_api_key"}})
+            return
         if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
             self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
             await self._generate(path, asked, receive, send)

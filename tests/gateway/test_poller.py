@@ -2,6 +2,8 @@
 
 import pytest
 
+from helexa.gateway.config import AuthSection, GatewayConfig
+
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -110,3 +112,31 @@ async def test_a_load_under_way_is_looked_at_more_often(make_site, neuron, event
     neuron.hold("slow", status="loading", progress={"phase": "weights", "percent": 80.0})
     node = site.gateway.fleet.nodes["n0"]
     await eventually(lambda: node.progress("slow").percent == 80.0)
+
+
+SECRET = "a-secret-of-the-fleet"
+
+
+async def test_a_neuron_with_a_secret_serves_the_gateway_that_knows_it(make_site, make_neuron):
+    neuron = make_neuron("tiny", secret=SECRET)
+    config = GatewayConfig(auth=AuthSection(neuron_secret=SECRET))
+    site = await make_site(neuron, config=config)
+    site.client.headers["authorization"] = "Bearer of-the-client"
+    assert (await site.chat())[0] == 200
+    async with site.client.post(site.url + "/models/load", json={"model_id": "new"}) as response:
+        assert response.status == 200
+    shown = [await site.get(path) for path in ("/fleet", "/health", "/v1/models")]
+    assert SECRET not in str(shown)
+
+
+@pytest.mark.parametrize("secret", [None, "another-secret-altogether"])
+async def test_a_neuron_whose_secret_is_not_known_is_down_and_says_why(
+    make_site, make_neuron, secret, eventually
+):
+    neuron = make_neuron("tiny", secret=SECRET)
+    site = await make_site(neuron, config=GatewayConfig(auth=AuthSection(neuron_secret=secret)))
+    (node,) = site.gateway.fleet.nodes.values()
+    await eventually(lambda: node.error is not None)
+    assert node.error == "it does not know our secret (status 401)"
+    assert (await site.chat())[0] == 503
+    assert neuron.requests == []
