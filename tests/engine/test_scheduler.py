@@ -41,9 +41,9 @@ class Device:
         )
         self.memory = [[None] * PAGE for _ in range(self.num_pages + 1)]
 
-    def add(self, prompt, num_new=1000, namespace=""):
+    def add(self, prompt, num_new=1000, namespace="", priority=0):
         length = min(len(prompt) + num_new, self.scheduler.max_context)
-        sequence = Sequence(list(prompt), length, namespace=namespace)
+        sequence = Sequence(list(prompt), length, namespace=namespace, priority=priority)
         self.scheduler.add(sequence)
         self.generated[sequence.number] = []
         return sequence
@@ -172,6 +172,44 @@ def test_who_came_first_is_admitted_first_even_if_a_later_one_would_fit(device):
     machine.run()
     order = list(dict.fromkeys(numbers[0] for _, numbers, _ in machine.plans))
     assert order == [running.number, large.number, small.number]
+
+
+def test_the_highest_priority_is_admitted_first_and_within_one_who_came_first(device):
+    machine = device(max_sequences=1, has_prefix_cache=False)
+    priorities = [0, 0, 2, -1, 2, 0]
+    sequences = [machine.add([1, 2, 3], 2, priority=priority) for priority in priorities]
+    machine.step()
+    machine.run()
+    admitted = sorted(sequences, key=lambda sequence: sequence.admitted_s)
+    assert [sequences.index(sequence) for sequence in admitted] == [2, 4, 0, 1, 5, 3]
+
+
+def test_a_higher_priority_is_tried_even_if_the_first_in_the_queue_does_not_fit(device):
+    machine = device(num_pages=5, has_prefix_cache=False)
+    machine.add(prompt_of(6), 9)
+    machine.step()
+    large = machine.add(prompt_of(16), 1)
+    machine.step()
+    urgent = machine.add([1], 1, priority=1)
+    machine.step()
+    assert urgent.admitted_s is not None
+    assert list(machine.scheduler.waiting) == [large]
+    machine.run()
+
+
+def test_when_pages_run_out_the_lowest_priority_gives_way_before_the_youngest(device, expected):
+    machine = device(num_pages=6, has_prefix_cache=False)
+    prompts = [[1, 2, 3, 4], [2, 3, 4, 0], [3, 4, 0, 1]]
+    sequences = [
+        machine.add(prompt, 12, priority=priority)
+        for prompt, priority in zip(prompts, [0, -1, 0], strict=True)
+    ]
+    machine.run()
+    assert sequences[1].num_preemptions > 0
+    assert sequences[0].num_preemptions == 0
+    assert sequences[1].num_preemptions >= sequences[2].num_preemptions
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert machine.generated[sequence.number] == expected(prompt, 12, VOCAB)
 
 
 def test_a_second_turn_prefills_only_what_is_new(device, expected):
@@ -308,6 +346,7 @@ requests = st.tuples(
     st.integers(0, 12),  # steps until the next one arrives
     st.sampled_from([None] * 4 + [0, 1, 5, 9]),  # steps after which it is cancelled
     st.sampled_from(["", "", "other"]),
+    st.sampled_from([0, 0, 0, 1, -3]),  # priority
 )
 
 
@@ -325,9 +364,9 @@ def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
     machine = Device(history, num_pages, max_sequences, prefill_chunk, has_prefix_cache)
     sequences, cancels = [], {}
     steps = 0
-    for start, length, tail, num_new, pause, cancel_after, namespace in arrivals:
+    for start, length, tail, num_new, pause, cancel_after, namespace, priority in arrivals:
         prompt = [0, *prompt_of(length, start), *tail][: num_pages * PAGE - 1]
-        sequence = machine.add(prompt, num_new, namespace)
+        sequence = machine.add(prompt, num_new, namespace, priority)
         sequences.append((prompt, sequence))
         if cancel_after is not None:
             cancels.setdefault(steps + cancel_after, []).append(sequence)
@@ -340,7 +379,7 @@ def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
     cancelled = [sequence for group in cancels.values() for sequence in group]
     for sequence in cancelled:
         machine.scheduler.remove(sequence)
-    # Bounded: the oldest sequence gains a page at least with each round of preemptions.
+    # Bounded: the first in rank gains a page at least with each round of preemptions.
     machine.run(limit=20_000)
     assert not machine.scheduler.running
     assert not machine.scheduler.waiting
