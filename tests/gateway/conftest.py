@@ -38,6 +38,8 @@ class FakeNeuron:
     load_error: tuple[int, dict[str, Any]] | None = None
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None  # status, error members, headers
     refusal_s: float = 0.0  # before it
+    entry: dict[str, Any] = field(default_factory=dict)  # further members of its entry in gateway.toml
+    list_status: int = 200  # of GET /v1/models
     half_after: int | None = None  # chunks after which the stream ends in the middle of an event
     total_bytes: int = 1000 * MIB
     status: str = "ok"
@@ -76,7 +78,10 @@ class FakeNeuron:
         if self.secret and given != f"Bearer {self.secret}":
             await answer(send, 401, {"error": {"message": "no", "code": "invalid_api_key"}})
             return
-        if path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
+        if path == "/v1/models":  # as a server of kind openai
+            listed = {"object": "list", "data": [{"id": model, "max_model_len": 99} for model in self.models]}
+            await answer(send, self.list_status, listed)
+        elif path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
             self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
             await self._generate(path, asked, receive, send)
         elif path == "/models/load":
@@ -305,7 +310,7 @@ async def make_site() -> AsyncIterator[MakeSite]:
             for index, neuron in enumerate(neurons):
                 neuron.name = neuron.name or f"n{index}"
                 neuron.url = await stack.enter_async_context(listening(neuron))
-            entries = [NeuronEntry(neuron.name, neuron.url) for neuron in neurons]
+            entries = [NeuronEntry(neuron.name, neuron.url, **neuron.entry) for neuron in neurons]
             entries += [NeuronEntry(f"x{index}", url) for index, url in enumerate(endpoints)]
             section = GatewaySection(**{"poll_interval_s": 0.2, "placement_wait_s": 0.3, **settings})
             whole = replace(config or GatewayConfig(), gateway=section, neurons=tuple(entries))

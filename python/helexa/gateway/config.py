@@ -1,5 +1,6 @@
 """gateway.toml as frozen data. Docs: docs/configuration.md."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -106,6 +107,9 @@ class NeuronEntry:
 
     name: str
     endpoint: str
+    kind: Literal["neuron", "openai"] = "neuron"  # openai: another server with that API, whose models stay
+    key: str | None = field(default=None, metadata={"secret": True})  # for kind openai
+    models: tuple[str, ...] = ()  # of kind openai: those to use; all that its /v1/models tells if empty
     secret: str | None = field(default=None, metadata={"secret": True})  # [auth] neuron_secret if not given
     tls_ca: str | None = None  # PEM file; for https: only whom it has signed is believed
     tls_cert: str | None = None  # PEM files that show the neuron who we are
@@ -118,10 +122,21 @@ class NeuronEntry:
             raise ValueError(f"neuron {self.name!r}: tls_cert and tls_key belong together")
         if (self.tls_ca or self.tls_cert) and parts.scheme != "https":
             raise ValueError(f"neuron {self.name!r} has tls files, but its endpoint is not https")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        may_have_path = self.kind == "openai" and not parts.query and not parts.fragment
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or (parts.path not in ("", "/") and not may_have_path)
+        ):
             raise ValueError(
                 f"endpoint {self.endpoint!r} of neuron {self.name!r} must look like http://host:13131"
             )
+        if self.kind == "neuron" and (self.key or self.models):
+            raise ValueError(f'neuron {self.name!r}: key and models are for kind = "openai" alone')
+        if self.kind == "openai" and self.secret:
+            raise ValueError(f"neuron {self.name!r}: a server of kind openai has a key, not a secret")
+        if self.key is not None and re.fullmatch(r"[\x21-\x7e]+", self.key) is None:
+            raise ValueError(f"neuron {self.name!r}: key must be printable ASCII characters without blanks")
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ class Node:
     headers: Mapping[str, str] = field(default_factory=dict)  # that show it who we are
     ssl: SSLContext | bool = True  # whom we believe to be it, if it speaks https
     kind: Literal["neuron", "openai"] = "neuron"
+    offers: tuple[str, ...] = ()  # of kind openai: those of its models to use; all if empty
     healthy: bool = False  # never seen is not healthy
     suspect: bool = False  # a request could not reach it; the next poll decides
+    tripped: bool = False  # requests have failed there again and again; for a while others are preferred
     failures: int = 0
     error: str | None = None  # of the last poll
     discovery: Discovery | None = None

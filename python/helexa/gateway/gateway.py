@@ -94,7 +94,10 @@ async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[
 
 def _entries(config: GatewayConfig) -> list[NeuronEntry]:
     secret = config.auth.neuron_secret
-    return [replace(entry, secret=entry.secret or secret) for entry in config.neurons]
+    return [
+        replace(entry, secret=entry.secret or secret) if entry.kind == "neuron" else entry
+        for entry in config.neurons
+    ]
 
 
 def _nodes(config: GatewayConfig, known: Mapping[NeuronEntry, Node]) -> dict[str, Node]:
@@ -106,8 +109,12 @@ def _nodes(config: GatewayConfig, known: Mapping[NeuronEntry, Node]) -> dict[str
 
 
 def _node(entry: NeuronEntry) -> Node:
-    headers = {"authorization": f"Bearer {entry.secret}"} if entry.secret else {}
-    return Node(entry.name, entry.endpoint.rstrip("/"), headers)
+    token = entry.secret or entry.key
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    endpoint = entry.endpoint.rstrip("/")
+    if entry.kind == "openai":
+        endpoint = endpoint.removesuffix("/v1")  # as it is often written
+    return Node(entry.name, endpoint, headers, kind=entry.kind, offers=entry.models)
 
 
 def _trust(entry: NeuronEntry) -> ssl.SSLContext | bool:

@@ -11,7 +11,7 @@ import msgspec
 
 from helexa.gateway.fleet import FAILURES_UNTIL_UNHEALTHY, Fleet, Node
 from helexa.log import fields
-from helexa.wire.control import Discovery, Health, ModelInfo
+from helexa.wire.control import Discovery, Health, Limit, ModelInfo
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,6 +24,20 @@ LOADING_S = 1.0  # between looks at a load under way, whose progress is shown
 _DISCOVERY = msgspec.json.Decoder(Discovery)
 _HEALTH = msgspec.json.Decoder(Health)
 _MODELS = msgspec.json.Decoder(list[ModelInfo])
+
+
+class _Listed(msgspec.Struct):
+    """A model as another server tells of it."""
+
+    id: str
+    max_model_len: int | None = None
+
+
+class _List(msgspec.Struct):
+    data: list[_Listed]
+
+
+_LISTED = msgspec.json.Decoder(_List)
 
 
 def reason(error: Exception) -> str:
@@ -81,25 +95,51 @@ class Poller:
 
     async def poll(self, node: Node) -> bool:
         """Whether the node answered; its entry in the fleet is up to date then."""
-        active = node.active.copy()
         try:
-            health, models = await asyncio.gather(
-                self._get(node, "/health", _HEALTH), self._get(node, "/models", _MODELS)
-            )
-            restarted = node.health is None or health.uptime_s < node.health.uptime_s
-            if node.discovery is None or restarted:
-                node.discovery = await self._get(node, "/discovery", _DISCOVERY)
+            if node.kind == "openai":
+                await self._ask_other(node)
+            else:
+                await self._ask_neuron(node)
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
             self._failed(node, error)
             return False
+        self._succeeded(node)
+        return True
+
+    async def _ask_neuron(self, node: Node) -> None:
+        active = node.active.copy()
+        health, models = await asyncio.gather(
+            self._get(node, "/health", _HEALTH), self._get(node, "/models", _MODELS)
+        )
+        restarted = node.health is None or health.uptime_s < node.health.uptime_s
+        if node.discovery is None or restarted:
+            node.discovery = await self._get(node, "/discovery", _DISCOVERY)
         _note_loads(node, models, is_first=node.health is None)
         node.health = health
         node.models = {info.id: info for info in models}
         node.loads = {load.id: load for load in health.models}
         node.last_used |= {load.id: time.monotonic() for load in health.models if load.in_flight}
         node.active_at_poll = active
-        self._succeeded(node)
-        return True
+
+    async def _ask_other(self, node: Node) -> None:
+        """A server that is no neuron. One whose models are configured need not be able to list them."""
+        try:
+            listed = (await self._get(node, "/v1/models", _LISTED)).data
+        except aiohttp.ClientResponseError as error:
+            if not node.offers or error.status not in (404, 405, 501):
+                raise
+            listed = [_Listed(model) for model in node.offers]
+        node.models = {
+            card.id: ModelInfo(
+                id=card.id,
+                status="loaded",
+                source=node.endpoint,
+                device="remote",
+                limit=Limit(context=card.max_model_len) if card.max_model_len else None,
+            )
+            for card in listed
+            if not node.offers or card.id in node.offers
+        }
 
     async def _follow(self, node: Node) -> None:
         wake = self._wake[node.name]

@@ -10,13 +10,22 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import orjson
 
-from helexa.errors import HelexaError, ShuttingDown, UpstreamClosed, UpstreamError, UpstreamTimeout
+from helexa.errors import (
+    ContextTooLong,
+    HelexaError,
+    ShuttingDown,
+    UpstreamClosed,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from helexa.gateway.dialects import Refusal
+from helexa.gateway.foreign import ANSWER_HEADERS, without_usage
 from helexa.gateway.upstream import Call, Dispatcher, Upstream
 from helexa.wire import sse
 from helexa.wire.errors import error_body, internal_error, parse_error
@@ -34,8 +43,8 @@ _EVENT_STREAM = (
 )
 _DROPPED_HEADERS = frozenset(
     (
-        *("connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "content-length"),
-        *("proxy-authenticate", "proxy-connection", "date", "server", "x-request-id"),
+        *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"),
+        *(b"content-length", b"proxy-authenticate", b"proxy-connection", b"date", b"server", b"x-request-id"),
     )
 )
 
@@ -105,9 +114,9 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
     try:
         if call.stream and call.wait_s is None:  # who would not wait for long wants a status
             async with _Silence(call, reply):
-                upstream = await dispatcher.open(call)
+                upstream = await _open(dispatcher, call)
         else:
-            upstream = await dispatcher.open(call)
+            upstream = await _open(dispatcher, call)
         if upstream.response.status >= 300 or not call.stream:
             await _pass_answer(upstream, call, reply)
         else:
@@ -135,6 +144,24 @@ async def relay(dispatcher: Dispatcher, call: Call, reply: Reply) -> None:
             raise failure
         await reply.start(200, _EVENT_STREAM)
     await _end_with_error(call, reply, failure)
+
+
+async def _open(dispatcher: Dispatcher, call: Call) -> Upstream:
+    """A neuron's answer; a request that may be shortened is sent again while it is refused as too long."""
+    upstream = await dispatcher.open(call)
+    while call.shorten is not None and upstream.response.status == 400:
+        try:
+            refusal = parse_error(400, await _read(upstream))
+            body = call.shorten(call.body, refusal) if refusal.code == ContextTooLong.code else None
+            if body is None:
+                return upstream
+        except BaseException:
+            upstream.close()
+            raise
+        upstream.close()
+        call = replace(call, body=body)
+        upstream = await dispatcher.open(call)
+    return upstream
 
 
 class _Silence:
@@ -170,28 +197,32 @@ class _Silence:
 
 async def _pass_answer(upstream: Upstream, call: Call, reply: Reply) -> None:
     """A whole answer: one that is not streamed, or a refusal with its status and headers."""
-    response = upstream.response
-    try:
-        body = await response.read()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise _broken(upstream, error) from error
+    response, body = upstream.response, await _read(upstream)
     if response.status >= 300:
         refusal = parse_error(response.status, body, response.headers.get("retry-after"))
-        if reply.started or call.translator:
+        if reply.started or call.translator or upstream.node.kind == "openai":
             raise refusal
         call.meter.code = refusal.code
     call.meter.feed_answer(body)
     if call.translator:
         body = call.translator.whole(body)
-    await reply.start(response.status, [*_headers(response), (b"content-length", b"%d" % len(body))])
+    await reply.start(response.status, [*_headers(upstream), (b"content-length", b"%d" % len(body))])
     await reply.write(body, more=False)
+
+
+async def _read(upstream: Upstream) -> bytes:
+    """The whole body."""
+    try:
+        return await upstream.response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise _broken(upstream, error) from error
 
 
 async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
     meter, content, held_back = call.meter, upstream.response.content, b""
     translator = call.translator
     if not reply.started:
-        await reply.start(upstream.response.status, _headers(upstream.response))
+        await reply.start(upstream.response.status, _headers(upstream))
     try:
         while chunk := await content.readany():
             if held_back:
@@ -204,6 +235,8 @@ async def _pass_stream(upstream: Upstream, call: Call, reply: Reply) -> None:
                 if not chunk:
                     continue
             meter.feed(chunk)
+            if upstream.hides_usage:
+                chunk = without_usage(chunk)
             if translator is None:
                 await reply.write(chunk)
             elif block := translator.feed(chunk):
@@ -259,9 +292,8 @@ def _finish(call: Call) -> dict[str, Any]:
     return {**chunk, "object": "text_completion", "choices": [choice]}
 
 
-def _headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
-    return [
-        (name.lower(), value)
-        for name, value in response.raw_headers
-        if name.decode("latin-1").lower() not in _DROPPED_HEADERS
-    ]
+def _headers(upstream: Upstream) -> list[tuple[bytes, bytes]]:
+    pairs = [(name.lower(), value) for name, value in upstream.response.raw_headers]
+    if upstream.node.kind == "openai":
+        return [(name, value) for name, value in pairs if name in ANSWER_HEADERS]
+    return [(name, value) for name, value in pairs if name not in _DROPPED_HEADERS]

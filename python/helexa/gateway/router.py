@@ -56,7 +56,7 @@ def choose(
     replicas = [node for node in fleet.routable() if node.is_loaded(model) and node.name not in avoid]
     loaded = [node for node in replicas if not fleet.is_yielding(node, model)] if fleet.claims else replicas
     if loaded:
-        best = min(loaded, key=lambda node: (node.busy(model), node.name))
+        best = min(loaded, key=lambda node: (node.tripped, node.busy(model), node.name))
         return Decision("serve", best.name, model)
     if model in fleet.recovering:
         return Decision("recover", fleet.loading[model], model)
@@ -125,7 +125,9 @@ def _place(
 
 def _no_host(fleet: Fleet, entry: ModelEntry | None, model: str, hosts: list[Node]) -> Unavailable:
     unseen = [
-        node for node in fleet.nodes.values() if node.discovery is None and entry and _may_pin(node, entry)
+        node
+        for node in fleet.nodes.values()
+        if node.kind == "neuron" and node.discovery is None and entry and _may_pin(node, entry)
     ]
     if hosts or unseen:
         down = ", ".join(sorted(node.name for node in hosts or unseen))
@@ -226,9 +228,10 @@ class _Rules:
         )
 
 
-def _preference(placement: _Placement) -> tuple[bool, bool, bool, bool, int, str]:
-    """Smallest is best: pinned here, fits as it is, after eviction, in its turn, most free memory, name."""
+def _preference(placement: _Placement) -> tuple[bool, bool, bool, bool, bool, int, str]:
+    """Smallest is best: works, pinned here, fits as it is, after eviction, in its turn, most free, name."""
     return (
+        placement.node.tripped,
         not placement.pinned,
         placement.evict != (),
         placement.evict is None,

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import aiohttp
@@ -13,8 +13,11 @@ from helexa.errors import (
     ModelLoading,
     UnknownModel,
     UpstreamClosed,
+    UpstreamError,
     UpstreamTimeout,
 )
+from helexa.gateway import foreign
+from helexa.gateway.breaker import Breaker
 from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Fleet, Node
 from helexa.gateway.metrics import Meter
@@ -24,8 +27,10 @@ from helexa.wire.dialect import Translator
 from helexa.wire.errors import parse_error
 
 # Answers that mean "not here, not now"; another replica may still serve the request.
-_ELSEWHERE = (502, 503, 504)
+_ELSEWHERE = (500, 502, 503, 504)
 _LARGE_BYTES = 2**20  # are written piece by piece
+# What another server says of our key or our idea of its address, which is none of the client's business.
+_NOT_OURS = (301, 302, 303, 307, 308, 401, 403, 405)
 # Answers that mean that a model has changed since the last poll.
 _OUTDATED = (UnknownModel.code, ModelLoading.code, DevicePoisoned.code)
 
@@ -43,20 +48,37 @@ class Call:
     translator: Translator | None = None  # None: the answer passes through as it is
     wait_s: float | None = None  # how long the client would wait for its model; None: any time
     told_in_stream: frozenset[str] = frozenset()  # codes of errors that are events, even as a stream's first
+    shorten: Callable[[bytes, HelexaError], bytes | None] | None = None  # gives another body for one too long
+
+
+class _Misunderstood(UpstreamError):
+    """The gateway's configuration does not fit a server of kind openai."""
 
 
 class Upstream:
     """A neuron's answer whose headers are here; its owner must call `close`."""
 
-    def __init__(self, node: Node, model: str, response: aiohttp.ClientResponse, poller: Poller):
+    def __init__(
+        self,
+        node: Node,
+        model: str,
+        response: aiohttp.ClientResponse,
+        poller: Poller,
+        breaker: Breaker,
+        *,
+        hides_usage: bool = False,
+    ):
         self.node = node
         self.response = response
+        self.hides_usage = hides_usage  # its stream tells a usage that the client has not asked for
         self._model = model
         self._poller = poller
+        self._breaker = breaker
         self._open = True
 
     def distrust(self) -> None:
         """The answer has broken off: looks at the neuron now."""
+        self._breaker.failed(self.node)
         self._poller.hurry(self.node)
 
     def close(self) -> None:
@@ -82,6 +104,7 @@ class Dispatcher:
         self._session = session
         self._poller = poller
         self._placer = placer
+        self._breaker = Breaker()
         connect_s = config.gateway.connect_timeout_s
         self._stream_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=connect_s, sock_read=config.gateway.idle_timeout_s
@@ -98,7 +121,7 @@ class Dispatcher:
             node = await self._placer.place(call.model, tried, call.wait_s)
             try:
                 upstream = await self._connect(node, call)
-            except UpstreamClosed as error:
+            except (UpstreamClosed, _Misunderstood) as error:
                 tried[node.name] = error
                 continue
             moves_on = True
@@ -113,28 +136,38 @@ class Dispatcher:
     async def _connect(self, node: Node, call: Call) -> Upstream:
         """The response's headers. A kept connection may be closed at that moment: tries once more."""
         try:
+            body, headers, hides_usage = _request(node, call)
             try:
-                response = await self._send(node, call)
+                response = await self._send(node, call, body, headers)
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                response = await self._send(node, call)
+                response = await self._send(node, call, body, headers)
         except BaseException as error:
             _finished(node, call.model, self._poller)
+            if isinstance(error, TimeoutError | aiohttp.ClientError):
+                self._breaker.failed(node)
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise UpstreamTimeout(f"{node.name} did not answer in time") from error
             if isinstance(error, aiohttp.ClientError):
                 self._poller.suspect(node)
                 raise UpstreamClosed(f"{node.name}: {reason(error)}", retry_after_s=3) from error
             raise
-        return Upstream(node, call.model, response, self._poller)
+        upstream = Upstream(node, call.model, response, self._poller, self._breaker, hides_usage=hides_usage)
+        if node.kind == "openai" and response.status in _NOT_OURS:
+            self._breaker.failed(node)
+            upstream.close()
+            raise _misunderstood(node, response.status)
+        return upstream
 
-    async def _send(self, node: Node, call: Call) -> aiohttp.ClientResponse:
+    async def _send(
+        self, node: Node, call: Call, body: bytes, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         call.meter.node = node.name
         return await self._session.post(
             node.endpoint + call.path,
-            data=call.body if len(call.body) < _LARGE_BYTES else io.BytesIO(call.body),
-            headers={**call.headers, **node.headers},
+            data=body if len(body) < _LARGE_BYTES else io.BytesIO(body),
+            headers=headers,
             ssl=node.ssl,
             timeout=self._stream_timeout if call.stream else self._answer_timeout,
             allow_redirects=False,
@@ -147,6 +180,8 @@ class Dispatcher:
         response, node = upstream.response, upstream.node
         if response.status not in (404, *_ELSEWHERE):
             return False
+        if response.status not in (404, 503):
+            self._breaker.failed(node)
         error = await _refusal(response)
         if error.code in _OUTDATED and node.name not in outdated:
             outdated.add(node.name)
@@ -159,6 +194,20 @@ class Dispatcher:
 
     def _has_replica(self, model: str, avoid: set[str]) -> bool:
         return any(node.is_loaded(model) and node.name not in avoid for node in self._fleet.routable())
+
+
+def _request(node: Node, call: Call) -> tuple[bytes, Mapping[str, str], bool]:
+    """Body and headers as the node gets them, and whether it is asked for a usage only for our sake."""
+    if node.kind == "neuron":
+        return call.body, {**call.headers, **node.headers} if node.headers else call.headers, False
+    body, hides_usage = foreign.request_body(call.body, is_stream=call.stream)
+    return body, {**foreign.request_headers(call.headers), **node.headers}, hides_usage
+
+
+def _misunderstood(node: Node, status: int) -> "_Misunderstood":
+    if status in (401, 403):
+        return _Misunderstood(f"{node.name} does not accept the key that this gateway has for it")
+    return _Misunderstood(f"{node.name} answered with status {status}; its endpoint may be wrong")
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> HelexaError:
