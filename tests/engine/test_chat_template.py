@@ -173,7 +173,8 @@ def test_missing_arguments_are_an_empty_object(arguments):
 @pytest.mark.parametrize("arguments", ["not json", "[1]", '"text"'])
 def test_arguments_that_are_no_object_stay_as_they_came(arguments):
     messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
-    assert _render("{{ messages[0].tool_calls[0].function.arguments }}", messages) == arguments
+    source = "{% for call in messages[-1].tool_calls or [] %}{{ call.function.arguments }}{% endfor %}"
+    assert _render(source, messages) == arguments
 
 
 def test_a_developer_is_the_system_unless_the_template_knows_developers():

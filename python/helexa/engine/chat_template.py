@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import jinja2
 
+from helexa.engine.output.arguments import whole_arguments
+from helexa.engine.output.tools import Tool
 from helexa.engine.template_sandbox import Sandbox
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter
@@ -45,6 +47,7 @@ class ChatTemplate:
         self._with_tools = self._compile(tool_use) if tool_use else self._template
         self._takes_parts = self._probe_parts()
         self._takes_late_system = self._probe_late_system()
+        self._takes_text_arguments = self._probe_text_arguments()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Self | None:
@@ -86,7 +89,8 @@ class ChatTemplate:
         prompt: bool,
         variables: dict[str, Any],
     ) -> str:
-        given = {"messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
+        plain = [_without_empty_fields(tool) for tool in tools or ()]
+        given = {"messages": messages, "tools": plain or None, "add_generation_prompt": prompt}
         template = self._with_tools if tools else self._template
         try:
             return self._sandbox.render(template, {**self._special, **variables, **given})
@@ -125,6 +129,18 @@ class ChatTemplate:
         except BadRequest:
             return False
 
+    def _probe_text_arguments(self) -> bool:
+        """Whether the template writes arguments of calls that are no object."""
+        call = {"type": "function", "function": {"name": "f", "arguments": _PROBE}}
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            return _PROBE in self._render(messages, None, False, {})
+        except BadRequest:
+            return False
+
     def _prepare(self, index: int, message: Message) -> dict[str, Any]:
         """A message as templates expect it: no empty fields, content as text, arguments as objects."""
         prepared = {name: value for name, value in message.items() if value is not None}
@@ -137,8 +153,27 @@ class ChatTemplate:
         if prepared.get("role") == "developer" and "developer" not in self.source:
             prepared["role"] = "system"
         if "tool_calls" in prepared:
-            prepared["tool_calls"] = [_with_object_arguments(call) for call in prepared["tool_calls"]]
+            prepared["tool_calls"] = [self._prepare_call(call) for call in prepared["tool_calls"]]
         return prepared
+
+    def _prepare_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool call with its arguments as an object: templates walk through it.
+
+        Arguments that are none, as those of a call that was cut off, stay a text if the template takes one.
+        """
+        function = call.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | None):
+            return dict(call)
+        text = function.get("arguments") or "{}"
+        try:
+            arguments = json.loads(text)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            if self._takes_text_arguments:
+                return dict(call)
+            arguments = json.loads(whole_arguments(Tool("", None), text))
+        return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _with_one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,15 +214,11 @@ def _text_parts(content: Any, param: str) -> list[str]:
     return texts
 
 
-def _with_object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as an object, if they are one: templates walk through it."""
-    function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | None):
-        return dict(call)
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except ValueError:
-        return dict(call)
-    if not isinstance(arguments, dict):
-        return dict(call)
-    return {**call, "function": {**function, "arguments": arguments}}
+def _without_empty_fields(tool: Any) -> Any:
+    """A tool and its function without what is null, which a template would write down."""
+    if not isinstance(tool, Mapping):
+        return tool
+    plain = {name: value for name, value in tool.items() if value is not None}
+    if isinstance(function := plain.get("function"), Mapping):
+        plain["function"] = {name: value for name, value in function.items() if value is not None}
+    return plain
