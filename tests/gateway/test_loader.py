@@ -165,9 +165,12 @@ async def test_a_model_that_the_neuron_loads_again_meanwhile_is_waited_for(make_
 
 async def test_a_poisoned_model_is_unavailable_until_it_has_been_loaded_again(make_site, neuron, eventually):
     neuron.load_reports["tiny"] = {"poisoned": "illegal address"}
+    neuron.load_s = 0.5
     site = await make_site(neuron, poll_interval_s=60)
     status, body, headers = await site.chat()
     assert (status, body["error"]["code"], headers["retry-after"]) == (503, "service_unavailable", "2")
+    status, _, headers = await site.chat()
+    assert (status, headers["retry-after"]) == (503, "2"), "the same while it is recovering"
     await eventually(lambda: site.gateway.fleet.nodes["n0"].is_loaded("tiny"))
     assert (await site.chat())[0] == 200
     assert len(neuron.loads) == 1

@@ -1,6 +1,7 @@
 """Who waits for whom when models share a node, and what clients that do not wait are told."""
 
 import asyncio
+import random
 import time
 from dataclasses import replace
 
@@ -9,9 +10,11 @@ import pytest
 from helexa.errors import InvalidParameter
 from helexa.gateway.catalogue import ModelEntry
 from helexa.gateway.config import EvictionSection, GatewayConfig
+from helexa.gateway.fleet import Claim
 from helexa.gateway.placer import wait_of
 
 pytestmark = pytest.mark.timeout(60)
+MIB = 2**20
 
 A, B = (ModelEntry(name, path=f"/{name}.gguf", vram_mb=600) for name in "ab")
 
@@ -152,6 +155,13 @@ async def test_a_claim_whose_client_does_not_come_back_is_forgotten(shared, monk
     assert neuron.unloads == []
 
 
+async def test_a_claim_that_leads_nowhere_ends_quietly(shared):
+    fleet = shared.gateway.fleet
+    fleet.claims["no such model"] = Claim(since=time.monotonic(), node="n0", asked_at=time.monotonic())
+    shared.gateway.dispatcher._placer.pursue(time.monotonic())
+    assert fleet.claims == {}
+
+
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [
@@ -186,3 +196,24 @@ async def test_a_stream_whose_client_does_not_wait_for_long_is_refused_with_a_st
     ) as response:
         assert response.status == 503
         assert (await response.json())["error"]["code"] == "model_loading"
+
+
+@pytest.mark.parametrize("room_mib", [1000, 1500], ids=["for one", "for two"])
+async def test_more_models_than_room_are_all_served_and_nothing_is_left_behind(
+    make_site, make_neuron, catalogue, room_mib
+):
+    neuron = make_neuron(load_s=0.05, memory_mib=600, pause_s=0.002, total_bytes=room_mib * MIB)
+    listed = catalogue(*(ModelEntry(name, path=f"/{name}", vram_mb=600) for name in "abcde"))
+    site = await make_site(neuron, catalogue=listed, config=turns_of(0.3), poll_interval_s=0.1)
+
+    async def client(seed):
+        pick = random.Random(seed)
+        return [(await ask(site, pick.choice("abcde")))[0] for _ in range(12)]
+
+    answers = await asyncio.gather(*(client(seed) for seed in range(8)))
+    assert answers == [[200] * 12] * 8
+    fleet = site.gateway.fleet
+    assert (fleet.claims, fleet.loading, fleet.failed) == ({}, {}, {})
+    assert sum(fleet.nodes["n0"].active.values()) == 0
+    assert len(neuron.models) <= room_mib // 600
+    assert len(neuron.loads) < 70

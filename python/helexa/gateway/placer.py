@@ -8,6 +8,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from helexa.errors import CannotHost, HelexaError, InvalidParameter, ModelLoading, NoPlacement, Unavailable
 from helexa.gateway.catalogue import Catalogue
@@ -116,7 +117,9 @@ class Placer:
             if now - claim.asked_at > CLAIM_MEMORY_S or claim.is_spent(now, self._room_wait_s):
                 del self._fleet.claims[model]
                 continue
-            decision, _ = self._decide(model, {}, now)
+            decision = None
+            with suppress(HelexaError):  # the client will hear of it when it comes back
+                decision, _ = self._decide(model, {}, now)
             if decision is not None and decision.action == "wait":
                 claim.follow(decision.node, decision.evict, decision.is_due, now)
                 continue
