@@ -73,7 +73,7 @@ class Script:
     delay_s: float = 0.0
     max_context: int = 200
     max_sequences: int = 2
-    output_format: OutputFormat | None = None
+    output_format: OutputFormat = field(default_factory=OutputFormat)
     hold: asyncio.Event | None = None  # generation waits for it before its first token
     prefilled: int = 0  # tokens of the prompt that are computed meanwhile
     fail_at: int | None = None  # token at which generation fails
@@ -92,9 +92,10 @@ class FakeEngine:
         self.script = script
         self.tokenizer = FakeTokenizer()
         self.chat_template = FakeTemplate()
+        self.pooling = "last"
         self.output_format = script.output_format
         self.max_context = script.max_context
-        self.config = SimpleNamespace(vocab_size=256, model_type="fake")
+        self.config = SimpleNamespace(vocab_size=256, hidden_size=4, model_type="fake")
         self.options = SimpleNamespace(max_sequences=script.max_sequences, device="cpu")
         self.cache_bytes = 0
         self.running = 0

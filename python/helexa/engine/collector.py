@@ -1,4 +1,4 @@
-"""What is wanted of a prompt instead of an answer: the logits of all its tokens, or one vector for it."""
+"""What is wanted of a prompt instead of an answer: logits or logprobs of its tokens, or one vector for it."""
 
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -6,8 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from helexa.engine.sampler import Sampled
+from helexa.engine.sampler import Sampled, logprobs_of
 from helexa.engine.sequence import Finished, Mailbox
+from helexa.engine.stream import TokenLogprob
 from helexa.errors import DeviceError, HelexaError
 
 Pooling = Literal["mean", "last"]
@@ -78,3 +79,21 @@ class EmbeddingCollector(Collector):
         if not 0.0 < length < np.inf:
             raise DeviceError(f"the hidden states are not usable: their sum has the length {length}")
         return (self._sum / length).astype(np.float32)
+
+
+class LogprobsCollector(Collector):
+    """How likely each token of the prompt was after those before it; nothing is known of the first."""
+
+    def __init__(self, tokens: list[int], num_top: int):
+        super().__init__()
+        self._tokens = tokens
+        self._num_top = num_top
+        self.found: list[TokenLogprob | None] = [None]
+
+    def take(self, rows: Any, start: int) -> None:
+        for logits, token_id in zip(rows.numpy(), self._tokens[start + 1 :], strict=False):
+            logprob, top = logprobs_of(logits.max() - logits, token_id, self._num_top)
+            self.found.append(TokenLogprob(token_id, logprob, top))
+
+    def result(self) -> FloatArray:
+        return np.array([0.0 if item is None else item.logprob for item in self.found], np.float32)

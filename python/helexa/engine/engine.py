@@ -24,7 +24,7 @@ import torch
 from helexa import ops
 from helexa.engine.cache import KVCache, kv_dtype, page_nbytes, plan_capacity
 from helexa.engine.chat_template import ChatTemplate
-from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, Pooling
+from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
@@ -37,7 +37,7 @@ from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
-from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream
+from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
@@ -237,6 +237,18 @@ class Engine:
         self._collect(tokens, collector)
         return collector.future.result()
 
+    async def prompt_logprobs(
+        self, token_ids: Iterable[int], num_top: int, *, priority: int = 0
+    ) -> list[TokenLogprob | None]:
+        """How likely the model found each token, with the most likely ones; None for the first token.
+
+        Computes the prompt without the prefix cache. Raises what `generate` raises.
+        """
+        tokens = self._checked(token_ids)
+        collector = LogprobsCollector(tokens, min(num_top, self.config.vocab_size - 1))
+        await self._collected(tokens, collector, priority)
+        return collector.found
+
     async def embed(
         self, token_ids: Iterable[int], pooling: str | None = None, *, priority: int = 0
     ) -> npt.NDArray[np.float32]:
@@ -254,12 +266,7 @@ class Engine:
         if pooling not in get_args(Pooling):
             raise InvalidParameter(f"pooling is {pooling!r}; expected 'mean' or 'last'", param="pooling")
         collector = EmbeddingCollector(cast(Pooling, pooling))
-        sequence = self._collect(self._checked(token_ids), collector, priority)
-        try:
-            return await asyncio.wrap_future(collector.future)
-        finally:
-            if not sequence.finished:
-                self._cancel(sequence)
+        return await self._collected(self._checked(token_ids), collector, priority)
 
     def stats(self) -> EngineStats:
         """Counters as they stand; never waits for the device."""
@@ -396,6 +403,17 @@ class Engine:
             stop_token_ids=stop_token_ids,
             receiver=receiver,
         )
+
+    async def _collected(
+        self, tokens: list[int], collector: Collector, priority: int
+    ) -> npt.NDArray[np.float32]:
+        """What the collector has found; who stops waiting cancels the rest."""
+        sequence = self._collect(tokens, collector, priority)
+        try:
+            return await asyncio.wrap_future(collector.future)
+        finally:
+            if not sequence.finished:
+                self._cancel(sequence)
 
     def _collect(self, tokens: list[int], collector: Collector, priority: int = 0) -> Sequence:
         sequence = Sequence(tokens, len(tokens), receiver=collector, rows=collector, priority=priority)

@@ -172,16 +172,10 @@ class Sampler:
     ) -> tuple[float, list[tuple[int, float]]]:
         """The log-probability of the token, and the most likely ones with theirs."""
         gaps = self._gaps(logits, logits.max())
-        log_total = math.log(float(np.exp(-gaps).sum(dtype=np.float64)))
-        ids = nearest(gaps, min(num_top, gaps.size)) if num_top else np.empty(0, np.int64)
-        ids = ids[np.argsort(gaps[ids], kind="stable")]
-        if self._guide is not None:
-            ids = ids[np.isfinite(gaps[ids])]  # a token that a grammar excludes is no alternative
-
-        def logprob(index: int) -> float:
-            return max(_FLOOR, -float(gaps[index]) - log_total)
-
-        return logprob(token_id), [(int(index), logprob(index)) for index in ids]
+        logprob, top = logprobs_of(gaps, token_id, num_top)
+        if self._guide is not None:  # a token that a grammar excludes is no alternative
+            top = [(index, value) for index, value in top if np.isfinite(gaps[index])]
+        return logprob, top
 
 
 class _History:
@@ -211,6 +205,18 @@ class _History:
         scores = np.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
         scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         logits[ids] = scores
+
+
+def logprobs_of(gaps: FloatArray, token_id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
+    """The log-probability of a token and the most likely ones; `gaps` is how far each lies below the peak."""
+    log_total = math.log(float(np.exp(-gaps).sum(dtype=np.float64)))
+    ids = nearest(gaps, min(num_top, gaps.size)) if num_top else np.empty(0, np.int64)
+    ids = ids[np.argsort(gaps[ids], kind="stable")]
+
+    def logprob(index: int) -> float:
+        return max(_FLOOR, -float(gaps[index]) - log_total)
+
+    return logprob(token_id), [(int(index), logprob(index)) for index in ids]
 
 
 def nearest(gaps: FloatArray, count: int) -> IdArray:

@@ -23,6 +23,7 @@ from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
 from helexa.neuron.chat_prompt import ChatPrompts
 from helexa.neuron.config import NeuronConfig
+from helexa.neuron.embeddings import Embeddings
 from helexa.neuron.guard import Guard
 from helexa.neuron.handlers import Control
 from helexa.neuron.inference import ChatInference, CompletionInference
@@ -71,6 +72,7 @@ class Neuron:
                 *TextRoutes(self.registry, self.config.neuron, self.text_work, prompts).routes,
                 Route("/v1/chat/completions", ChatInference(*parts, prompts), methods=["POST"]),
                 Route("/v1/completions", CompletionInference(*parts), methods=["POST"]),
+                Route("/v1/embeddings", Embeddings(*parts), methods=["POST"]),
             ],
             middleware=[
                 Middleware(Edge),

@@ -1,5 +1,6 @@
 """Deltas of the engine as OpenAI text completions, streamed and whole."""
 
+from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
@@ -12,12 +13,21 @@ from helexa.wire.completions import CompletionAnswer, CompletionChoice, Completi
 from helexa.wire.generation import FinishReason, Usage, encode
 
 
+@dataclass
+class Echo:
+    """What an answer begins with: its prompt, and how likely each token of that is, if this was asked for."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] | None = None
+
+
 class CompletionAnswers(Answers):
-    """OpenAI text completions; `echoes` are texts to begin the choices with."""
+    """OpenAI text completions, each with its echo."""
 
     prefix = "cmpl"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, echoes: list[str]):
+    def __init__(self, model: str, tokenizer: Tokenizer, echoes: list[Echo]):
         super().__init__(model, tokenizer, len(echoes))
         self._echoes = echoes
         self._offsets = [0] * len(echoes)
@@ -31,26 +41,26 @@ class CompletionAnswers(Answers):
         self._finish_reasons[index] = cast(FinishReason | None, delta.finish_reason)
 
     def events(self, index: int, delta: Delta) -> bytes:
-        text = delta.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._echoes[index] + text
-        if not text and not delta.logprobs and not delta.finish_reason:
-            return b""
         reason = cast(FinishReason | None, delta.finish_reason)
         if reason:
             self._ended.add(index)
-        return self._chunk([CompletionChoice(index, text, self._wire(index, delta.logprobs), reason)])
+        is_first, echo = index not in self._begun, self._echoes[index]
+        self._begun.add(index)
+        text = echo.text + delta.text if is_first else delta.text
+        if not text and not delta.logprobs and not reason:
+            return b""
+        logprobs = self._wire(index, delta.logprobs, echo if is_first else None)
+        return self._chunk([CompletionChoice(index, text, logprobs, reason)])
 
     def whole(self, usage: Usage) -> bytes:
         choices = [
             CompletionChoice(
                 index,
-                self._echoes[index] + "".join(texts),
-                self._wire(index, self._logprobs[index] or None),
+                echo.text + "".join(self._texts[index]),
+                self._wire(index, self._logprobs[index] or None, echo),
                 self._finish_reasons[index],
             )
-            for index, texts in enumerate(self._texts)
+            for index, echo in enumerate(self._echoes)
         ]
         return encode(self._answer(choices, usage))
 
@@ -65,15 +75,28 @@ class CompletionAnswers(Answers):
     def _finish(self, index: int) -> bytes:
         return self._chunk([CompletionChoice(index, "", None, "error")])
 
-    def _wire(self, index: int, logprobs: list[TokenLogprob] | None) -> CompletionLogprobs | None:
-        if logprobs is None:
+    def _wire(
+        self, index: int, logprobs: list[TokenLogprob] | None, echo: Echo | None
+    ) -> CompletionLogprobs | None:
+        """The logprobs of the echo, if it has any, and then of the tokens that were generated."""
+        items: list[tuple[int, TokenLogprob | None]] = []
+        if echo and echo.logprobs is not None:
+            items += zip(echo.token_ids, echo.logprobs, strict=True)
+        items += [(item.token_id, item) for item in logprobs or ()]
+        if not items and logprobs is None:
             return None
-        tokens = [self._token(item.token_id)[0] for item in logprobs]
+        tokens = [self._token(token_id)[0] for token_id, _ in items]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token)
-        tops = [{self._token(token_id)[0]: logprob for token_id, logprob in item.top} for item in logprobs]
+        tops = [
+            None if item is None else {self._token(token_id)[0]: logprob for token_id, logprob in item.top}
+            for _, item in items
+        ]
         return CompletionLogprobs(
-            tokens, [item.logprob for item in logprobs], tops if any(tops) else None, offsets
+            tokens,
+            [item.logprob if item else None for _, item in items],
+            tops if any(tops) else None,
+            offsets,
         )

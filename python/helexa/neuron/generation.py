@@ -14,7 +14,7 @@ from helexa.engine.stream import Usage as EngineUsage
 from helexa.neuron.metrics import Metrics, Tokens
 from helexa.wire.generation import CompletionTokensDetails, PromptTokensDetails, Timing, Usage
 
-_RESERVED_TOKENS = 512  # of an answer, which may get longer: the scheduler finds room or makes some
+_RESERVED = 512  # of an answer, which may get longer: the scheduler finds room or makes some
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Job:
     """One choice to generate; `prompt` tells choices of the same prompt from those of another."""
 
     token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams | None  # None: nothing is generated
     prompt: int = 0
     priority: int = 0
     progress: GenerationProgress = field(default_factory=GenerationProgress)
@@ -63,7 +63,7 @@ class Record:
         answers = []
         for job in self.jobs:
             length = prompts[job.prompt] = len(job.token_ids)
-            wanted = min(job.params.max_tokens or _RESERVED_TOKENS, _RESERVED_TOKENS)
+            wanted = 0 if job.params is None else min(job.params.max_tokens or _RESERVED, _RESERVED)
             answers.append(min(wanted, engine.max_context - length))
         width = engine.options.max_sequences
         needed = sum(sorted(prompts.values())[-width:]) + sum(sorted(answers)[-width:])
@@ -114,7 +114,13 @@ async def _one(engine: Engine, job: Job) -> AsyncGenerator[tuple[int, Delta], No
 
 
 def _generate(engine: Engine, job: Job) -> AsyncGenerator[Delta, None]:
+    if job.params is None:
+        return _nothing(len(job.token_ids))
     return engine.generate(job.token_ids, job.params, priority=job.priority, progress=job.progress)
+
+
+async def _nothing(num_tokens: int) -> AsyncGenerator[Delta, None]:
+    yield Delta("", finish_reason="length", usage=EngineUsage(num_tokens, 0, 0, num_tokens, 0.0, 0.0, 0.0))
 
 
 async def _merge(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -143,6 +143,8 @@ def _card(model: LoadedModel) -> ModelCard:
         created=info.loaded_at or 0,
         loaded=info.status == "loaded",
         capabilities=info.capabilities,
+        tool_call=info.tool_call,
+        reasoning=info.reasoning,
         limit=info.limit,
         max_model_len=info.limit.context if info.limit else None,
     )

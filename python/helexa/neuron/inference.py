@@ -1,34 +1,32 @@
 """The generating routes: from body to seat to stream, with one record of what happened to each request."""
 
-import asyncio
 import logging
-import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from helexa.engine.engine import Engine
 from helexa.engine.stream import Delta
 from helexa.errors import HelexaError, InvalidParameter
-from helexa.log import fields
 from helexa.neuron.answers import Answers, ChatAnswers
 from helexa.neuron.caller import Caller, caller_of, turn_owner
 from helexa.neuron.chat_prompt import ChatPrompts
-from helexa.neuron.completion_answers import CompletionAnswers
+from helexa.neuron.completion_answers import CompletionAnswers, Echo
 from helexa.neuron.config import NeuronSection
+from helexa.neuron.endpoint import Endpoint
 from helexa.neuron.generation import Job, Record, run
 from helexa.neuron.message import message_reader
 from helexa.neuron.metrics import Metrics
 from helexa.neuron.prompt import completion_token_ids, require_tokenizer
 from helexa.neuron.registry import LoadedModel, Registry
 from helexa.neuron.sampling import grammar_of, refuse_unsupported, sampling_params, thinking_of
-from helexa.neuron.streaming import ClientGone, EventStream, read_body, unless_client_leaves
+from helexa.neuron.streaming import EventStream, read_body, unless_client_leaves
 from helexa.neuron.text_work import TextWork
 from helexa.wire import sse
 from helexa.wire.chat import ChatRequest, parse_chat
@@ -39,18 +37,28 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
+async def _nothing(_: Engine) -> None:
+    pass
+
+
+def _done() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to; `finished` is called when all of it has been generated."""
+    """What a request comes to; `begin` runs before the first token, `finished` after the last one of all."""
 
     jobs: list[Job]
     answers: Answers
-    finished: Callable[[], None] = lambda: None
+    begin: Callable[[Engine], Awaitable[None]] = _nothing
+    finished: Callable[[], None] = _done
     grammar_param: str = ""  # the field that asks for the grammar of the jobs
 
     async def check_grammar(self, engine: Engine) -> None:
         """Compiles the grammar while a refusal can still be a status. Raises InvalidParameter."""
-        grammar = self.jobs[0].params.grammar
+        params = self.jobs[0].params
+        grammar = params.grammar if params else None
         if grammar is None:
             return
         try:
@@ -60,33 +68,8 @@ class Plan:
             raise InvalidParameter(f"'{param}' is no use: {error.message}", param=param) from None
 
 
-class Inference(ABC, Generic[R]):
-    """An ASGI endpoint that generates. Raises HelexaError while the status can still be chosen."""
-
-    route: str
-
-    def __init__(self, registry: Registry, metrics: Metrics, config: NeuronSection, work: TextWork):
-        self._registry = registry
-        self._metrics = metrics
-        self._config = config
-        self._work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = Record()
-        try:
-            await self._serve(Request(scope, receive), send, record)
-        except (ClientGone, ClientDisconnect, asyncio.CancelledError) as gone:
-            record.outcome = "cancelled"
-            if isinstance(gone, asyncio.CancelledError):
-                raise
-        except HelexaError as error:
-            record.outcome = error.code
-            raise
-        except Exception:
-            record.outcome = "internal_error"
-            raise
-        finally:
-            self._account(record, scope.get("state", {}).get("request_id"))
+class Inference(Endpoint, Generic[R]):
+    """An endpoint that generates."""
 
     @abstractmethod
     def parse(self, body: bytes) -> R:
@@ -133,7 +116,7 @@ class Inference(ABC, Generic[R]):
         is_noted: bool,
     ) -> AsyncGenerator[bytes, None]:
         answers = plan.answers
-        async with aclosing(self._deltas(model, record, caller)) as deltas:
+        async with aclosing(self._deltas(model, record, plan, caller)) as deltas:
             async for index, delta in deltas:
                 yield answers.events(index, delta)
         plan.finished()
@@ -142,14 +125,14 @@ class Inference(ABC, Generic[R]):
         yield note + answers.end(usage if include_usage else None)
 
     async def _whole(self, model: LoadedModel, record: Record, plan: Plan, caller: Caller) -> bytes:
-        async with aclosing(self._deltas(model, record, caller)) as deltas:
+        async with aclosing(self._deltas(model, record, plan, caller)) as deltas:
             async for index, delta in deltas:
                 plan.answers.add(index, delta)
         plan.finished()
         return plan.answers.whole(record.usage())
 
     async def _deltas(
-        self, model: LoadedModel, record: Record, caller: Caller
+        self, model: LoadedModel, record: Record, plan: Plan, caller: Caller
     ) -> AsyncGenerator[tuple[int, Delta], None]:
         """The deltas of all choices, once there is a seat for them."""
         assert model.engine is not None
@@ -159,28 +142,11 @@ class Inference(ABC, Generic[R]):
             priority=caller.priority,
             kv_tokens=record.kv_tokens(model.engine),
         )
-        async with seat as engine, aclosing(run(engine, record, self._metrics)) as deltas:
-            async for index, delta in deltas:
-                yield index, delta
-
-    def _account(self, record: Record, request_id: str | None) -> None:
-        duration_s = time.monotonic() - record.started_s
-        tokens = record.tokens()
-        self._metrics.count_request(self.route, record.model, record.outcome, duration_s, tokens)
-        first_s = record.first_token_s
-        logger.info(
-            "request",
-            extra=fields(
-                route=self.route,
-                model=record.model or None,
-                outcome=record.outcome,
-                finish=",".join(sorted(set(record.finish_reasons.values()))) or None,
-                **asdict(tokens),
-                ttft_ms=round((first_s - record.started_s) * 1e3, 1) if first_s else None,
-                duration_ms=round(duration_s * 1e3, 1),
-                request_id=request_id,
-            ),
-        )
+        async with seat as engine:
+            await plan.begin(engine)
+            async with aclosing(run(engine, record, self._metrics)) as deltas:
+                async for index, delta in deltas:
+                    yield index, delta
 
 
 class ChatInference(Inference[ChatRequest]):
@@ -226,7 +192,8 @@ class ChatInference(Inference[ChatRequest]):
                 if reader.is_faithful:
                     self._prompts.keep(prompt, reader.message(), reader.token_ids)
 
-        return Plan(jobs, answers, finished, "tools" if request.forced_tool else "response_format")
+        param = "tools" if request.forced_tool else "response_format"
+        return Plan(jobs, answers, finished=finished, grammar_param=param)
 
 
 class CompletionInference(Inference[CompletionRequest]):
@@ -242,13 +209,30 @@ class CompletionInference(Inference[CompletionRequest]):
         assert engine is not None
         prompts = [completion_token_ids(engine, prompt) for prompt in request.prompts]
         jobs = [
-            Job(token_ids, sampling_params(request, choice), prompt, caller.priority)
+            Job(
+                token_ids,
+                None if request.max_tokens == 0 else sampling_params(request, choice),
+                prompt,
+                caller.priority,
+            )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(request.num_choices)
         ]
         tokenizer = require_tokenizer(engine, "prompt")
-        texts = [
-            prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in request.prompts
+        if not request.echo:
+            return Plan(jobs, CompletionAnswers(request.model, tokenizer, [Echo()] * len(jobs)))
+        echoes = [
+            Echo(prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
+            for prompt in request.prompts
         ]
-        echoes = [texts[job.prompt] if request.echo else "" for job in jobs]
-        return Plan(jobs, CompletionAnswers(request.model, tokenizer, echoes))
+        answers = CompletionAnswers(request.model, tokenizer, [echoes[job.prompt] for job in jobs])
+
+        async def begin(engine: Engine) -> None:
+            for echo, token_ids in zip(echoes, prompts, strict=True):
+                assert request.logprobs is not None
+                echo.logprobs = await engine.prompt_logprobs(
+                    token_ids, request.logprobs, priority=caller.priority
+                )
+                echo.token_ids = token_ids
+
+        return Plan(jobs, answers, _nothing if request.logprobs is None else begin)

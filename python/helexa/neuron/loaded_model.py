@@ -124,7 +124,9 @@ class LoadedModel:
             device=engine.options.device if engine else str(self.options.get("device", "cpu")),
             architecture=engine.config.model_type if engine else None,
             memory_bytes=self.memory_bytes,
-            capabilities=["text"] if engine else [],
+            capabilities=_capabilities(engine) if engine else [],
+            tool_call=bool(engine and engine.output_format.capabilities["tool_call"]),
+            reasoning=bool(engine and engine.output_format.capabilities["reasoning"]),
             limit=Limit(context=engine.max_context) if engine else None,
             loaded_at=self.loaded_at,
             load_seconds=self.load_seconds,
@@ -173,3 +175,8 @@ class LoadedModel:
         elapsed = time.monotonic() - self.started_s
         percent = self.progress.percent
         return min(max(1.0, elapsed * (100 - percent) / percent if percent >= 1 else elapsed + 2), 60.0)
+
+
+def _capabilities(engine: Engine) -> list[str]:
+    """What the model may be used for, in the words of model lists."""
+    return ["text", "embeddings"] if engine.pooling else ["text"]

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import msgspec
 
 from helexa.engine.engine import Engine
-from helexa.engine.output import Content, Event, OutputParser, Reasoning, ToolStart
+from helexa.engine.output import Content, Event, OutputFormat, OutputParser, Reasoning, ToolStart
 from helexa.engine.stream import Delta, TokenLogprob
 from helexa.engine.tokenizer import Detokenizer, Tokenizer
 from helexa.neuron.prompt import require_tokenizer
@@ -198,7 +198,7 @@ class MessageReader:
 def message_reader(engine: Engine, request: ChatRequest, prompt_tail: str) -> MessageReader:
     """A reader for one choice of the request, whose prompt ends in `prompt_tail`."""
     tokenizer = require_tokenizer(engine, "messages")
-    if engine.output_format is None:
+    if engine.output_format == OutputFormat():
         return MessageReader(tokenizer)
     tools = [msgspec.to_builtins(tool) for tool in request.offered_tools]
     parser = engine.output_format.parser(tools=tools, prompt_tail=prompt_tail, parse_tools=bool(tools))

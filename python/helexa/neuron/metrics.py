@@ -14,6 +14,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _REQUEST_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 _FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 _INTER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_REUSE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 _LOAD_S = (0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
@@ -85,6 +86,7 @@ class Metrics:
         self.first_token = histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_S
         )
+        self.reuse = histogram("prompt_reuse_ratio", "Share of a prompt that was cached.", _REUSE)
         self.inter_token = histogram("inter_token_seconds", "Between tokens of one answer.", _INTER_TOKEN_S)
         self.load_seconds = histogram("model_load_seconds", "Successful loads.", _LOAD_S)
 
@@ -98,6 +100,8 @@ class Metrics:
         else:
             self.duration.labels(model).observe(duration_s)
         self.prompt_tokens.labels(model).inc(tokens.prompt_tokens)
+        if outcome == "ok" and tokens.completion_tokens:
+            self.reuse.labels(model).observe(tokens.cached_tokens / max(tokens.prompt_tokens, 1))
         self.cached_tokens.labels(model).inc(tokens.cached_tokens)
         self.completion_tokens.labels(model).inc(tokens.completion_tokens)
 

@@ -8,14 +8,14 @@ from helexa.wire.completions import Prompt
 MOST_COUNTED = 4  # contexts; a prompt may be counted up to there, at 150 bytes of memory a character
 
 
-def completion_token_ids(engine: Engine, prompt: Prompt) -> list[int]:
+def completion_token_ids(engine: Engine, prompt: Prompt, param: str = "prompt") -> list[int]:
     """A text prompt tokenized as it stands, or token ids checked against the vocabulary."""
-    tokenizer = require_tokenizer(engine, "prompt")
+    tokenizer = require_tokenizer(engine, param)
     if isinstance(prompt, str):
-        check_length(engine, tokenizer.least_tokens(prompt), engine.max_context, "prompt", "at least ")
-        return fitting(engine, tokenizer.encode(prompt, add_special=True), "prompt")
-    check_token_ids(engine, prompt, "prompt")
-    return fitting(engine, prompt, "prompt")
+        check_length(engine, tokenizer.least_tokens(prompt), engine.max_context, param, "at least ")
+        return fitting(engine, tokenizer.encode(prompt, add_special=True), param)
+    check_token_ids(engine, prompt, param)
+    return fitting(engine, prompt, param)
 
 
 def counted_token_ids(engine: Engine, prompt: str, add_special: bool) -> list[int]:

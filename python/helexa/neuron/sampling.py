@@ -67,7 +67,7 @@ def grammar_of(engine: Engine, request: ChatRequest) -> GrammarSpec | None:
     if not request.offered_tools:
         return wanted
     tool_format = engine.output_format
-    if tool_format is None or tool_format.tool_calls is None:
+    if tool_format.tool_calls is None:
         raise InvalidParameter(
             f"'tools' cannot be used with model '{request.model}': its chat template knows no tool calls, or "
             "none of a format that can be read",
@@ -123,7 +123,7 @@ def thinking_of(
 
     It is always bounded, so that there are tokens left for the answer.
     """
-    markers = engine.output_format.reasoning if engine.output_format else None
+    markers = engine.output_format.reasoning
     if markers is None:
         return None
     room = engine.max_context - num_prompt_tokens

@@ -31,6 +31,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     """The body of POST /v1/completions."""
 
     prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**53)] | None = None  # 0 with echo: nothing but the prompt
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -53,8 +54,8 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
                 f"'best_of' is {self.best_of}; only best_of equal to n ({self.num_choices}) is supported"
             )
             raise InvalidParameter(message, param="best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidParameter("'echo' together with 'logprobs' is not supported", param="echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidParameter("'max_tokens' is 0, which is only of use with 'echo'", param="max_tokens")
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -77,8 +78,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  # null for the first token of a prompt, of which nothing is known
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -16,6 +16,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owned_by: str = msgspec.field(default_factory=lambda: "helexa")
     loaded: bool
     capabilities: list[str] = []
+    tool_call: bool = False
+    reasoning: bool = False
     limit: Limit | None = None
     max_model_len: int | None = None
 
