@@ -132,3 +132,23 @@ async def test_a_client_that_leaves_within_its_request_is_forgotten(make_site, n
     while not await site.metric("helexa_request_errors_total", code="client_closed_request"):
         await asyncio.sleep(0.02)
     assert neuron.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "logged"),
+    [
+        ({"model": "tiny"}, {"status": 200, "model": "tiny", "node": "n0", "prompt_tokens": 7}),
+        ({"model": "tiny", "stream": True}, {"status": 200, "model": "tiny", "completion_tokens": 4}),
+        ({"model": "other"}, {"status": 404, "error": "model_not_found"}),
+    ],
+)
+async def test_each_request_is_a_line_of_the_log_with_its_id(make_site, neuron, caplog, body, logged):
+    caplog.set_level("INFO", "helexa.gateway.handlers")
+    site = await make_site(neuron)
+    async with site.client.post(site.url + CHAT, json=body, headers={"x-request-id": "mine"}) as response:
+        await response.read()
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert record.fields["request"] == "mine"
+    assert record.fields["path"] == CHAT
+    assert logged.items() <= record.fields.items()
+    assert record.fields["total_ms"] >= 0

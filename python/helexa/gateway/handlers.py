@@ -97,7 +97,8 @@ class Inference:
             meter.end()
             if bill is not None:
                 bill.settle()
-            _log(self._path, request_id, principal, meter)
+            status = reply.status or (failure.status if failure else None)
+            _log(self._path, request_id, principal, meter, status)
         if failure is not None and not reply.started:
             await reply.refuse(self._dialect.refuse(failure, request_id))
 
@@ -112,7 +113,9 @@ class Inference:
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
         passed = _forwarded(headers, request_id) | principal.headers
         wait_s, told = wait_of(headers), job.told_in_stream
-        return Call(job.path, model, body, passed, job.stream, meter, job.translator, wait_s, told)
+        return Call(
+            job.path, model, body, passed, job.stream, meter, job.translator, wait_s, told, job.shorten
+        )
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], max_bytes: int) -> bytes:
@@ -183,7 +186,7 @@ def _forwarded(headers: Mapping[str, str], request_id: str) -> dict[str, str]:
     return kept | ours | {USAGE_HEADER: "comment"}  # for the metrics
 
 
-def _log(path: str, request_id: str, principal: Principal, meter: Meter) -> None:
+def _log(path: str, request_id: str, principal: Principal, meter: Meter, status: int | None) -> None:
     logger.info(
         "request",
         extra=fields(
@@ -192,6 +195,7 @@ def _log(path: str, request_id: str, principal: Principal, meter: Meter) -> None
             key=principal.name or None,
             model=meter.model or None,
             node=meter.node or None,
+            status=status,
             error=meter.code,
             ttft_ms=None if meter.first_token_s is None else round(meter.first_token_s * 1e3, 1),
             total_ms=round((time.perf_counter() - meter.started) * 1e3, 1),

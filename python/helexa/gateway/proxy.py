@@ -59,10 +59,12 @@ class Reply:
         if id_header:
             self._ids.append((id_header.encode(), value))
         self.started = False
+        self.status: int | None = None
         self.cut: HelexaError | None = None  # why we end it before its time
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started = True
+        self.status = status
         tagged = [*headers, *self._ids]
         await self._send({"type": "http.response.start", "status": status, "headers": tagged})
 
