@@ -97,7 +97,7 @@ class Admin:
         """The node to load on: the one named, one that has it, or the feasible one with most free memory."""
         if name is not None:
             return self._named(name)
-        nodes = list(self._gateway.fleet.routable())
+        nodes = [node for node in self._gateway.fleet.routable() if node.kind == "neuron"]
         entry = self._gateway.catalogue.models.get(model)
         having = [node for node in nodes if model in node.models]
         fitting = having or [node for node in nodes if entry is None or is_feasible(node, entry)]
@@ -108,7 +108,8 @@ class Admin:
     def _node_with(self, model: str, name: str | None) -> Node:
         if name is not None:
             return self._named(name)
-        having = [node for node in self._gateway.fleet.nodes.values() if model in node.models]
+        nodes = [node for node in self._gateway.fleet.nodes.values() if node.kind == "neuron"]
+        having = [node for node in nodes if model in node.models]
         if not having:
             raise UnknownModel(f"no node has model {model!r}; `helexa status` lists them", param="model_id")
         if len(having) > 1:
@@ -119,8 +120,8 @@ class Admin:
         return having[0]
 
     def _named(self, name: str) -> Node:
-        nodes = self._gateway.fleet.nodes
+        nodes = {name: node for name, node in self._gateway.fleet.nodes.items() if node.kind == "neuron"}
         if name not in nodes:
             known = ", ".join(nodes) or "none"
-            raise BadRequest(f"there is no node {name!r:.80}; known: {known}", param="node")
+            raise BadRequest(f"there is no neuron {name!r:.80}; known: {known}", param="node")
         return nodes[name]
