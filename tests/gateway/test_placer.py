@@ -94,7 +94,7 @@ async def test_an_endless_crowd_does_not_keep_another_model_out(shared):
 async def test_a_request_at_work_for_too_long_gives_the_place_of_those_who_wait_for_it_back(
     make_site, make_neuron, catalogue
 ):
-    neuron = make_neuron(words=["x"] * 100, pause_s=0.05)
+    neuron = make_neuron(words=["x"] * 50, pause_s=0.05)
     neuron.hold("a", memory_mib=600)
     site = await make_site(neuron, catalogue=catalogue(A, B), config=turns_of(0.1), placement_wait_s=0.5)
     endless = asyncio.create_task(site.stream("a"))
@@ -126,14 +126,13 @@ async def test_a_client_that_does_not_wait_is_told_how_far_the_load_is(make_site
 
 
 async def test_a_client_that_comes_back_keeps_its_place_in_the_line(shared, eventually):
-    neuron = shared.neurons[0]
     await ask(shared, "a")
     status, _, body, headers = await ask(shared, "b", **{"x-helexa-wait": "0"})
     assert (status, body["error"]["code"]) == (503, "model_loading")
     assert body["error"]["progress"]["phase"] == "waiting"
     assert body["error"]["progress"]["displaces"] == ["a"]
     assert 1 <= int(headers["retry-after"]) <= 10
-    await eventually(lambda: "b" in neuron.models)
+    await eventually(lambda: shared.gateway.fleet.nodes["n0"].is_loaded("b"))
     assert (await ask(shared, "b", **{"x-helexa-wait": "0"}))[0] == 200
 
 
