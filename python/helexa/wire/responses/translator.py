@@ -286,12 +286,16 @@ class CountTranslator:
 
 
 def renamed(error: HelexaError) -> HelexaError:
-    """`error` with a chat field in `param` and message named as the client's."""
+    """`error` with a chat field in `param` and message named as the client's.
+
+    Which item a message was made of is not known here any more: of messages, only `input` is said.
+    """
     param = error.param or ""
     for theirs, ours in FIELD_NAMES.items():
         if param == theirs or param.startswith((f"{theirs}.", f"{theirs}[")):
-            error.param = ours + param[len(theirs) :]
-            error.message = error.message.replace(f"'{param}'", f"'{error.param}'")
+            error.param = ours if theirs == "messages" else ours + param[len(theirs) :]
+            named = f"'{param}'" if param == theirs else param
+            error.message = error.message.replace(named, named.replace(param, error.param))
             break
     return error
 
