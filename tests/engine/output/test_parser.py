@@ -347,6 +347,20 @@ def test_calls_that_are_only_thought_of_stay_reasoning(after):
     assert found == [("reasoning", reasoning), ("content", "No.")]
 
 
+@pytest.mark.parametrize(
+    "example",
+    [
+        "<tool_call>\n" + _JSON_OSLO[:-3],
+        "<tool_call>\n{...",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>",
+    ],
+)
+def test_a_broken_call_in_the_reasoning_does_not_swallow_the_answer(example):
+    text = f"They look like\n{example}\nand so on.\n</think>\n\nYes.\n{_wrapped(_JSON_OSLO)}"
+    found = _read(text, thinking=True)
+    assert found == [("reasoning", text.partition("\n</think>")[0]), ("content", "Yes."), _OSLO]
+
+
 def test_a_call_that_is_thought_of_and_then_made_is_made_once():
     text = f"I could call\n{_wrapped(_JSON_OSLO)}\n</think>\n\n{_wrapped(_XML_OSLO)}"
     assert _read(text, thinking=True) == [("reasoning", f"I could call\n{_wrapped(_JSON_OSLO)}"), _OSLO]

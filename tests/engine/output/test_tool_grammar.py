@@ -107,6 +107,7 @@ def test_arguments_follow_the_schema(tool_calls):
     for arguments in ({"points": [1, 2.5]}, {"is_log": True, "options": {"a": [1]}}, {"scale": 1e-3}):
         assert _admits(spec, written("plot", arguments))
     assert not _admits(spec, written("plot", {"is_log": 1}))
+    assert not _admits(spec, written("now", {"zone": "UTC"}))
     assert not _admits(spec, written("fly", {}))
 
 
@@ -226,6 +227,6 @@ def test_whatever_a_grammar_has_a_model_write_is_a_call(tool_calls, seed):
     ((kind, name, arguments),) = loaded(found)
     assert kind == "call"
     parameters = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name)
-    assert set(parameters["required"]) <= set(arguments)
+    assert set(parameters["required"]) <= set(arguments) <= set(parameters["properties"])
     for key, kinds in (("days", int), ("points", list), ("is_log", bool), ("options", dict)):
         assert key not in arguments or isinstance(arguments[key], kinds)

@@ -18,6 +18,7 @@ Member = Callable[[str, Write], Read[None]]
 
 MAX_DEPTH = 64
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_NAMES_NUMBER = re.compile(r"[+-]?0[0-9]|.*_")  # 007 and 1_000 are names rather than numbers
 _LITERALS = {
     "true": "true", "True": "true", "TRUE": "true", "false": "false", "False": "false", "FALSE": "false",
     "null": "null", "None": "null", "undefined": "null", "NaN": "null", "": "null",
@@ -264,7 +265,7 @@ def _scalar(text: str) -> str:
     if _NUMBER.fullmatch(text):
         return text
     try:
-        number = float(text) if "_" not in text else math.nan
+        number = math.nan if _NAMES_NUMBER.match(text) else float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):

@@ -233,6 +233,8 @@ class OutputParser:
             source.take(len(markers.end))
             yield from source.skip_whitespace()
         is_call = is_call and not source.truncated and not (yield from source.char())
+        # What seemed to be one call may have gone on through the end of the reasoning and into the answer.
+        is_call = is_call and markers.end not in source.since(mark).rstrip().removesuffix(markers.end)
         self._end_tentative(count, mark, keep=is_call)
         return is_call
 

@@ -68,6 +68,8 @@ def _chosen(tools: Tools, choice: str) -> list[Tool]:
 
 def _hermes(number: int, tool: Tool) -> Iterable[str]:
     schema = {**tool.parameters, "type": "object"}
+    if "properties" in schema:  # what is not declared would be made up
+        schema.setdefault("additionalProperties", False)
     head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
     yield f'tool_{number}: {_quoted(head)} arguments_{number} "}}"'
     yield f"arguments_{number}: {_json(schema, _COMPACT)}"
