@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from helexa.engine import Engine
 from helexa.engine.collector import EmbeddingCollector
-from helexa.engine.engine import _pooling
+from helexa.engine.parts import pooling_of
 from helexa.engine.sequence import Finished
 from helexa.errors import ContextTooLong, DeviceError, InvalidParameter, UnsupportedModel
 from helexa.models import config_from_gguf
@@ -95,20 +96,22 @@ async def test_what_cannot_be_embedded_is_refused_by_name():
 
 def test_the_pooling_of_a_file_holds_where_it_is_implemented():
     kinds = [None, 0, 1, 2, 3, 4, "mean", [1]]
-    assert [_pooling(kind) for kind in kinds] == ["last", "last", "mean", None, "last", None, None, None]
+    assert [pooling_of(kind) for kind in kinds] == ["last", "last", "mean", None, "last", None, None, None]
+
+
+def test_a_text_that_gave_way_half_computed_is_not_counted_twice():
+    rows = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    collector = EmbeddingCollector("mean")
+    collector.take(rows[:2], 0)
+    collector.take(rows[:1], 0)
+    collector.take(rows[1:], 1)
+    assert collector.result().tolist() == pytest.approx([0.6, 0.8])
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_hidden_states_without_a_direction_are_an_error_and_no_vector(value):
-    class Rows:
-        def __len__(self):
-            return 1
-
-        def numpy(self):
-            return np.full((1, 4), value, np.float32)
-
     collector = EmbeddingCollector("mean")
-    collector.take(Rows(), 0)
+    collector.take(torch.full((1, 4), value), 0)
     collector.receive(Finished("stop"))
     with pytest.raises(DeviceError, match="not usable"):
         collector.future.result(0)

@@ -69,6 +69,8 @@ class EmbeddingCollector(Collector):
         self._sum: npt.NDArray[np.float64] | None = None
 
     def take(self, rows: Any, start: int) -> None:
+        if start == 0:  # a sequence that gave way begins anew
+            self._sum = None
         if len(rows):
             part = rows.numpy().sum(axis=0, dtype=np.float64)
             self._sum = part if self._sum is None else self._sum + part
@@ -91,6 +93,7 @@ class LogprobsCollector(Collector):
         self.found: list[TokenLogprob | None] = [None]
 
     def take(self, rows: Any, start: int) -> None:
+        del self.found[start + 1 :]  # a sequence that gave way begins anew
         for logits, token_id in zip(rows.numpy(), self._tokens[start + 1 :], strict=False):
             logprob, top = logprobs_of(logits.max() - logits, token_id, self._num_top)
             self.found.append(TokenLogprob(token_id, logprob, top))

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, cast, get_args
@@ -29,8 +28,10 @@ from helexa.engine.core import EngineCore
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
 from helexa.engine.memory import allocation_errors, available_bytes
+from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
 from helexa.engine.pages import PagePool
+from helexa.engine.parts import Progress, pooling_of, read_model, read_text_parts
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampler
@@ -43,59 +44,13 @@ from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
 from helexa.layers.step import PAGE_TOKENS
 from helexa.log import fields
-from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
-from helexa.weights.gguf import GGUFFile, open_gguf
-from helexa.weights.load import GGUFWeights, LoadProgress
+from helexa.models import Model, ModelConfig, config_from_gguf, kv_cache_shapes
+from helexa.weights.gguf import open_gguf
+from helexa.weights.load import LoadProgress
 
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 10.0  # how long closing waits for the step under way
-Progress = Callable[[LoadProgress], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How a model is served. Sizes left open are chosen by the free memory, see cache.plan_capacity."""
-
-    device: str = "cpu"
-    max_context: int | None = None
-    max_sequences: int = 4
-    kv_dtype: str = "bfloat16"
-    kv_cache_tokens: int | None = None
-    num_threads: int | None = None  # None: one for each physical core that the process may use
-    prefill_chunk: int = 512
-    prefix_cache: bool = True
-    capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
-
-    def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise InvalidParameter(f"device is {self.device!r}; expected cpu", param="device")
-        for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidParameter(f"{name} is {value!r}; expected a positive integer", param=name)
-        for name, most in (("max_sequences", 1024), ("num_threads", 1024)):  # each takes memory by itself
-            value = getattr(self, name)
-            if value is not None and value > most:
-                raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """The state of an engine at a glance; totals count from the load."""
-
-    in_flight: int
-    queued: int
-    kv_tokens_total: int
-    kv_tokens_used: int  # in pages that sequences hold
-    kv_tokens_cached: int  # in pages that only the prefix cache keeps
-    prefill_tok_s: float
-    decode_tok_s: float  # over all sequences of a batch
-    prefill_tokens: int
-    decode_tokens: int
-    cached_tokens: int
-    preemptions: int
-    poisoned: str | None
 
 
 class Engine:
@@ -150,20 +105,22 @@ class Engine:
         try:
             config = config_from_gguf(file.metadata, file.tensors)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
-                text = pool.submit(_read_text_parts, file)
+                text = pool.submit(read_text_parts, file)
                 engine = cls(
-                    partial(_build, file, config, progress),
+                    partial(read_model, file, config, progress),
                     config,
                     engine_options,
                     name=str(file.metadata.get("general.name") or Path(path).stem),
                     generation_defaults=SamplingDefaults.from_gguf(file.metadata),
-                    pooling=_pooling(file.metadata.get(f"{config.model_type}.pooling_type")),
+                    pooling=pooling_of(file.metadata.get(f"{config.model_type}.pooling_type")),
                 )
                 try:
-                    engine.tokenizer, engine.chat_template = text.result()
+                    parts = text.result()
                 except BaseException:
                     engine.close()
                     raise
+                engine.tokenizer, engine.chat_template = parts.tokenizer, parts.chat_template
+                engine._grammars = parts.grammars
         finally:
             file.close()
         progress(LoadProgress("ready", 100.0))
@@ -451,26 +408,3 @@ def _report(receiver: Receiver, job: "Future[None]") -> None:
             receiver.receive(event)
         else:
             receiver.mailbox.post([(receiver, event)])
-
-
-def _build(file: GGUFFile, config: ModelConfig, progress: Progress) -> Model:
-    weights = GGUFWeights(file, progress=progress)
-    model = build_model(config, weights)
-    if unused := weights.unused():
-        logger.warning("unused_tensors", extra=fields(model=file.path.name, tensors=",".join(unused)))
-    return model
-
-
-def _read_text_parts(file: GGUFFile) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """Tokenizer and chat template of the file, where it has them."""
-    if "tokenizer.ggml.tokens" not in file.metadata:
-        return None, None
-    tokenizer = Tokenizer.from_gguf(file.metadata)
-    return tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer)
-
-
-def _pooling(kind: object) -> Pooling | None:
-    """The pooling that a file's pooling_type names, None for one that is not implemented."""
-    if kind is None or kind == 0:
-        return "last"
-    return {1: "mean", 3: "last"}.get(kind) if isinstance(kind, int) else None  # type: ignore[return-value]

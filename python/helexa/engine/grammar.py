@@ -101,24 +101,23 @@ class GrammarCompiler:
     """Compiles grammars for one vocabulary and keeps the latest; may be called from any thread."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._vocabulary: _Vocabulary | None = None
+        """Reads the vocabulary, which holds the interpreter for most of a second if it is large."""
+        self._vocabulary = _Vocabulary(tokenizer)
         self._compiled: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        self._building = threading.Lock()
 
     def compile(self, spec: GrammarSpec) -> Matcher:
         """A matcher at the start of the grammar.
 
-        It takes microseconds for a grammar of late, milliseconds for a new one, and half a second the first
-        time of all. Raises InvalidParameter for a grammar that is refused.
+        It takes microseconds for a grammar of late, milliseconds for a new one. Raises InvalidParameter for
+        a grammar that is refused.
         """
         with self._lock:
             grammar = self._fresh(spec)
             if grammar is not None:
                 self._compiled.move_to_end(spec)
         if grammar is None:
-            grammar = self._ready_vocabulary().compile(spec)
+            grammar = self._vocabulary.compile(spec)
             grammar.matcher().allowed()  # some grammars fail only now
             with self._lock:
                 self._compiled[spec] = grammar
@@ -134,12 +133,6 @@ class GrammarCompiler:
     def _fresh(self, spec: GrammarSpec) -> CompiledGrammar | None:
         grammar = self._compiled.get(spec)
         return None if grammar is None or grammar.num_tokens >= _WORN_TOKENS else grammar
-
-    def _ready_vocabulary(self) -> "_Vocabulary":
-        with self._building:
-            if self._vocabulary is None:
-                self._vocabulary = _Vocabulary(self._tokenizer)
-            return self._vocabulary
 
 
 class _Vocabulary:

@@ -1,0 +1,50 @@
+"""How a model is served, and how it stands."""
+
+from dataclasses import dataclass
+
+from helexa.errors import InvalidParameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is served. Sizes left open are chosen by the free memory, see cache.plan_capacity."""
+
+    device: str = "cpu"
+    max_context: int | None = None
+    max_sequences: int = 4
+    kv_dtype: str = "bfloat16"
+    kv_cache_tokens: int | None = None
+    num_threads: int | None = None  # None: one for each physical core that the process may use
+    prefill_chunk: int = 512
+    prefix_cache: bool = True
+    capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise InvalidParameter(f"device is {self.device!r}; expected cpu", param="device")
+        for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidParameter(f"{name} is {value!r}; expected a positive integer", param=name)
+        for name, most in (("max_sequences", 1024), ("num_threads", 1024)):  # each takes memory by itself
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state of an engine at a glance; totals count from the load."""
+
+    in_flight: int
+    queued: int
+    kv_tokens_total: int
+    kv_tokens_used: int  # in pages that sequences hold
+    kv_tokens_cached: int  # in pages that only the prefix cache keeps
+    prefill_tok_s: float
+    decode_tok_s: float  # over all sequences of a batch
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
+    poisoned: str | None
