@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from helexa.gateway.catalogue import ModelEntry
+from helexa.gateway.config import EvictionSection, GatewayConfig
 
 pytestmark = pytest.mark.timeout(60)
 
+AT_ONCE = replace(GatewayConfig(), eviction=EvictionSection(turn_s=0))
 COLD = ModelEntry("cold", path="/models/cold.gguf", vram_mb=600)
 
 
@@ -75,6 +78,21 @@ async def test_room_is_made_by_unloading(make_site, make_neuron, catalogue):
     assert sorted(neuron.models) == ["cold", "newer"]
     assert await site.metric("helexa_evictions_total", model="older", node="n0") == 1
     assert await site.metric("helexa_evictions_total", model="newer", node="n0") == 0
+
+
+async def test_a_model_that_nobody_but_its_neuron_knew_comes_back_after_it_had_to_leave(
+    make_site, make_neuron, catalogue
+):
+    neuron = make_neuron(memory_mib=600)
+    neuron.hold("by hand", memory_mib=600)
+    site = await make_site(neuron, catalogue=catalogue(COLD), config=AT_ONCE)
+    assert (await site.chat("cold"))[0] == 200
+    assert neuron.unloads == ["by hand"]
+    assert (await site.get("/v1/models/by hand"))["loaded"] is False
+    assert (await site.chat("by hand"))[0] == 200
+    assert neuron.loads[-1] == {"model_id": "by hand", "source": "by hand.gguf", "wait": True}
+    assert neuron.unloads == ["by hand", "cold"], "it needs the room that it had"
+    assert site.gateway.fleet.nodes["n0"].displaced.keys() == {"cold"}
 
 
 async def test_a_request_waits_for_a_model_at_work_to_end_and_then_takes_its_place(

@@ -54,6 +54,9 @@ class Node:
         default_factory=dict
     )  # what loading took last, also of those now gone
     seen: dict[str, ModelInfo] = field(default_factory=dict)  # models as they were when last loaded
+    displaced: dict[str, ModelInfo] = field(
+        default_factory=dict
+    )  # models that had to leave, until they are back
     unloads: int = 0  # since its memory was last looked at
 
     @property
@@ -89,6 +92,10 @@ class Node:
             return False
         load = self.loads.get(model)
         return load is None or load.poisoned is None
+
+    def knows(self, model: str) -> bool:
+        """Whether the model is there, or could be loaded there without a word from the catalogue."""
+        return model in self.models or model in self.displaced
 
     def begin(self, model: str, now: float) -> None:
         """A request for the model goes there."""

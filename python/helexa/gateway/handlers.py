@@ -109,7 +109,7 @@ class Inference:
         model = catalogue.resolve(job.model)
         principal.require_model(job.model, model)
         body = job.body if model == job.model else _rename(job.body, model)
-        if model in catalogue.models or any(model in node.models for node in nodes):
+        if model in catalogue.models or any(node.knows(model) for node in nodes):
             meter.model = model  # names that are not ours stay out of the metrics, which would grow with them
         passed = _forwarded(headers, request_id) | principal.headers
         wait_s, told = wait_of(headers), job.told_in_stream

@@ -88,7 +88,12 @@ def _waiting(claim: Claim) -> dict[str, Any]:
 def _names(fleet: Fleet, catalogue: Catalogue) -> list[str]:
     known = {
         *catalogue.models,
-        *(model for node in fleet.nodes.values() if node.healthy for model in node.models),
+        *(
+            model
+            for node in fleet.nodes.values()
+            if node.healthy
+            for model in (*node.models, *node.displaced)
+        ),
     }
     return sorted(known | {alias for alias, target in catalogue.aliases.items() if target in known})
 
@@ -109,7 +114,7 @@ def _model(fleet: Fleet, catalogue: Catalogue, name: str, created: int) -> dict[
         "feasible_on": [
             node.name
             for node in nodes
-            if (is_feasible(node, entry) if entry else model in node.models) or node in serving
+            if (is_feasible(node, entry) if entry else node.knows(model)) or node in serving
         ],
         "locations": _locations(fleet, model),
         "capabilities": sorted({c for info in infos for c in info.capabilities})

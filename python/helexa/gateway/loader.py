@@ -54,7 +54,8 @@ class Loader:
             if decision.action == "recover":
                 self._fleet.recovering.add(decision.model)
             for victim in decision.evict:
-                node.models.pop(victim, None)
+                if info := node.models.pop(victim, None):
+                    node.displaced[victim] = info
             task = asyncio.create_task(self._load(node, decision), name=f"load {decision.model}")
             self._tasks[decision.model] = task
             task.add_done_callback(lambda done: self._ended(decision.model, done))
@@ -95,7 +96,7 @@ class Loader:
                 self._metrics.swaps.labels(model, node.name).inc()
             for victim in decision.evict:
                 await self._unload(node, victim, "room")
-            await self._post(node, "/models/load", self._request(decision))
+            await self._post(node, "/models/load", self._request(node, decision))
             if not await self._poller.poll(node) or not node.is_loaded(model):
                 raise Unavailable(f"{node.name} loaded model {model!r} but does not show it")
             outcome = "loaded"
@@ -112,12 +113,13 @@ class Loader:
         node.load_seconds[model] = seconds
         logger.info("load_finished", extra=fields(model=model, node=node.name, seconds=seconds))
 
-    def _request(self, decision: Decision) -> LoadRequest:
-        """A load that is under way, or was ours to begin with, is not told its source again."""
+    def _request(self, node: Node, decision: Decision) -> LoadRequest:
+        """What the catalogue says; else what the neuron knows, or knew when the model had to leave."""
         entry = self._catalogue.models.get(decision.model)
         if decision.action == "load" and entry is not None:
             return entry.load_request()
-        return LoadRequest(model_id=decision.model, wait=True)
+        before = node.displaced.get(decision.model) if decision.action == "load" else None
+        return LoadRequest(model_id=decision.model, source=before.source if before else None, wait=True)
 
     def _remember(self, node: Node, model: str, error: HelexaError) -> None:
         """Keeps the router from trying the same again and again."""

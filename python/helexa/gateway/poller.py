@@ -204,6 +204,7 @@ def _note_loads(node: Node, models: list[ModelInfo], *, is_first: bool) -> None:
     for info in models:
         if info.id in loaded:
             node.seen[info.id] = info
+            node.displaced.pop(info.id, None)
         if info.load_seconds is not None:
             node.load_seconds.setdefault(info.id, info.load_seconds)
         before = node.models.get(info.id)

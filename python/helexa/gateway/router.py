@@ -96,7 +96,7 @@ def _place(
     eviction: EvictionSection,
 ) -> Decision:
     entry = catalogue.models.get(model)
-    known_by = [node for node in fleet.nodes.values() if model in node.models]
+    known_by = [node for node in fleet.nodes.values() if node.knows(model)]
     if not any(fleet.routable()):
         raise Unavailable("no neuron is reachable", retry_after_s=5)
     if entry is None and not known_by:
@@ -110,7 +110,7 @@ def _place(
     candidates = [node for node in open_hosts if (node.name, model) not in fleet.failed]
     if not candidates:
         raise fleet.failed[open_hosts[0].name, model]
-    entry = entry or ModelEntry(id=model)
+    entry = entry or ModelEntry(id=model, vram_mb=_remembered_mb(known_by, model))
     rules = _Rules(fleet, catalogue, now, eviction)
     best = min((rules.placement(node, entry) for node in candidates), key=_preference)
     if best.evict is not None:
@@ -121,6 +121,12 @@ def _place(
         f"model {model!r} needs {entry.vram_mb} MiB; {best.node.name} has {best.free_bytes >> 20} MiB "
         "free, and unloading what may be displaced would not make enough room"
     )
+
+
+def _remembered_mb(nodes: list[Node], model: str) -> int:
+    """What a model that had to leave took then, in MiB."""
+    sizes = (node.displaced[model].memory_bytes or 0 for node in nodes if model in node.displaced)
+    return -(-max(sizes, default=0) // 2**20)
 
 
 def _no_host(fleet: Fleet, entry: ModelEntry | None, model: str, hosts: list[Node]) -> Unavailable:
