@@ -55,14 +55,15 @@ class Plan:
     finished: Callable[[], None] = _done
     grammar_param: str = ""  # the field that asks for the grammar of the jobs
 
-    async def check_grammar(self, engine: Engine) -> None:
-        """Compiles the grammar while a refusal can still be a status. Raises InvalidParameter."""
+    async def check(self, engine: Engine) -> None:
+        """Raises InvalidParameter for what the engine would refuse, while that can still be a status."""
         params = self.jobs[0].params
-        grammar = params.grammar if params else None
-        if grammar is None:
+        if params is not None:
+            params.check_vocabulary(engine.config.vocab_size)
+        if params is None or params.grammar is None:
             return
         try:
-            await engine.check_grammar(grammar)
+            await engine.check_grammar(params.grammar)
         except InvalidParameter as error:
             param = self.grammar_param
             raise InvalidParameter(f"'{param}' is no use: {error.message}", param=param) from None
@@ -87,7 +88,7 @@ class Inference(Endpoint, Generic[R]):
         caller = caller_of(http)
         plan = await self._work.run(self.prepare, model, request, caller)
         record.jobs = plan.jobs
-        await plan.check_grammar(model.engine)
+        await plan.check(model.engine)
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
             events = self._events(model, record, plan, caller, request.include_usage, is_noted)
