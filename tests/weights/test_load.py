@@ -130,8 +130,8 @@ def test_source_pages_leave_the_process_while_loading(write_gguf, monkeypatch):
         ("linear", "x", "found no tensor 'x' among 4, expected one"),
         ("vector", "x", "found no tensor 'x' among 4, expected one"),
         ("linear", "v", "found tensor 'v', f32 [3], expected a matrix"),
-        ("linear", "e", "found tensor 'e', f32 [2, 3, 4], expected a matrix"),
-        ("vector", "m", "found tensor 'm', q8_0 [2, 32], expected a vector"),
+        ("vector", "e", "found tensor 'e', f32 [2, 3, 4], expected a vector"),
+        ("vector", "m", "found tensor 'm', q8_0 [2, 32], expected one of f32, f16, bf16"),
         ("vector", "q", "found tensor 'q', q8_0 [64], expected one of f32, f16, bf16"),
     ],
 )

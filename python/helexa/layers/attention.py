@@ -8,7 +8,10 @@ from helexa.layers.step import Step
 
 
 class Attention:
-    """o_proj(attention(q, cache)); q, k and v come from one matmul, k and v go to the layer's cache."""
+    """o_proj(attention(q, cache)); q, k and v come from one matmul, k and v go to the layer's cache.
+
+    With an output gate, o_proj sees attention · sigmoid(gate).
+    """
 
     def __init__(
         self,
@@ -24,17 +27,31 @@ class Attention:
         bias: bool,
         qk_norm: bool,
         eps: float,
+        output_gate: bool = False,
     ):
         self.layer_index = layer_index
         self.num_heads = num_heads
         self.scale = scale
         self.rope_interleaved = rope_interleaved
-        rows = {
-            "q_proj": num_heads * head_dim,
-            "k_proj": num_kv_heads * head_dim,
-            "v_proj": num_kv_heads * head_dim,
-        }
-        self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
+        kv_rows = {"k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+        self.gate_proj = None
+        if output_gate:  # q_proj has for each head the rows of q and then those of the gate
+            q_blocks, gate_blocks = (
+                tuple(
+                    (start + head * 2 * head_dim, start + (head * 2 + 1) * head_dim)
+                    for head in range(num_heads)
+                )
+                for start in (0, head_dim)
+            )
+            q, gate = (
+                scope.matrix("q_proj", num_heads * head_dim, hidden_size, blocks)
+                for blocks in (q_blocks, gate_blocks)
+            )
+            kv = Linear.load(scope, hidden_size, kv_rows, bias=bias)
+            self.qkv_proj, self.gate_proj = Linear([q, *kv.weights]), Linear([gate])
+        else:
+            rows = {"q_proj": num_heads * head_dim, **kv_rows}
+            self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
         self.eps = eps
         self.q_norm = self.k_norm = None
         if qk_norm:
@@ -59,5 +76,7 @@ class Attention:
         )  # [T, H, D]
         out = ops.attention(
             q, k_cache, v_cache, step.page_table, step.query_start, step.kv_lengths, self.scale
-        )
-        return self.o_proj(out.flatten(1)[rows])
+        ).flatten(1)[rows]
+        if self.gate_proj is not None:
+            out = ops.sigmoid_mul(out, self.gate_proj(x[rows]))
+        return self.o_proj(out)

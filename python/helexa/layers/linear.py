@@ -12,14 +12,19 @@ from torch import Tensor
 from helexa import ops
 from helexa.errors import InvalidFile
 
+RowBlocks = tuple[tuple[int, int], ...]
+
 
 class TensorSource(Protocol):
     """Where the tensors of a model come from: weights.load.GGUFWeights, or a dict of arrays in a test."""
 
     def __contains__(self, name: str) -> bool: ...
 
-    def linear(self, name: str) -> ops.PackedWeight:
-        """The matrix `name`, packed for the kernels."""
+    def linear(self, name: str, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+        """The matrix `name`, packed for the kernels; of a stack of matrices, all one below the other.
+
+        With blocks, the rows first … end of each block, one after the other.
+        """
 
     def vector(self, name: str) -> Tensor:
         """The tensor `name` as float32."""
@@ -29,8 +34,8 @@ class Scope:
     """The tensors below one sub-module; `scope / "mlp"` is the scope of a child.
 
     Parameters are asked for by their names in HuggingFace checkpoints.  `names` translates them to those of
-    the file, without `.weight` or `.bias` and with `{}` for the number of the layer.  Every shape is
-    checked; a misfit raises InvalidFile with the name in the file.
+    the file, without `.weight` or `.bias` and with `{}` for the number of the layer; a parameter of another
+    kind is translated as a whole.  Every shape is checked; a misfit raises InvalidFile with the file's name.
     """
 
     def __init__(self, source: TensorSource, names: Mapping[str, str], path: str = ""):
@@ -48,23 +53,26 @@ class Scope:
         """The file's name of a parameter of this sub-module: `q_proj.bias` -> `blk.3.attn_q.bias`."""
         module, _, kind = f"{self.path}.{parameter}".lstrip(".").rpartition(".")
         layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-        if layer is None:
-            return f"{self.names[module]}.{kind}"
-        pattern = module[: layer.start()] + "{}" + module[layer.end() :]
-        return f"{self.names[pattern].format(layer.group())}.{kind}"
+        number = ""
+        if layer is not None:
+            number = layer.group()
+            module = module[: layer.start()] + "{}" + module[layer.end() :]
+        if (whole := self.names.get(f"{module}.{kind}")) is not None:
+            return whole.format(number)
+        return f"{self.names[module].format(number)}.{kind}"
 
-    def matrix(self, module: str, rows: int, cols: int) -> ops.PackedWeight:
-        """The weight of a linear or embedding module."""
+    def matrix(self, module: str, rows: int, cols: int, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+        """The weight of a linear or embedding module, or the given blocks of its rows, `rows` in all."""
         name = self._require(f"{module}.weight", (rows, cols))
-        weight = self.source.linear(name)
+        weight = self.source.linear(name) if blocks is None else self.source.linear(name, blocks)
         _check_shape(name, (weight.rows, weight.cols), (rows, cols))
         return weight
 
-    def vector(self, parameter: str, size: int) -> Tensor:
-        """A norm's weight or a bias, float32 [size]."""
-        name = self._require(parameter, (size,))
+    def vector(self, parameter: str, *shape: int) -> Tensor:
+        """A norm's weight, a bias or another small tensor of this shape, float32."""
+        name = self._require(parameter, shape)
         vector = self.source.vector(name)
-        _check_shape(name, tuple(vector.shape), (size,))
+        _check_shape(name, tuple(vector.shape), shape)
         return vector
 
     def _require(self, parameter: str, shape: tuple[int, ...]) -> str:

@@ -1,6 +1,6 @@
 """One forward pass as the models see it: everything that changes from one pass to the next."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,3 +27,8 @@ class Step:
     k_cache: list[Tensor]  # one per attention layer, shaped as models.kv_cache_shapes says
     v_cache: list[Tensor]
     logits_rows: slice  # the rows, of all T, whose logits are wanted; it may be empty
+    # Of models with recurrent layers only: the slot of each sequence, [S] int32, and for each such layer the
+    # convolution's and the recurrence's states, shaped as models.state_shapes says.
+    state_slots: Tensor | None = None
+    conv_states: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)

@@ -9,12 +9,24 @@ from helexa.layers.linear import TensorSource
 from helexa.layers.step import PAGE_TOKENS, Step
 from helexa.models.config import ModelConfig, config_from_gguf
 
-__all__ = ["MODELS", "Model", "ModelConfig", "build_model", "config_from_gguf", "kv_cache_shapes"]
+__all__ = [
+    "MODELS",
+    "Model",
+    "ModelConfig",
+    "build_model",
+    "config_from_gguf",
+    "kv_cache_shapes",
+    "state_shapes",
+]
 
 MODELS = {
     "llama": "helexa.models.decoder:DecoderForCausalLM",
     "qwen2": "helexa.models.decoder:DecoderForCausalLM",
     "qwen3": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen3moe": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen3next": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen35": "helexa.models.decoder:DecoderForCausalLM",
+    "qwen35moe": "helexa.models.decoder:DecoderForCausalLM",
 }
 
 
@@ -46,4 +58,15 @@ def kv_cache_shapes(config: ModelConfig, num_pages: int) -> list[tuple[int, int,
     There is one per attention layer, in their order; those of Step.v_cache are the same.
     """
     shape = (num_pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
-    return [shape] * config.num_hidden_layers
+    return [shape] * config.num_full_attention_layers
+
+
+def state_shapes(config: ModelConfig, num_slots: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes of each pair of Step.conv_states and Step.states; one pair per recurrent layer."""
+    linear = config.linear_attention
+    if linear is None:
+        return []
+    channels = 2 * linear.num_key_heads * linear.key_head_dim + linear.num_value_heads * linear.value_head_dim
+    conv = (num_slots, linear.conv_kernel - 1, channels)
+    state = (num_slots, linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
+    return [(conv, state)] * (config.num_hidden_layers - config.num_full_attention_layers)

@@ -17,12 +17,19 @@ ARCHITECTURES: dict[str, dict[str, bool]] = {
     "llama": {"rope_interleaved": True},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "qwen3moe": {"qk_norm": True},
+    "qwen3next": {"qk_norm": True, "attn_output_gate": True, "linear_gates_fused": True},
+    "qwen35": {"qk_norm": True, "attn_output_gate": True, "linear_heads_tiled": True},
+    "qwen35moe": {"qk_norm": True, "attn_output_gate": True, "linear_heads_tiled": True},
 }
+MOE = ("qwen3moe", "qwen3next", "qwen35moe")
+HYBRID = ("qwen3next", "qwen35", "qwen35moe")
 
 # Keys below the architecture's name that change the computation in ways these models do not have.  They may
 # be present and off.
 REFUSED_KEYS = (
-    "expert_count",
+    "expert_group_count",
+    "expert_weights_scale",
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
     "attention.temperature_scale",
@@ -42,6 +49,30 @@ class HasShape(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Layers whose feed-forward block is a mixture of experts."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int  # 0: no shared expert
+    norm_topk_prob: bool = True
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Layers of Gated DeltaNet."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+    heads_tiled: bool  # value head h reads key head h % num_key_heads, else h // (value heads per key head)
+    gates_fused: bool  # one matrix of b and a, grouped by key head
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,18 @@ class ModelConfig:
     )
     attention_bias: bool = False  # q, k and v must have biases; others are used where the file has them
     qk_norm: bool = False  # q and k are normalised per head before they are rotated
+    attn_output_gate: bool = False  # q_proj holds for each head q and then a gate for attention's output
+    moe: MoEConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
+    # Where attention is full; the other layers are linear_attention.  Empty: everywhere.
+    full_attention_layers: tuple[int, ...] = ()
+
+    def is_full_attention(self, layer: int) -> bool:
+        return self.linear_attention is None or layer in self.full_attention_layers
+
+    @property
+    def num_full_attention_layers(self) -> int:
+        return sum(map(self.is_full_attention, range(self.num_hidden_layers)))
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape]) -> ModelConfig:
@@ -104,12 +147,23 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
             "rope.dimension_count", rotary_dim, f"an even number up to the {head_dim} of a head"
         )
 
+    flags = dict(ARCHITECTURES[architecture])
+    num_layers = keys.integer("block_count") - keys.count("nextn_predict_layers")
+    moe = _moe(keys) if architecture in MOE else None
+    linear, full_layers = None, ()
+    if architecture in HYBRID:
+        linear = _linear_attention(
+            keys,
+            tiled=flags.pop("linear_heads_tiled", False),
+            fused=flags.pop("linear_gates_fused", False) and "blk.0.ssm_beta.weight" not in tensors,
+        )
+        full_layers = _full_attention_layers(keys, num_layers)
     return ModelConfig(
         model_type=architecture,
         vocab_size=_vocab_size(keys, tensors),
         hidden_size=hidden_size,
-        intermediate_size=keys.integer("feed_forward_length"),
-        num_hidden_layers=keys.integer("block_count"),
+        intermediate_size=keys.integer("feed_forward_length", 1 if moe else None),
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
@@ -120,8 +174,52 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
         attention_scale=keys.number("attention.scale", 0.0) or head_dim**-0.5,
         rope_scaling=_rope_scaling(keys, context),
         tie_word_embeddings="output.weight" not in tensors,
-        **ARCHITECTURES[architecture],
+        moe=moe,
+        linear_attention=linear,
+        full_attention_layers=full_layers,
+        **flags,
     )
+
+
+def _moe(keys: "_Keys") -> MoEConfig:
+    num_experts = keys.integer("expert_count")
+    top_k = keys.integer("expert_used_count")
+    if top_k > num_experts:
+        raise keys.invalid("expert_used_count", top_k, f"a number up to the {num_experts} experts")
+    return MoEConfig(
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        intermediate_size=keys.integer("expert_feed_forward_length"),
+        shared_intermediate_size=keys.count("expert_shared_feed_forward_length"),
+        norm_topk_prob=bool(keys.get("expert_weights_norm", True)),
+    )
+
+
+def _linear_attention(keys: "_Keys", *, tiled: bool, fused: bool) -> LinearAttentionConfig:
+    key_heads, value_heads = keys.integer("ssm.group_count"), keys.integer("ssm.time_step_rank")
+    inner = keys.integer("ssm.inner_size")
+    if value_heads % key_heads:
+        raise keys.invalid("ssm.time_step_rank", value_heads, f"a multiple of the {key_heads} key heads")
+    if inner % value_heads:
+        raise keys.invalid("ssm.inner_size", inner, f"a multiple of the {value_heads} value heads")
+    return LinearAttentionConfig(
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
+        key_head_dim=keys.integer("ssm.state_size"),
+        value_head_dim=inner // value_heads,
+        conv_kernel=keys.integer("ssm.conv_kernel", most=64),
+        heads_tiled=tiled,
+        gates_fused=fused,
+    )
+
+
+def _full_attention_layers(keys: "_Keys", num_layers: int) -> tuple[int, ...]:
+    """Of a list of recurrent layers, the others; else every full_attention_interval-th."""
+    recurrent = keys.metadata.get(f"{keys.architecture}.attention.recurrent_layers")
+    if recurrent is not None and len(recurrent) >= num_layers:
+        return tuple(layer for layer in range(num_layers) if not recurrent[layer])
+    interval = keys.integer("full_attention_interval", 4)
+    return tuple(range(interval - 1, num_layers, interval))
 
 
 class _Keys:
@@ -150,6 +248,10 @@ class _Keys:
             raise self.invalid(key, value, f"an integer from 1 to {most}")
         return int(value)
 
+    def count(self, key: str) -> int:
+        """An integer from 0 up; 0 if it is missing."""
+        return self.integer(key) if self.get(key) else 0
+
     def number(self, key: str, default: float | None = None, *, above: float | None = None) -> float:
         """A finite number from 0 up, or greater than `above`."""
         value = self.get(key, default)
@@ -170,7 +272,8 @@ class _Keys:
 
 def _refuse(keys: _Keys, context: int) -> None:
     """Raises UnsupportedModel for features that would silently give other numbers."""
-    for key in REFUSED_KEYS:
+    refused = REFUSED_KEYS if keys.architecture in MOE else ("expert_count", *REFUSED_KEYS)
+    for key in refused:
         if keys.get(key):
             raise keys.unsupported(key, "a model without it")
     if keys.get("attention.causal", True) is False:

@@ -1,15 +1,19 @@
-"""The dense decoder of llama, qwen2 and qwen3.
+"""The decoder of llama, qwen2 and the whole qwen3 family.
 
-They differ only in what ModelConfig says: the layout of rotary pairs, biases of q, k and v, norms of q and k.
-Follows `modeling_llama.py`, `modeling_qwen2.py` and `modeling_qwen3.py` of transformers.
+They differ only in what ModelConfig says: the layout of rotary pairs, biases of q, k and v, norms of q and k,
+a gate behind attention, experts instead of one feed-forward block, Gated DeltaNet in place of some attention.
+Follows `modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling_qwen3_moe.py`,
+`modeling_qwen3_next.py` and `modeling_qwen3_5.py` of transformers.
 """
 
 from torch import Tensor
 
 from helexa.layers.attention import Attention
 from helexa.layers.embedding import Embedding
+from helexa.layers.gated_delta_net import GatedDeltaNet
 from helexa.layers.linear import Linear, Scope, TensorSource
 from helexa.layers.mlp import MLP
+from helexa.layers.moe import SparseMoE
 from helexa.layers.norm import RMSNorm
 from helexa.layers.rotary import RotaryEmbedding
 from helexa.layers.step import Step
@@ -17,26 +21,14 @@ from helexa.models.config import ModelConfig
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each after a norm, which first adds what came before to the residual."""
+    """A token mixer and a feed-forward block, each after a norm, which first adds what came before."""
 
     def __init__(self, config: ModelConfig, scope: Scope, layer_index: int):
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm.load(scope / "input_layernorm", hidden_size, eps)
-        self.self_attn = Attention(
-            scope / "self_attn",
-            layer_index,
-            hidden_size=hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            rope_interleaved=config.rope_interleaved,
-            bias=config.attention_bias,
-            qk_norm=config.qk_norm,
-            eps=eps,
-        )
+        self.mixer = _mixer(config, scope, layer_index)
         self.post_attention_layernorm = RMSNorm.load(scope / "post_attention_layernorm", hidden_size, eps)
-        self.mlp = MLP(scope / "mlp", hidden_size, config.intermediate_size)
+        self.mlp = _feed_forward(config, scope / "mlp")
 
     def __call__(
         self, hidden: Tensor | None, residual: Tensor, rope: Tensor, step: Step, rows: slice
@@ -47,10 +39,61 @@ class DecoderLayer:
         Changes residual in place.
         """
         hidden = self.input_layernorm(residual) if hidden is None else self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(hidden, rope, step, rows)  # [R, hidden_size]
+        if isinstance(self.mixer, GatedDeltaNet):
+            hidden = self.mixer(hidden, step, rows)  # [R, hidden_size]
+        else:
+            hidden = self.mixer(hidden, rope, step, rows)
         residual = residual[rows]
         hidden = self.post_attention_layernorm(hidden, residual)
         return self.mlp(hidden), residual
+
+
+def _mixer(config: ModelConfig, scope: Scope, layer: int) -> Attention | GatedDeltaNet:
+    """Attention or Gated DeltaNet, each counted by itself: their caches and states are lists of their own."""
+    full = [config.is_full_attention(index) for index in range(layer + 1)]
+    linear = config.linear_attention
+    if linear is not None and not full[layer]:
+        return GatedDeltaNet(
+            scope / "linear_attn",
+            full.count(False) - 1,
+            hidden_size=config.hidden_size,
+            num_key_heads=linear.num_key_heads,
+            num_value_heads=linear.num_value_heads,
+            key_head_dim=linear.key_head_dim,
+            value_head_dim=linear.value_head_dim,
+            num_taps=linear.conv_kernel,
+            eps=config.rms_norm_eps,
+            tiled=linear.heads_tiled,
+            fused_gates=linear.gates_fused,
+        )
+    return Attention(
+        scope / "self_attn",
+        full.count(True) - 1,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        scale=config.attention_scale,
+        rope_interleaved=config.rope_interleaved,
+        bias=config.attention_bias,
+        qk_norm=config.qk_norm,
+        eps=config.rms_norm_eps,
+        output_gate=config.attn_output_gate,
+    )
+
+
+def _feed_forward(config: ModelConfig, scope: Scope) -> MLP | SparseMoE:
+    if config.moe is None:
+        return MLP(scope, config.hidden_size, config.intermediate_size)
+    return SparseMoE(
+        scope,
+        config.hidden_size,
+        num_experts=config.moe.num_experts,
+        top_k=config.moe.num_experts_per_tok,
+        intermediate_size=config.moe.intermediate_size,
+        shared_intermediate_size=config.moe.shared_intermediate_size,
+        normalize=config.moe.norm_topk_prob,
+    )
 
 
 class Decoder:
@@ -79,7 +122,8 @@ class DecoderForCausalLM:
     """model(step) -> logits [R, vocab_size] float32 of step.logits_rows; all rows extend the caches."""
 
     def __init__(self, config: ModelConfig, source: TensorSource):
-        scope = Scope(source, GGUF_NAMES)
+        names = GGUF_NAMES | HYBRID_NAMES if config.linear_attention else GGUF_NAMES
+        scope = Scope(source, names)
         self.config = config
         self.model = Decoder(config, scope / "model")
         if config.tie_word_embeddings:
@@ -109,6 +153,29 @@ GGUF_NAMES = {
     "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
     "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
     "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+    "model.layers.{}.mlp.gate": "blk.{}.ffn_gate_inp",
+    "model.layers.{}.mlp.experts.gate_proj": "blk.{}.ffn_gate_exps",
+    "model.layers.{}.mlp.experts.up_proj": "blk.{}.ffn_up_exps",
+    "model.layers.{}.mlp.experts.gate_up_proj": "blk.{}.ffn_gate_up_exps",
+    "model.layers.{}.mlp.experts.down_proj": "blk.{}.ffn_down_exps",
+    "model.layers.{}.mlp.shared_expert.gate_proj": "blk.{}.ffn_gate_shexp",
+    "model.layers.{}.mlp.shared_expert.up_proj": "blk.{}.ffn_up_shexp",
+    "model.layers.{}.mlp.shared_expert.down_proj": "blk.{}.ffn_down_shexp",
+    "model.layers.{}.mlp.shared_expert_gate": "blk.{}.ffn_gate_inp_shexp",
     "model.norm": "output_norm",
     "lm_head": "output",
+}
+
+HYBRID_NAMES = {
+    "model.layers.{}.post_attention_layernorm": "blk.{}.post_attention_norm",
+    "model.layers.{}.linear_attn.in_proj_qkv": "blk.{}.attn_qkv",
+    "model.layers.{}.linear_attn.in_proj_z": "blk.{}.attn_gate",
+    "model.layers.{}.linear_attn.in_proj_b": "blk.{}.ssm_beta",
+    "model.layers.{}.linear_attn.in_proj_a": "blk.{}.ssm_alpha",
+    "model.layers.{}.linear_attn.in_proj_ba": "blk.{}.ssm_ba",
+    "model.layers.{}.linear_attn.conv1d": "blk.{}.ssm_conv1d",
+    "model.layers.{}.linear_attn.decay": "blk.{}.ssm_a",
+    "model.layers.{}.linear_attn.dt_bias": "blk.{}.ssm_dt.bias",
+    "model.layers.{}.linear_attn.norm": "blk.{}.ssm_norm",
+    "model.layers.{}.linear_attn.out_proj": "blk.{}.ssm_out",
 }

@@ -5,6 +5,7 @@ process at once, so that loading needs hardly more memory than the weights thems
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from helexa.weights.gguf import GGUFFile, TensorInfo
 
 logger = logging.getLogger(__name__)
 
+RowBlocks = tuple[tuple[int, int], ...]
 _SLICE_BYTES = 16 << 20
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -39,7 +41,7 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, *, progress: Callable[[LoadProgress], None] | None = None):
         self.file = file
         self._progress = progress or (lambda progress: None)
-        self._matrices: dict[str, ops.PackedWeight] = {}
+        self._matrices: dict[tuple[str, RowBlocks | None], ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._arena = ops.WeightArena()
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
@@ -49,58 +51,73 @@ class GGUFWeights:
     def __contains__(self, name: object) -> bool:
         return name in self.file.tensors
 
-    def linear(self, name: str) -> ops.PackedWeight:
-        """The matrix `name`, packed; InvalidFile if missing or no matrix, OutOfMemory if it does not fit."""
-        if name not in self._matrices:
-            self._matrices[name] = self._pack(self._find(name, 2))
-        return self._matrices[name]
+    def linear(self, name: str, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+        """The matrix `name`, packed; a stack of matrices is one matrix with all their rows.
+
+        With blocks, the rows first … end of each block, one after the other.  Raises InvalidFile if it is
+        missing, no matrix or has fewer rows, OutOfMemory if it does not fit.
+        """
+        if (name, blocks) not in self._matrices:
+            self._matrices[name, blocks] = self._pack(self._find(name, 2, 3), blocks)
+        return self._matrices[name, blocks]
 
     def vector(self, name: str) -> torch.Tensor:
-        """The vector `name`, float32; InvalidFile if missing, no vector or not of a float format."""
+        """The small tensor `name`, float32; InvalidFile if missing, too deep or not of a float format."""
         if name not in self._vectors:
-            info = self._find(name, 1)
+            info = self._find(name, 1, 2)
             if info.format not in _FLOATS:
                 raise self._misfit(info, f"one of {', '.join(_FLOATS)}")
             values = FORMATS[info.format].dequantize(self.file.data(name))
-            self._vectors[name] = torch.from_numpy(values)
+            self._vectors[name] = torch.from_numpy(values).view(info.shape)
             self._advance(info.nbytes)
         return self._vectors[name]
 
     def unused(self) -> list[str]:
         """The tensors that nobody asked for, in file order."""
-        return [
-            name for name in self.file.tensors if name not in self._matrices and name not in self._vectors
-        ]
+        used = {name for name, _ in self._matrices} | self._vectors.keys()
+        return [name for name in self.file.tensors if name not in used]
 
-    def _find(self, name: str, num_dimensions: int) -> TensorInfo:
+    def _find(self, name: str, *num_dimensions: int) -> TensorInfo:
         info = self.file.tensors.get(name)
         if info is None:
             found = f"no tensor {name!r} among {len(self.file.tensors)}"
             raise InvalidFile(f"{self.file.path.name}: found {found}, expected one")
-        if len(info.shape) != num_dimensions:
-            raise self._misfit(info, "a matrix" if num_dimensions == 2 else "a vector")
+        if len(info.shape) not in num_dimensions:
+            raise self._misfit(info, "a vector" if 1 in num_dimensions else "a matrix")
         return info
 
     def _misfit(self, info: TensorInfo, expected: str) -> InvalidFile:
         found = f"tensor {info.name!r}, {info.format} {list(info.shape)}"
         return InvalidFile(f"{self.file.path.name}: found {found}, expected {expected}")
 
-    def _pack(self, info: TensorInfo) -> ops.PackedWeight:
-        rows, cols = info.shape
+    def _pack(self, info: TensorInfo, blocks: RowBlocks | None) -> ops.PackedWeight:
+        cols = info.shape[-1]
+        file_rows = math.prod(info.shape[:-1])
+        row_bytes = info.nbytes // file_rows
+        parts = blocks or ((0, file_rows),)
+        rows = sum(end - first for first, end in parts)
+        if any(not 0 <= first < end <= file_rows for first, end in parts):
+            raise self._misfit(info, f"at least {max(end for _, end in parts)} rows")
         try:
             weight = ops.empty_packed(info.format, rows, cols, self._arena)
         except (OSError, MemoryError) as error:
             needed = ops.packed_nbytes(info.format, rows, cols)
             raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
-        source, row_bytes = self.file.data(info.name), info.nbytes // rows
         step = max(_SLICE_BYTES // row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
-        for first in range(0, rows, step):
-            num_rows = min(step, rows - first)
-            start, nbytes = first * row_bytes, num_rows * row_bytes
-            self._read_ahead(info.offset + start)
-            ops.pack_rows(info.format, source[start : start + nbytes], first, num_rows, weight)
-            self.file.release(info.offset + start, nbytes)
-            self._advance(nbytes)
+        source = self.file.data(info.name)
+        for place in range(0, rows, step):
+            count = min(step, rows - place)
+            pieces = []
+            for first, end in _cut(parts, place, count):
+                start, nbytes = first * row_bytes, (end - first) * row_bytes
+                self._read_ahead(info.offset + start)
+                pieces.append(source[start : start + nbytes])
+                self._advance(nbytes)
+            ops.pack_rows(
+                info.format, pieces[0] if len(pieces) == 1 else b"".join(pieces), place, count, weight
+            )
+            if blocks is None:
+                self.file.release(info.offset + place * row_bytes, count * row_bytes)
         return weight
 
     def _read_ahead(self, position: int) -> None:
@@ -114,3 +131,14 @@ class GGUFWeights:
     def _advance(self, nbytes: int) -> None:
         self._done_bytes += nbytes
         self._progress(LoadProgress("weights", 100 * self._done_bytes / self._all_bytes))
+
+
+def _cut(parts: RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
+    """The rows of the file that are rows place … place + count of the parts one after the other."""
+    found = []
+    for first, end in parts:
+        low, high = max(place, 0), min(place + count, end - first)
+        if low < high:
+            found.append((first + low, first + high))
+        place -= end - first
+    return found
