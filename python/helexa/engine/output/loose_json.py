@@ -209,14 +209,16 @@ class LooseJson:
     def _escape(self, write: Write) -> Read[None]:
         source = self._source
         character = yield from source.char(1)
-        if character == "u" and (code := (yield from self._code_unit(0))) is not None:
-            if 0xD800 <= code < 0xDC00:
-                low = yield from self._code_unit(6)
-                if low is not None and 0xDC00 <= low < 0xE000:
-                    write(source.take(12))
-                    return
-            text = source.take(6)
-            write("\\ufffd" if 0xD800 <= code < 0xE000 else text)
+        code = (yield from self._code_unit(0)) if character == "u" else None
+        if code is not None:
+            low = (yield from self._code_unit(6)) if 0xD800 <= code < 0xDC00 else None
+            if low is not None and 0xDC00 <= low < 0xE000:
+                write(source.take(12))
+            else:
+                text = source.take(6)
+                write("\\ufffd" if 0xD800 <= code < 0xE000 else text)
+        elif source.truncated and character in ("", "u") and not (yield from source.char(5)):
+            source.take(6)  # an escape that was cut off
         elif character and character in _SIMPLE_ESCAPES:
             write(source.take(2))
         elif character == "'":
@@ -225,7 +227,7 @@ class LooseJson:
             write("\\" + source.take(1))
         else:
             source.take(1)
-            write("" if source.truncated else "\\\\")
+            write("\\\\")
 
     def _code_unit(self, ahead: int) -> Read[int | None]:
         r"""The number in the \uXXXX that stands there, if one does."""
