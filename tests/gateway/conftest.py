@@ -310,7 +310,9 @@ async def make_site() -> AsyncIterator[MakeSite]:
             for index, neuron in enumerate(neurons):
                 neuron.name = neuron.name or f"n{index}"
                 neuron.url = await stack.enter_async_context(listening(neuron))
-            entries = [NeuronEntry(neuron.name, neuron.url, **getattr(neuron, "entry", {})) for neuron in neurons]
+            entries = [
+                NeuronEntry(neuron.name, neuron.url, **getattr(neuron, "entry", {})) for neuron in neurons
+            ]
             entries += [NeuronEntry(f"x{index}", url) for index, url in enumerate(endpoints)]
             section = GatewaySection(**{"poll_interval_s": 0.2, "placement_wait_s": 0.3, **settings})
             whole = replace(config or GatewayConfig(), gateway=section, neurons=tuple(entries))
