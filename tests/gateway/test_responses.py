@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from helexa.errors import UnknownResponse
+from helexa.gateway.config import AuthSection, GatewayConfig, StoreSection
 from support.scripted_neuron import ScriptedNeuron, ToolUse, Turn
 
 pytestmark = pytest.mark.timeout(120)
@@ -31,9 +32,9 @@ async def make_client(make_site):
     """`await make_client(turn, …, context=…)`: an SDK client, the neuron behind it and the site."""
     clients = []
 
-    async def make(*turns, **neuron_fields):
+    async def make(*turns, config=None, **neuron_fields):
         neuron = ScriptedNeuron(list(turns), **neuron_fields)
-        site = await make_site(neuron)
+        site = await make_site(neuron, config=config)
         client = openai.AsyncOpenAI(base_url=site.url + "/v1", api_key="unused", max_retries=0)
         clients.append(client)
         return client, neuron, site
@@ -152,6 +153,33 @@ async def test_stored_responses_can_be_looked_at_and_deleted(make_client):
     with pytest.raises(openai.BadRequestError, match=f"{first.id}.* not found") as caught:
         await client.responses.create(model="scripted", input="x", previous_response_id=second.id)
     assert caught.value.code == "previous_response_not_found"
+
+
+async def test_each_key_sees_only_its_own_responses(make_client):
+    config = GatewayConfig(auth=AuthSection(keys=("one-of-two-keys", "two-of-two-keys")))
+    client, _, _ = await make_client(Turn("One."), config=config)
+    one = client.with_options(api_key="one-of-two-keys")
+    response = await one.responses.create(model="scripted", input="Count.")
+    assert (await one.responses.retrieve(response.id)).output_text == "One."
+    for other in (client.with_options(api_key="two-of-two-keys"), client):
+        for call in (other.responses.retrieve, other.responses.delete, other.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError):
+                await call(response.id)
+        with pytest.raises(openai.BadRequestError, match="not found"):
+            await other.responses.create(model="scripted", input="x", previous_response_id=response.id)
+        reference = [{"type": "item_reference", "id": response.output[0].id}]
+        with pytest.raises(openai.BadRequestError, match="not stored"):
+            await other.responses.create(model="scripted", input=reference)
+
+
+async def test_a_conversation_goes_on_at_the_gateway_that_comes_after(make_client, tmp_path):
+    config = GatewayConfig(store=StoreSection(path=str(tmp_path / "responses.db")))
+    client, _, site = await make_client(Turn("One."), config=config)
+    first = await client.responses.create(model="scripted", input="Count.")
+    assert await site.gateway.store.get(first.id, "") is not None  # its thread has written it
+    client, neuron, _ = await make_client(Turn("Two."), config=config)
+    await client.responses.create(model="scripted", input="Go on.", previous_response_id=first.id)
+    assert [message["content"] for message in neuron.requests[0]["messages"]] == ["Count.", "One.", "Go on."]
 
 
 async def test_what_shall_not_be_stored_is_not(make_client):
