@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import hypercorn.config
@@ -103,6 +104,7 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+@lru_cache(64)
 def is_public_name(host: str) -> bool:
     """Whether a Host header has a name that anybody may own.
 

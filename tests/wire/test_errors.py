@@ -3,7 +3,7 @@
 import orjson
 import pytest
 
-from helexa.errors import ContextTooLong, HelexaError, Overloaded
+from helexa.errors import ContextTooLong, HelexaError, Overloaded, Unauthorized
 from helexa.wire.errors import error_body, error_bytes, error_headers, internal_error, parse_error
 
 
@@ -25,6 +25,7 @@ def test_the_envelope_has_the_four_members_and_what_else_the_error_knows():
 def test_retry_after_is_in_whole_seconds(seconds, header):
     assert error_headers(Overloaded("full", retry_after_s=seconds)) == {"retry-after": header}
     assert error_headers(HelexaError("x")) == {}
+    assert error_headers(Unauthorized("x")) == {"www-authenticate": "Bearer"}
 
 
 def test_what_was_sent_is_understood_again():

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from helexa.errors import Forbidden, HelexaError, Unauthorized
 from helexa.serving import is_public_name
-from helexa.wire.errors import error_bytes
+from helexa.wire.errors import error_bytes, error_headers
 
 _OPEN_PATHS = ("/",)  # for probes of the process; tells name and version
 
@@ -26,7 +26,8 @@ class Guard:
         if error is None:
             await self._app(scope, receive, send)
             return
-        answer = Response(error_bytes(error), error.status, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", **error_headers(error)}
+        answer = Response(error_bytes(error), error.status, headers)
         await answer(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> HelexaError | None:

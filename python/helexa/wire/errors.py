@@ -30,7 +30,9 @@ def error_bytes(error: HelexaError) -> bytes:
 
 
 def error_headers(error: HelexaError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, when the error says when to come back."""
+    """`Retry-After` in whole seconds, at least 1, if the error says when to come back; how to show a key."""
+    if error.status == 401:
+        return {"www-authenticate": "Bearer"}
     if error.retry_after_s is None:
         return {}
     return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
