@@ -391,6 +391,11 @@ def test_a_load_that_gets_no_memory_says_so_and_is_no_fault_of_the_device(caplog
     assert "device_poisoned" not in caplog.text
 
 
+def test_memory_that_is_promised_to_others_is_not_planned_with(engine_of):
+    with pytest.raises(OutOfMemory, match="KV cache"):
+        engine_of(reserved_bytes=2**60)
+
+
 def test_a_cache_that_cannot_fit_is_refused_with_the_bytes(engine_of):
     with pytest.raises(OutOfMemory, match=r"needs \d+ bytes, but only \d+ bytes"):
         engine_of(kv_cache_tokens=10**15)

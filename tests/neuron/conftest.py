@@ -82,6 +82,7 @@ class Script:
     load_error: Exception | None = None
     poisoned: str | None = None
     loads: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    reserved_bytes: list[int] = field(default_factory=list)  # at each load
     engines: list["FakeEngine"] = field(default_factory=list)
 
 
@@ -164,6 +165,7 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
     """A neuron of fake engines; `models` are loaded at its start."""
 
     def load(path: Path, *, progress: Callable[[LoadProgress], None], **options: Any) -> FakeEngine:
+        script.reserved_bytes.append(options.pop("reserved_bytes"))
         script.loads.append((str(path), options))
         progress(LoadProgress("weights", 40.0))
         while script.load_hold and not script.load_hold.wait(0.02):
@@ -255,6 +257,6 @@ async def serving(engine: Engine, **prompt: Any) -> AsyncIterator[openai.AsyncOp
             yield api
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_engine() -> Callable[..., Any]:
     return serving

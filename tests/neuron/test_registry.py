@@ -194,7 +194,7 @@ async def test_models_at_work_are_not_defragmented(neuron, serve_neuron, script,
         assert (await task).status_code == 200
 
 
-async def test_memory_that_belongs_to_no_model_is_told(make_neuron, monkeypatch):
+async def test_memory_that_belongs_to_no_model_is_told(make_neuron, script, monkeypatch):
     resident = 1000
     monkeypatch.setattr("helexa.neuron.registry.memory.resident_bytes", lambda: resident)
     monkeypatch.setattr("helexa.neuron.registry.memory.available_bytes", lambda: 9000)
@@ -203,6 +203,8 @@ async def test_memory_that_belongs_to_no_model_is_told(make_neuron, monkeypatch)
     model.claimed_bytes = 500
     assert registry.memory_available_bytes() == 8500, "the model has yet to fill its cache"
     assert registry.unaccounted_bytes() == 0
+    await registry.load(LoadRequest(model_id="second"))
+    assert script.reserved_bytes == [0, 500], "so the next model does not plan with it"
     resident = 1700
     assert registry.memory_available_bytes() == 9000
     assert registry.unaccounted_bytes() == 200

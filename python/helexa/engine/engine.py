@@ -289,7 +289,7 @@ class Engine:
             max_context=options.max_context,
             max_sequences=options.max_sequences,
             kv_cache_tokens=options.kv_cache_tokens,
-            free_bytes=available_bytes(),
+            free_bytes=available_bytes() - options.reserved_bytes,
         )
         cache = KVCache(kv_cache_shapes(self.config, num_pages + 1), dtype)
         self.cache_bytes = cache.nbytes

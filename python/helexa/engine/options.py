@@ -17,6 +17,7 @@ class EngineOptions:
     num_threads: int | None = None  # None: one for each physical core that the process may use
     prefill_chunk: int = 512
     prefix_cache: bool = True
+    reserved_bytes: int = 0  # of the free memory, promised to others in this process
     capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
 
     def __post_init__(self) -> None:

@@ -86,12 +86,16 @@ class Registry:
 
     def memory_available_bytes(self) -> int:
         """What a further model may take: what is free, less what the caches of those here will fill yet."""
-        return max(0, memory.available_bytes() + min(0, self._excess_bytes()))
+        return max(0, memory.available_bytes() - self._promised_bytes())
 
     def unaccounted_bytes(self) -> int:
         """What the process holds beyond its models; not known while one is loaded."""
         is_loading = any(model.status == "loading" for model in self)
         return 0 if is_loading else max(0, self._excess_bytes())
+
+    def _promised_bytes(self) -> int:
+        """What the caches of the models here are yet to fill."""
+        return max(0, -self._excess_bytes())
 
     def _excess_bytes(self) -> int:
         claimed = sum(model.claimed_bytes for model in self)
@@ -273,7 +277,12 @@ class Registry:
             del self._models[model.id]
 
     def _load_engine(self, path: Path, model: LoadedModel, report: Report) -> Engine:
-        return self._load(path, progress=lambda step: report(step.phase, step.percent), **model.options)
+        return self._load(
+            path,
+            progress=lambda step: report(step.phase, step.percent),
+            reserved_bytes=self._promised_bytes(),
+            **model.options,
+        )
 
     async def _in_thread(self, model: LoadedModel, work: Callable[[Report], T]) -> T:
         """The result of `work` from a daemon thread, so that a load that hangs cannot hold up the exit."""
