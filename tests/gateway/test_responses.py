@@ -206,6 +206,24 @@ async def test_what_a_stored_response_cannot_do_is_said(make_client, call, compl
         await call(client, kept)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/responses", 405),
+        ("POST", "/v1/responses/resp_1", 405),
+        ("GET", "/v1/responses/resp_1/nothing", 404),
+        ("GET", "/v1/responses/resp_1", 404),
+        ("POST", "/v1/responses/compact", 405),
+        ("GET", "/v1/responses/a%2Fb", 404),
+    ],
+)
+async def test_what_is_not_there_is_said_in_openais_envelope(make_client, method, path, status):
+    _, _, site = await make_client()
+    async with site.client.request(method, site.url + path) as answer:
+        assert answer.status == status
+        assert set((await answer.json())["error"]) == {"message", "type", "code", "param"}
+
+
 async def test_a_wrong_request_is_told_in_openais_envelope(make_client):
     client, neuron, _ = await make_client()
     with pytest.raises(openai.BadRequestError) as caught:

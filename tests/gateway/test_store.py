@@ -79,6 +79,17 @@ async def test_what_is_not_used_expires_and_use_renews_all_of_a_conversation(pat
     await store.close()
 
 
+async def test_a_clock_that_jumps_back_loses_nothing(path: str | None) -> None:
+    clock = Clock()
+    store = ResponseStore(StoreSection(path, ttl_s=100), clock)
+    store.put(response("a"))
+    assert await store.get("a", "") is not None
+    clock.now -= 1_000_000
+    store.put(response("b", "a"))
+    assert [stored.id for stored in await store.conversation("b", "")] == ["a", "b"]
+    await store.close()
+
+
 async def test_the_least_recently_used_make_room(path: str | None) -> None:
     clock = Clock()
     store = ResponseStore(StoreSection(path, max_bytes=10_000), clock)

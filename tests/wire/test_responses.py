@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -565,6 +566,28 @@ def test_an_answer_that_reached_its_limit_is_incomplete() -> None:
     assert events[-2]["item"]["status"] == "incomplete"
     assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
     assert events[-1]["response"]["usage"]["output_tokens"] == 7
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=8))
+def test_events_are_the_same_however_many_come_at_once(sizes: list[int]) -> None:
+    said = [chunk({"role": "assistant", "content": ""}), sse.comment("prefill 1/2"), sse.KEEP_ALIVE]
+    said += [
+        chunk({"reasoning_content": "Hm"}),
+        chunk({"content": "Hi"}),
+        call(0, "weather"),
+        call(0, None, "{}"),
+    ]
+    said += [call(1, "patch", '{"input": "a'), call(1, None, 'b"}'), end("tool_calls")]
+    members: Json = {"stream": True, "tools": [WEATHER, PATCH]}
+    one_by_one = translator(**members)
+    expected = b"".join(map(one_by_one.feed, said)) + one_by_one.finish()
+    grouped, told, rest = translator(**members), b"", said
+    for size in sizes:
+        told += grouped.feed(b"".join(rest[:size]))
+        rest = rest[size:]
+    told += grouped.feed(b"".join(rest)) + grouped.finish()
+    times = re.compile(rb'"completed_at":\d+')
+    assert times.sub(b"", told) == times.sub(b"", expected)
 
 
 def test_logprobs_come_with_the_text_they_belong_to() -> None:

@@ -60,6 +60,7 @@ class ResponseStore:
         self._ttl_s = config.ttl_s
         self._clock = clock
         self._unwritten: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._num_unwritten_bytes = 0
         self._lock = Lock()  # of the unwritten
         self._thread = ThreadPoolExecutor(1, "response-store")
         try:
@@ -76,11 +77,11 @@ class ResponseStore:
             return
         with self._lock:
             self._unwritten[stored.id] = stored
-            size = sum(waiting.num_bytes for waiting in self._unwritten.values())
-            while size > MAX_UNWRITTEN_BYTES and len(self._unwritten) > 1:
-                dropped, lost = self._unwritten.popitem(last=False)
-                size -= lost.num_bytes
-                logger.warning("response_lost", extra=fields(response=dropped))
+            self._num_unwritten_bytes += stored.num_bytes
+            while self._num_unwritten_bytes > MAX_UNWRITTEN_BYTES and len(self._unwritten) > 1:
+                lost = self._unwritten.popitem(last=False)[1]
+                self._num_unwritten_bytes -= lost.num_bytes
+                logger.warning("response_lost", extra=fields(response=lost.id))
         self._thread.submit(self._write)
 
     async def get(self, response_id: str, principal: str) -> StoredResponse | None:
@@ -129,9 +130,8 @@ class ResponseStore:
             with suppress(sqlite3.Error):
                 self._num_bytes = self._count()
             return
-        with self._lock:
-            for stored in waiting:
-                self._unwritten.pop(stored.id, None)
+        for stored in waiting:
+            self._forget_unwritten(stored.id)
 
     def _insert(self, stored: StoredResponse, now: float) -> None:
         row = (*vars(stored).values(), now, stored.num_bytes)
@@ -183,10 +183,14 @@ class ResponseStore:
             return False
         with self._rows:
             self._rows.execute("DELETE FROM responses WHERE id = ?", (response_id,))
-        with self._lock:
-            self._unwritten.pop(response_id, None)
+        self._forget_unwritten(response_id)
         self._num_bytes = self._count()
         return True
+
+    def _forget_unwritten(self, response_id: str) -> None:
+        with self._lock:
+            if (found := self._unwritten.pop(response_id, None)) is not None:
+                self._num_unwritten_bytes -= found.num_bytes
 
     def _count(self) -> int:
         (size,) = self._rows.execute("SELECT coalesce(sum(bytes), 0) FROM responses").fetchone()
