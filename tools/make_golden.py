@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,16 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 SEED = 20250718
@@ -34,7 +43,12 @@ CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen3next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen35": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen35moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
+HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 
 
 @dataclass
@@ -135,6 +149,83 @@ CASES = [
         },
         num_tokens=300,
     ),
+    Case(
+        "qwen3moe",
+        "qwen3moe",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    Case(
+        "qwen3next",
+        "qwen3next",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 32,
+        },
+        rope={"partial_rotary_factor": 0.25},
+        num_tokens=131,
+    ),
+    Case(
+        "qwen35_tied",
+        "qwen35",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "tie_word_embeddings": True,
+        },
+        rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        num_tokens=140,
+    ),
+    Case(
+        "qwen35moe",
+        "qwen35moe",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 3,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 32,
+        },
+        rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    ),
 ]
 
 
@@ -158,12 +249,17 @@ def build(case: Case, generator: torch.Generator) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1.0 + 0.3 * noise)
+            if name.endswith(("A_log", "dt_bias")):
+                parameter.copy_(0.5 * noise - 1.0)
+            elif "norm" in name:  # those of hybrids are stored less one, but for the gated norm
+                is_less_one = case.architecture in HYBRIDS and "linear_attn" not in name
+                parameter.copy_(0.3 * noise + (0.0 if is_less_one else 1.0))
+            elif "conv1d" in name:
+                parameter.copy_(0.7 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
     return model
 
 
@@ -194,6 +290,73 @@ def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
+def as_in_gguf(name: str, data: np.ndarray, case: Case, config: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a GGUF file that hold a parameter, with their names."""
+    if case.architecture == "llama" and "q_proj" in name:
+        data = interleave(data, config.num_attention_heads)
+    if case.architecture == "llama" and "k_proj" in name:
+        data = interleave(data, config.num_key_value_heads)
+    if case.architecture in HYBRIDS and "norm" in name and "linear_attn" not in name:
+        data = data + 1.0
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[case.architecture.upper()], config.num_hidden_layers)
+    layer, _, parameter = name.removeprefix("model.layers.").partition(".")
+    if parameter == "mlp.experts.gate_up_proj" and case.architecture == "qwen35moe":
+        yield f"blk.{layer}.ffn_gate_up_exps.weight", data
+    elif parameter == "mlp.experts.gate_up_proj":
+        gate, up = np.split(data, 2, axis=1)
+        yield f"blk.{layer}.ffn_gate_exps.weight", gate
+        yield f"blk.{layer}.ffn_up_exps.weight", up
+    elif parameter == "mlp.experts.down_proj":
+        yield f"blk.{layer}.ffn_down_exps.weight", data
+    elif parameter.startswith("linear_attn."):
+        for tensor, part in linear_attention_in_gguf(parameter.split(".")[1], data, case, config):
+            yield f"blk.{layer}.{tensor}", part
+    else:
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), data
+
+
+def linear_attention_in_gguf(
+    module: str, data: np.ndarray, case: Case, config: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters of Gated DeltaNet: qwen3next's grouped projections taken apart, the others' heads tiled."""
+    key_heads = config.linear_num_key_heads
+    group = config.linear_num_value_heads // key_heads
+    key_dim = key_heads * config.linear_key_head_dim
+    width = config.linear_value_head_dim
+
+    def tiled(values: np.ndarray, size: int) -> np.ndarray:
+        """The heads, of `size` rows each, ordered by their place within the group and then by key head."""
+        if case.architecture == "qwen3next":
+            return values
+        rest = values.shape[1:]
+        return values.reshape(key_heads, group, size, *rest).swapaxes(0, 1).reshape(-1, *rest)
+
+    if module == "in_proj_qkvz":
+        per_head = data.reshape(key_heads, -1, data.shape[-1])
+        cuts = np.cumsum([config.linear_key_head_dim, config.linear_key_head_dim, group * width])
+        q, k, v, z = (part.reshape(-1, data.shape[-1]) for part in np.split(per_head, cuts, axis=1))
+        yield "attn_qkv.weight", np.concatenate([q, k, v])
+        yield "attn_gate.weight", z
+    elif module in ("in_proj_qkv", "conv1d"):
+        rows = data.reshape(data.shape[0], -1)
+        name = "attn_qkv.weight" if module == "in_proj_qkv" else "ssm_conv1d.weight"
+        yield name, np.concatenate([rows[: 2 * key_dim], tiled(rows[2 * key_dim :], width)])
+    elif module == "out_proj":
+        yield "ssm_out.weight", tiled(data.T, width).T
+    else:
+        name, size = {
+            "in_proj_z": ("attn_gate.weight", width),
+            "in_proj_b": ("ssm_beta.weight", 1),
+            "in_proj_a": ("ssm_alpha.weight", 1),
+            "in_proj_ba": ("ssm_ba.weight", 0),
+            "A_log": ("ssm_a", 1),
+            "dt_bias": ("ssm_dt.bias", 1),
+            "norm": ("ssm_norm.weight", 0),
+        }[module]
+        data = -np.exp(data) if module == "A_log" else data
+        yield name, tiled(data, size) if size else data
+
+
 def write_gguf(path: Path, case: Case, model: Any) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, case.architecture)
@@ -201,7 +364,8 @@ def write_gguf(path: Path, case: Case, model: Any) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if case.architecture != "qwen35moe":
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -210,17 +374,25 @@ def write_gguf(path: Path, case: Case, model: Any) -> None:
     if "head_dim" in case.config:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_dimension_count(int(config.head_dim * case.rope.get("partial_rotary_factor", 1.0)))
     write_rope(writer, case, model)
+    if "num_experts" in case.config:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if "shared_expert_intermediate_size" in case.config:
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if case.architecture in HYBRIDS:
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[case.architecture.upper()], config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        data = parameter.detach().numpy()
-        if case.architecture == "llama" and "q_proj" in name:
-            data = interleave(data, config.num_attention_heads)
-        if case.architecture == "llama" and "k_proj" in name:
-            data = interleave(data, config.num_key_value_heads)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(data))
+        for tensor, data in as_in_gguf(name, parameter.detach().numpy(), case, config):
+            writer.add_tensor(tensor, np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.layers.step import PAGE_TOKENS, Step
-from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes
+from helexa.models import (
+    Model,
+    ModelConfig,
+    build_model,
+    config_from_gguf,
+    kv_cache_shapes,
+    state_shapes,
+)
 from helexa.quant import FORMATS
 from helexa.weights.gguf import open_gguf
 from helexa.weights.load import GGUFWeights
@@ -57,6 +64,9 @@ class Caches:
         order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1)) + 1
         self.pages = order.to(torch.int32).reshape(num_sequences, pages_each)
         self.lengths = [0] * num_sequences
+        states = state_shapes(config, num_sequences + 1)  # the last slot belongs to nobody
+        self.conv_states = [torch.full(conv, float("nan")) for conv, _ in states]
+        self.states = [torch.full(state, float("nan")) for _, state in states]
 
     def step(self, parts: dict[int, Tensor], logits_rows: slice | None = None) -> Step:
         """The step that appends `parts`, sequence -> token ids; by default all rows want logits."""
@@ -79,6 +89,9 @@ class Caches:
             k_cache=self.k,
             v_cache=self.v,
             logits_rows=slice(0, starts[-1]) if logits_rows is None else logits_rows,
+            state_slots=torch.tensor(list(parts), dtype=torch.int32),
+            conv_states=self.conv_states,
+            states=self.states,
         )
 
 

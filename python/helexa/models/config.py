@@ -150,7 +150,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
     flags = dict(ARCHITECTURES[architecture])
     num_layers = keys.integer("block_count") - keys.count("nextn_predict_layers")
     moe = _moe(keys) if architecture in MOE else None
-    linear, full_layers = None, ()
+    linear = None
+    full_layers: tuple[int, ...] = ()
     if architecture in HYBRID:
         linear = _linear_attention(
             keys,
