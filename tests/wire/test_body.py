@@ -129,7 +129,6 @@ def test_prompts_come_in_four_kinds(prompt, prompts):
         ({"prompt": ["a"] * 100, "n": 2}, "n"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"messages": []}, "messages"),
     ],
 )
@@ -157,3 +156,15 @@ def test_any_fields_are_read_or_refused(fields, parse):
 def test_any_bytes_are_read_or_refused(body):
     with pytest.raises(BadRequest):
         decode(body, ChatRequest)
+
+
+@pytest.mark.parametrize("rest", [b"Infinity", b'"\\x"', b"[1,", b"[" * 200_000])
+def test_a_wrong_value_before_what_is_no_json_is_no_json(rest):
+    with pytest.raises(MalformedJson):
+        parse_chat(b'{"model": null, "messages": ' + rest + b"}")
+
+
+def test_a_wrong_value_before_half_a_character_is_named():
+    with pytest.raises(InvalidParameter) as caught:
+        parse_chat(b'{"model": 5, "messages": [{"role": "user", "content": "\\ud83d"}]}')
+    assert caught.value.param == "model"

@@ -19,12 +19,22 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _describe(error, body, kind) from None
+        wrong = error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        repaired = _without_lone_surrogates(body)
-        if repaired is None:
-            raise MalformedJson(f"the body is not JSON: {error}") from None
-        return decode(repaired, kind)
+        return decode(_repaired(body, error), kind)
+    try:
+        whole = msgspec.json.decode(body)  # what comes after the wrong value may be no JSON at all
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return decode(_repaired(body, error), kind)
+    raise _describe(wrong, whole, kind)
+
+
+def _repaired(body: bytes, error: Exception) -> bytes:
+    """`body` without what made it no JSON. Raises MalformedJson."""
+    repaired = _without_lone_surrogates(body)
+    if repaired is None:
+        raise MalformedJson(f"the body is not JSON: {error}") from None
+    return repaired
 
 
 def _without_lone_surrogates(body: bytes) -> bytes | None:
@@ -39,7 +49,7 @@ def _without_lone_surrogates(body: bytes) -> bytes | None:
     return repaired.encode() if repaired != text else None
 
 
-def _describe(error: msgspec.ValidationError, body: bytes, kind: type) -> InvalidParameter | MissingModel:
+def _describe(error: msgspec.ValidationError, body: Any, kind: type) -> InvalidParameter | MissingModel:
     text, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     name = re.search(r"`([^`]*)`$", text)
@@ -73,9 +83,8 @@ def _readable(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _shown(body: bytes, path: str) -> str:
-    """The value at msgspec's `path` in `body`, as JSON, cut short."""
-    value: Any = msgspec.json.decode(body)
+def _shown(value: Any, path: str) -> str:
+    """What `value` has at msgspec's `path`, as JSON, cut short."""
     for name, index in _STEP.findall("." + path if path[0] != "[" else path):
         if index == "...":
             break
