@@ -19,8 +19,8 @@ class Bytes:
         return False
 
 
-def tokens(text):
-    return [Sampled(byte, None, []) for byte in text.encode()]
+def tokens(text, is_thinking=False):
+    return [Sampled(byte, None, [], is_thinking) for byte in text.encode()]
 
 
 @pytest.fixture
@@ -54,6 +54,20 @@ def test_a_stop_string_across_deltas_is_held_back(answer):
     assert making.feed(tokens("N")).text == ""
     delta = making.feed([*tokens("E"), Finished("length")])
     assert (delta.text, delta.finish_reason, delta.stop) == ("ENE", "length", None)
+
+
+def test_stop_strings_are_those_of_the_answer_and_thoughts_are_counted(answer):
+    making = answer(stop=("END",))
+    delta = making.feed([*tokens("to the END", is_thinking=True), *tokens("so: the END of")])
+    assert (delta.text, delta.finish_reason) == ("to the ENDso: the ", "stop")
+    assert (delta.usage.reasoning_tokens, delta.usage.completion_tokens) == (10, 21)
+
+
+def test_a_stop_string_does_not_reach_across_the_border_of_thoughts(answer):
+    making = answer(stop=("END",))
+    assert making.feed(tokens("E")).text == ""
+    assert making.feed(tokens("ND EN", is_thinking=True)).text == "END EN"
+    assert making.feed([*tokens("D"), Finished("stop")]).text == "D"
 
 
 def test_a_token_beyond_the_vocabulary_has_no_text(answer):
