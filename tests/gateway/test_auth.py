@@ -237,3 +237,21 @@ async def test_a_key_sees_and_uses_its_models_alone(make_site, make_neuron, cata
         async with site.client.get(f"{site.url}/v1/models/{model}") as response:
             assert response.status == expected
     assert [asked["model"] for asked in neuron.requests] == ["tiny", "other"]
+
+
+async def test_only_those_who_may_use_all_models_see_the_whole_fleet(make_site, neuron, path):
+    whole, _ = add_key(path, "ada")
+    some, _ = add_key(path, "bob", models=["other"])
+    admin, _ = add_key(path, "root", models=["other"], admin=True)
+    neuron.hold(
+        "broken", status="failed", error={"code": "x", "message": "/srv/models/secret.gguf is cut off"}
+    )
+    config = GatewayConfig(auth=AuthSection(keys_file=str(path)))
+    site = await make_site(neuron, config=config, listen="0.0.0.0:1")
+    for key, status in ((whole, 200), (admin, 200), (some, 403), ("nobody", 401)):
+        async with site.client.get(site.url + "/fleet", headers=bearer(key)) as response:
+            assert response.status == status
+        async with site.client.get(site.url + "/health", headers=bearer(key)) as response:
+            told = await response.json()
+            assert (response.status, told["status"]) == (200, "impaired")
+            assert ("unservable" in told) is (status == 200)

@@ -53,6 +53,14 @@ async def test_an_allowed_page_gets_its_preflight_and_its_answer(make_open, neur
         assert (await response.read()).endswith(b"[DONE]\n\n")
 
 
+async def test_the_refusal_has_the_form_of_the_api_that_was_called(make_open):
+    site = await make_open(PAGE)
+    async with site.client.post(site.url + "/v1/messages", json={}, headers={"origin": FOREIGN}) as response:
+        told = await response.json()
+        assert (response.status, told["type"], told["error"]["type"]) == (403, "error", "permission_error")
+        assert response.headers["x-request-id"].startswith("req_")
+
+
 async def test_errors_can_be_read_by_an_allowed_page_too(make_open):
     site = await make_open("*")
     async with site.client.get(site.url + "/nowhere", headers={"origin": FOREIGN}) as response:

@@ -22,10 +22,10 @@ from helexa.gateway.anthropic import anthropic
 from helexa.gateway.catalogue import Catalogue
 from helexa.gateway.config import GatewayConfig, split_address
 from helexa.gateway.cors import Origins
-from helexa.gateway.dialects import Dialects, openai
+from helexa.gateway.dialects import Dialects, Refusal, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
-from helexa.gateway.handlers import Generating, Inference, request_id_of
+from helexa.gateway.handlers import Generating, Inference, Scope, request_id_of
 from helexa.gateway.reload import Read, Reloader, watch_keys
 from helexa.gateway.responses import responses
 from helexa.log import fields
@@ -52,8 +52,11 @@ def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
     async def root(_: Request) -> Response:
         return JSONResponse({"name": "helexa-gateway", "version": __version__})
 
-    async def health(_: Request) -> Response:
-        return JSONResponse(listing.health(fleet))
+    async def health(request: Request) -> Response:
+        told = listing.health(fleet)
+        if not keys.sees_fleet(request.headers):
+            told.pop("unservable", None)
+        return JSONResponse(told)
 
     async def models(request: Request) -> Response:
         principal, catalogue = keys.check(request.headers), gateway.catalogue
@@ -70,7 +73,7 @@ def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
         return JSONResponse(listing.model_card(fleet, catalogue, name, started))
 
     async def fleet_report(request: Request) -> Response:
-        keys.check(request.headers)
+        keys.check(request.headers).require_fleet()
         return JSONResponse(listing.fleet_report(fleet, gateway.catalogue))
 
     endpoints = {
@@ -90,7 +93,12 @@ def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.dialects = dialects
-    return Origins(Generating(app, endpoints), lambda: gateway.config.cors.allow_origins)
+
+    def refuse(error: HelexaError, scope: Scope) -> Refusal:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        return dialects.of(scope["path"]).refuse(error, request_id_of(scope, headers))
+
+    return Origins(Generating(app, endpoints), lambda: gateway.config.cors.allow_origins, refuse)
 
 
 def create_metrics_app(gateway: Gateway) -> Starlette:

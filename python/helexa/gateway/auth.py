@@ -48,6 +48,16 @@ class Principal:
                 param="model",
             )
 
+    @property
+    def sees_fleet(self) -> bool:
+        """Whether they may know of all models, and where they are."""
+        return self.is_admin or not self.models
+
+    def require_fleet(self) -> None:
+        """Raises Forbidden for a key of some models alone."""
+        if not self.sees_fleet:
+            raise Forbidden("this API key is for some models alone, which GET /v1/models lists")
+
     def require_admin(self) -> None:
         """Raises Forbidden unless they may load and unload models."""
         if not self.is_admin:
@@ -108,6 +118,13 @@ class Keys:
         if not offered:
             raise Unauthorized("an API key is required: send Authorization: Bearer KEY or x-api-key: KEY")
         raise Unauthorized("the API key is not known here")
+
+    def sees_fleet(self, headers: Mapping[str, str]) -> bool:
+        """Whether whoever sent these headers would be served and may know of the whole fleet."""
+        try:
+            return self.check(headers).sees_fleet
+        except Unauthorized:
+            return False
 
     def _place_of(self, own: bytes) -> bytes:
         return hashlib.blake2b(own, key=self._secret, digest_size=16).digest()

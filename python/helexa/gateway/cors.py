@@ -7,65 +7,72 @@ reads it, since a request has its effect whether or not the page may read the an
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from helexa.errors import Forbidden
-from helexa.wire.errors import error_bytes
+from helexa.errors import Forbidden, HelexaError
+from helexa.gateway.dialects import Refusal
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Message]], Send], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Callable[[], Awaitable[Message]], Send], Awaitable[None]]
 
 _PREFLIGHT_AGE_S = 600
 _METHODS = b"GET, HEAD, POST, DELETE"
 
 
 class Origins:
-    """The outermost layer of the API. `allowed` gives the origins, "*" being all, anew for each request."""
+    """The outermost layer of the API.
 
-    def __init__(self, app: App, allowed: Callable[[], Collection[str]]):
+    allowed: the origins, "*" being all, asked for with each request. refuse: an error as the path has it.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        allowed: Callable[[], Collection[str]],
+        refuse: Callable[[HelexaError, Scope], Refusal],
+    ):
         self._app = app
         self._allowed = allowed
+        self._refuse = refuse
 
-    async def __call__(
-        self, scope: MutableMapping[str, Any], receive: Callable[[], Awaitable[Message]], send: Send
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
         origin = next((value for name, value in scope.get("headers", ()) if name == b"origin"), None)
         if scope["type"] != "http" or origin is None:
             await self._app(scope, receive, send)
             return
         allowed = self._allowed()
         if "*" not in allowed and origin.decode("latin-1") not in allowed:
-            await _refuse(origin, send)
+            told = self._refuse(_foreign(origin), scope)
+            headers = [(name.encode(), value.encode("latin-1")) for name, value in told.headers.items()]
+            await _answer(told.status, [*headers, (b"vary", b"origin")], told.body, send)
             return
-        shown = [
+        granted = [
             (b"access-control-allow-origin", b"*" if "*" in allowed else origin),
             (b"vary", b"origin"),
         ]
         asked = dict(scope["headers"])
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in asked:
-            await _allow(asked, shown, send)
+            await _allow(asked, granted, send)
             return
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exposed = (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")
-                message["headers"] = [*message.get("headers", ()), *shown, exposed]
+                message["headers"] = [*message.get("headers", ()), *granted, exposed]
             await send(message)
 
         await self._app(scope, receive, marked)
 
 
-async def _refuse(origin: bytes, send: Send) -> None:
+def _foreign(origin: bytes) -> Forbidden:
     shown = origin[:200].decode("latin-1")
-    error = Forbidden(f"pages of {shown!r} may not use this server; [cors] allow_origins says which may")
-    await _answer(
-        403, [(b"content-type", b"application/json"), (b"vary", b"origin")], error_bytes(error), send
-    )
+    return Forbidden(f"pages of {shown!r} may not use this server; [cors] allow_origins says which may")
 
 
-async def _allow(asked: dict[bytes, bytes], shown: list[tuple[bytes, bytes]], send: Send) -> None:
+async def _allow(asked: dict[bytes, bytes], granted: list[tuple[bytes, bytes]], send: Send) -> None:
     """The answer to a preflight: the page may send what it asked to send."""
     headers = [
-        *shown,
+        *granted,
         (b"access-control-allow-methods", _METHODS),
         (b"access-control-max-age", b"%d" % _PREFLIGHT_AGE_S),
     ]
