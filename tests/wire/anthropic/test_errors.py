@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from helexa.errors import (
@@ -5,6 +7,7 @@ from helexa.errors import (
     ContextTooLong,
     Forbidden,
     HelexaError,
+    InvalidParameter,
     ModelLoading,
     NotFound,
     Overloaded,
@@ -16,6 +19,7 @@ from helexa.errors import (
     UpstreamTimeout,
 )
 from helexa.wire.anthropic import error_body, error_status
+from helexa.wire.errors import parse_error
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,16 @@ def test_too_long_a_prompt_is_worded_so_that_agents_compact(kind):
         "message": "prompt is too long: 9000 tokens > 8192 maximum",
     }
     assert error_status(error) == 400
+
+
+def test_the_numbers_that_a_neuron_gives_to_messages_are_left_out():
+    text = "messages[3].content[0] is of type 'image_url'; this model reads only text"
+    members = {"message": text, "type": "invalid_request_error", "param": "messages[3].content[0]"}
+    error = parse_error(400, json.dumps({"error": members}).encode())
+    told = "a block of 'messages' is of type 'image_url'; this model reads only text"
+    assert error_body(error)["error"] == {"type": "invalid_request_error", "message": told}
+    ours = InvalidParameter(text, param="messages[3].content[0]")
+    assert error_body(ours)["error"]["message"] == text
 
 
 def test_other_refusals_of_the_client_are_invalid_requests():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from helexa.errors import HelexaError, Overloaded
+from helexa.errors import BadRequest, HelexaError, Overloaded
 
 _TYPES = {
     400: "invalid_request_error",
@@ -30,13 +30,21 @@ def error_body(error: HelexaError, request_id: str | None = None) -> dict[str, A
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     if status == 503 and error.code == Overloaded.code:
         kind = "overloaded_error"
-    message = error.message
-    if _is_overflow(error):
-        message = f"prompt is too long: {error.extra['prompt_tokens']} tokens > {error.extra['max']} maximum"
-    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    body: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": _message(error)}}
     if "details" in error.extra:
         body["error"]["details"] = error.extra["details"]
     return body | {"request_id": request_id} if request_id else body
+
+
+def _message(error: HelexaError) -> str:
+    """What happened. A neuron counts messages by those that it was sent, so its numbers say nothing here."""
+    if _is_overflow(error):
+        return f"prompt is too long: {error.extra['prompt_tokens']} tokens > {error.extra['max']} maximum"
+    is_of_neuron = not isinstance(error, BadRequest)
+    if is_of_neuron and error.param and error.param.startswith("messages["):
+        message = error.message.replace(f"'{error.param}'", error.param)
+        return message.replace(error.param, "a block of 'messages'")
+    return error.message
 
 
 def _is_overflow(error: HelexaError) -> bool:
