@@ -1,8 +1,8 @@
 """A real engine around a model that recites: scheduler, caches, sampler and grammars are the real ones.
 
-The model keeps the tokens it was given in the pages of the KV cache and reads all of the conversation back from
-there at every step. It answers the last message of the user (or the last result of a tool) with the text that
-the script has for it, whatever else the prompt says, and falls in behind tokens that it was made to write.
+The model keeps the tokens it was given in the pages of the KV cache and reads the conversation back from there at
+every step. It answers the last message of the user (or the last result of a tool) with the text that the script
+has for it, whatever else the prompt says, and falls in behind tokens that it was made to write.
 """
 
 from typing import Any
@@ -107,6 +107,10 @@ class Reciter:
                     end = length - (starts[number + 1] - 1 - row)
                     logits[row - wanted.start, self._next(history[:end])] = 20.0
         return logits
+
+    def hidden(self, step: Any) -> torch.Tensor:
+        """[T, 2], something of the right shape."""
+        return torch.stack([step.token_ids.float() + 1, step.positions.float()], 1)
 
     def _next(self, history: list[int]) -> int:
         text = b"".join(map(self._words.token_bytes, history))
