@@ -1,8 +1,8 @@
 """A real engine around a model that recites: scheduler, caches, sampler and grammars are the real ones.
 
-The model keeps the tokens it was given in the pages of the KV cache and reads the conversation back from there at
-every step. It answers the last message of the user (or the last result of a tool) with the text that the script
-has for it, whatever else the prompt says, and falls in behind tokens that it was made to write.
+The model keeps the tokens it was given in the pages of the KV cache and reads the conversation back from
+there at every step. It answers the last message of the user (or the last result of a tool) with the text that
+the script has for it, whatever else the prompt says, and falls in behind tokens that it was made to write.
 """
 
 from typing import Any
