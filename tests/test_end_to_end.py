@@ -14,12 +14,17 @@ from typing import Any
 
 import anthropic
 import openai
+import pydantic
 import pytest
 
 from support.stack import Stack, free_port, get, running_stack
 
 pytestmark = pytest.mark.model
 QUESTION = [{"role": "user", "content": "What is the capital of England?"}]
+
+
+class Town(pydantic.BaseModel):
+    name: str
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,25 @@ def test_messages_say_the_same_streamed_and_whole_and_their_tokens_are_counted_e
         assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", ".")
         assert message.usage.input_tokens + message.usage.cache_read_input_tokens == counted
     assert streamed.usage.cache_read_input_tokens > 0
+
+
+def test_responses_are_streamed_counted_continued_and_follow_a_schema(stack: Stack) -> None:
+    client, asked = stack.client, {"model": "starter", "temperature": 0, "max_output_tokens": 40}
+    with client.responses.stream(**asked, input=QUESTION) as events:
+        first = events.get_final_response()
+    assert "London" in first.output_text
+    further: dict[str, Any] = {"input": "And of France?", "previous_response_id": first.id}
+    counted = client.responses.input_tokens.count(model="starter", **further)
+    second = client.responses.create(**asked, **further)
+    assert second.usage.input_tokens == counted.input_tokens
+    assert second.usage.input_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+    town = client.responses.parse(**asked, input="Name a town.", text_format=Town)
+    assert town.output_parsed is not None
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**asked, input="word " * 20000)
+    assert caught.value.code == "context_length_exceeded"
+    failed = list(client.responses.create(**asked, input="word " * 20000, stream=True))[-1]
+    assert failed.response.error.code == "context_length_exceeded"
 
 
 def test_a_text_is_continued(stack: Stack) -> None:
