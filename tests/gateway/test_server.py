@@ -1,6 +1,7 @@
 """The server on the wire: what clients see of connections, whatever the application."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -112,7 +113,9 @@ async def test_what_is_no_request_is_400_and_the_end_of_the_connection(connect, 
     app = Echo()
     client = await connect(app)
     client.writer.write(request_bytes + b"\r\n\r\n")
-    assert (await client.rest()).startswith(b"HTTP/1.1 400")
+    status, _, body = (await client.rest()).partition(b"\r\n\r\n")
+    assert b" 400 " in status.split(b"\r\n")[0]
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert app.bodies == []
 
 
@@ -195,3 +198,73 @@ async def test_a_client_that_does_not_read_holds_up_its_application_alone(connec
     client.writer.write(POST)
     await asyncio.sleep(0.5)
     assert 0 < sent < 500
+
+
+async def test_an_answer_that_its_application_crashed_on_is_cut_and_not_ended(connect, caplog):
+    async def crashing(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("a bug")
+
+    client = await connect(crashing)
+    client.writer.write(POST)
+    answer = await client.rest()
+    assert answer.endswith(b"4\r\nhalf\r\n")
+    assert "a bug" in caplog.text
+
+
+async def test_what_the_application_is_told_of_a_request(connect):
+    scopes = []
+
+    async def note(scope, receive, send):
+        scopes.append(scope)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    client = await connect(note)
+    client.writer.write(
+        b"HEAD /a%20b/%E2%82%AC?beta=true&x=%20 HTTP/1.1\r\nHost: h\r\nX-Long: " + b"y" * 30_000
+    )
+    client.writer.write(b"\r\nX-Twice: 1\r\nx-twice: 2\r\n\r\n")
+    assert (await client.until(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+    (scope,) = scopes
+    assert (scope["method"], scope["path"], scope["raw_path"]) == ("HEAD", "/a b/€", b"/a%20b/%E2%82%AC")
+    assert scope["query_string"] == b"beta=true&x=%20"
+    assert scope["headers"] == [
+        (b"host", b"h"),
+        (b"x-long", b"y" * 30_000),
+        (b"x-twice", b"1"),
+        (b"x-twice", b"2"),
+    ]
+
+
+async def test_head_gets_the_head_alone(connect):
+    client = await connect(Echo())
+    client.writer.write(b"HEAD /x HTTP/1.1\r\nhost: a\r\n\r\n" + POST)
+    answer = await client.until(b"0\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert answer.count(b"end") == 1
+
+
+async def test_a_body_in_chunks_is_read_to_its_end(connect):
+    app = Echo()
+    client = await connect(app)
+    client.writer.write(b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n")
+    await asyncio.sleep(0.05)
+    await client.ask(b"3\r\n you\r\n0\r\n\r\n".replace(b"3", b"4"))
+    assert app.bodies == [b"hi you"]
+
+
+async def test_a_client_that_leaves_within_its_body_is_told_to_the_application(connect):
+    told = asyncio.Event()
+
+    async def wait(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    client = await connect(wait)
+    client.writer.write(POST[:-1])
+    await asyncio.sleep(0.05)
+    client.writer.close()
+    await asyncio.wait_for(told.wait(), 5)

@@ -1,148 +1,184 @@
-"""Hypercorn for short ways: its connections and protocol, with less to do before the first byte of an answer.
+"""The API's server: aiohttp's, whose parser is compiled, before an ASGI application.
 
-Hypercorn starts and cancels two tasks to wait for the next request of an idle connection; here it is a timer.
-It writes head and first block of an answer one by one; here they leave together. No HTTP/2, no WebSockets and
-no lifespan, which the API does not have. `docs/log.md` has what that is worth.
+Hypercorn, which serves what need not be fast, takes more time for a request than all the rest of the gateway;
+`docs/log.md` has the numbers. HTTP/1.1 alone, no WebSockets and no lifespan, which the API does not have.
 """
 
 import asyncio
-from asyncio import AbstractEventLoop, StreamReader, StreamWriter, Task, TimerHandle
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import unquote
 
-import h11
-from hypercorn.asyncio.task_group import TaskGroup
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.asyncio.worker_context import AsyncioSingleTask, WorkerContext
+from aiohttp import web
 from hypercorn.config import Config
-from hypercorn.events import RawData
-from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.typing import ConnectionState, H11SendableEvent
-from hypercorn.utils import parse_socket_addr, wrap_app
+
+from helexa.errors import BadRequest
+from helexa.wire.errors import error_bytes, internal_error
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+SERVER = "helexa"
+MAX_LINE_BYTES = 64 * 1024  # of the request line, and of one header
 
 
 async def serve(app: Any, settings: Config, shutdown_trigger: Callable[[], Awaitable[object]]) -> None:
     """As `hypercorn.asyncio.serve`: until the trigger returns and streams have had `graceful_timeout`."""
-    loop = asyncio.get_running_loop()
-    context = WorkerContext(None)
-    wrapped = wrap_app(app, settings.wsgi_max_body_size, "asgi")
-    connections: dict[Task[Any], _Connection] = {}
-
-    async def connected(reader: StreamReader, writer: StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connection = _Connection(wrapped, loop, settings, context, reader, writer)
-        connections[task] = connection
-        try:
-            await connection
-        finally:
-            del connections[task]
-
+    settings.alpn_protocols = ["http/1.1"]
     tls = settings.create_ssl_context() if settings.ssl_enabled else None
+    server = _Server(app, settings.keep_alive_timeout)
     sockets = settings.create_sockets()
-    servers = [
-        await asyncio.start_server(connected, sock=listener, backlog=settings.backlog, ssl=tls)
+    loop = asyncio.get_running_loop()
+    listeners = [
+        await loop.create_server(server, sock=listener, backlog=settings.backlog, ssl=tls)
         for listener in (*sockets.secure_sockets, *sockets.insecure_sockets)
     ]
     try:
         await shutdown_trigger()
     finally:
-        await context.terminated.set()
-        for server in servers:
-            server.close()
-        for connection in connections.values():
-            connection.idle_task.expire()
-        if connections:
-            await asyncio.wait(connections, timeout=settings.graceful_timeout)
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        for listener in listeners:
+            listener.close()
+        server.pre_shutdown()  # those that are idle
+        await server.shutdown(settings.graceful_timeout)
 
 
-class _IdleTimer(AsyncioSingleTask):
-    """In the place of a task: closes a connection on which nothing has been asked for too long."""
+class _Server(web.Server):
+    """Makes the protocol of each connection."""
 
-    def __init__(self, loop: AbstractEventLoop, timeout_s: float, close: Callable[[], Awaitable[None]]):
-        super().__init__()
-        self._loop = loop
-        self._timeout_s = timeout_s
-        self._close = close
-        self._timer: TimerHandle | None = None
-        self._closing: asyncio.Future[None] | None = None
+    def __init__(self, app: Any, keep_alive_s: float):
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            exchange = _Exchange(request)
+            await app(exchange.scope(), exchange.receive, exchange.send)
+            return exchange.response or _plain_answer(500)
 
-    async def restart(self, task_group: object = None, action: object = None) -> None:
-        self._cancel()
-        self._timer = self._loop.call_later(self._timeout_s, self.expire)
+        super().__init__(answer)
+        self._keep_alive_s = keep_alive_s
 
-    async def stop(self) -> None:
-        self._cancel()
-
-    def expire(self) -> None:
-        """Closes the connection now, if it is idle."""
-        if self._timer is not None:
-            self._cancel()
-            self._closing = asyncio.ensure_future(self._close())
-
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def __call__(self) -> "_Connection":
+        return _Connection(
+            self,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=self._keep_alive_s,
+            access_log=None,  # type: ignore[arg-type]
+            logger=logger,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
+            auto_decompress=False,
+        )
 
 
-class _Connection(TCPServer):
-    """One connection of a client."""
+class _Connection(web.RequestHandler):
+    """The protocol of one connection, which remembers whether its client is there."""
 
-    def __init__(
+    __slots__ = ("gone",)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if not self.gone.done():
+            self.gone.set_result(None)
+        super().connection_lost(exc)
+
+    def handle_error(
         self,
-        app: Any,
-        loop: AbstractEventLoop,
-        config: Config,
-        context: WorkerContext,
-        reader: StreamReader,
-        writer: StreamWriter,
-    ):
-        super().__init__(app, loop, config, context, {}, reader, writer)
-        self.idle_task: _IdleTimer = _IdleTimer(loop, config.keep_alive_timeout, self._initiate_server_close)
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What a request gets that is no HTTP, or that the application crashed on."""
+        if status >= 500:
+            logger.error("request_crashed", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        return _plain_answer(status)
 
-    async def run(self) -> None:
-        """As hypercorn's, with our protocol."""
+
+def _plain_answer(status: int) -> web.Response:
+    error = BadRequest("the request is not HTTP/1.1") if status < 500 else internal_error()
+    answer = web.Response(status=status, body=error_bytes(error), content_type="application/json")
+    answer.headers["server"] = SERVER
+    answer.force_close()
+    return answer
+
+
+class _Exchange:
+    """One request and its answer, as ASGI has them."""
+
+    def __init__(self, request: web.BaseRequest):
+        self.response: web.StreamResponse | None = None
+        self._request = request
+        self._is_read = False
+        self._is_head = request.method == "HEAD"
+        self._expects = request.headers.get("expect", "").lower() == "100-continue"
+
+    def scope(self) -> dict[str, Any]:
+        request = self._request
+        raw_path, _, query = request.raw_path.partition("?")
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.1"},
+            "http_version": "1.1",
+            "method": request.method,
+            "scheme": "https"
+            if request.transport and request.transport.get_extra_info("sslcontext")
+            else "http",
+            "path": unquote(raw_path) if "%" in raw_path else raw_path,
+            "raw_path": raw_path.encode("latin-1", "replace"),
+            "query_string": query.encode("latin-1", "replace"),
+            "root_path": "",
+            "headers": [(name.lower(), value) for name, value in request.raw_headers],
+            "client": request.transport.get_extra_info("peername") if request.transport else None,
+            "server": request.transport.get_extra_info("sockname") if request.transport else None,
+            "state": {},
+            "extensions": {},
+        }
+
+    async def receive(self) -> Message:
+        """The next block of the body; after its end, that the client has left."""
+        protocol, content = self._request.protocol, self._request.content
+        assert isinstance(protocol, _Connection)
+        if self._is_read:
+            await asyncio.wait((protocol.gone,))
+            return {"type": "http.disconnect"}
+        if self._expects:
+            self._expects = False
+            if self._request.transport is not None:
+                self._request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            connected = self.writer.get_extra_info("socket")
-            client = parse_socket_addr(connected.family, connected.getpeername())
-            server = parse_socket_addr(connected.family, connected.getsockname())
-            tls = self.writer.get_extra_info("ssl_object") is not None
-            async with TaskGroup(self.loop) as tasks:
-                self._task_group = tasks
-                state = ConnectionState(self.state)
-                self.protocol = _Protocol(  # type: ignore[assignment]
-                    *(self.app, self.config, self.context, tasks, state, tls, client, server),
-                    self.protocol_send,
-                )
-                await self.idle_task.restart()
-                await self._read_data()
-        except OSError:
-            pass
-        finally:
-            await self._close()
+            block = await content.readany()
+        except (ConnectionError, web.RequestPayloadError):
+            self._is_read = True
+            return {"type": "http.disconnect"}
+        self._is_read = content.at_eof()
+        return {"type": "http.request", "body": block, "more_body": not self._is_read}
 
-
-class _Protocol(H11Protocol):
-    """HTTP/1.1 whose answers' heads wait for what follows them, which is never long."""
-
-    _head = b""
-
-    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+    async def send(self, message: Message) -> None:
+        """A part of the answer; what comes after the client has left goes nowhere."""
         try:
-            data = self._head + self.connection.send(event)
-        except h11.LocalProtocolError:
-            if self.connection.their_state != h11.ERROR:
-                raise
+            if message["type"] == "http.response.start":
+                await self._start(message)
+            else:
+                await self._write(message.get("body", b""), is_last=not message.get("more_body", False))
+        except ConnectionError:
             return
-        if isinstance(event, h11.Response):
-            self._head = data
-        else:
-            self._head = b""
-            await self.send(RawData(data=data))
 
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """There is no other protocol to change to."""
+    async def _start(self, message: Message) -> None:
+        response = web.StreamResponse(status=message["status"])
+        for name, value in message["headers"]:
+            response.headers.add(name.decode(), value.decode("utf-8", "replace"))
+        response.headers.setdefault("server", SERVER)
+        self.response = response
+        await response.prepare(self._request)
+
+    async def _write(self, block: bytes, *, is_last: bool) -> None:
+        assert self.response is not None
+        if self._is_head:
+            block = b""
+        if is_last:
+            await self.response.write_eof(block)
+        elif block:
+            await self.response.write(block)
