@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helexa.engine.cache import KVCache
+from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.collector import LogitsCollector
 from helexa.engine.core import EngineCore
 from helexa.engine.pages import PagePool
@@ -59,7 +59,9 @@ class Bench:
             max_sequences=max_sequences,
             prefill_chunk=prefill_chunk,
         )
-        runner = Runner(model, cache, max_sequences=max_sequences, max_context=context, capture=False)
+        runner = Runner(
+            model, cache, StateCache([]), max_sequences=max_sequences, max_context=context, capture=False
+        )
         self.core = EngineCore(runner, scheduler, self.pool, self.prefix, self.jobs.append)
 
     def submit(self, prompt, num_new=5, sampler=None, stop=(), receiver=None, rows=None):

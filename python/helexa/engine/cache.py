@@ -92,3 +92,24 @@ class KVCache:
 
     def _part(self, layer: Tensor, page: int, num_tokens: int) -> Tensor:
         return layer[page, :, :num_tokens]
+
+
+class StateCache:
+    """Of each recurrent layer the convolution's and the recurrence's states, float32; slot 0 is scratch.
+
+    There are none of models without such layers. A sequence that begins finds its slot as others left it; the
+    kernels start it from zero.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[Sequence[int], Sequence[int]]], device: str = "cpu"):
+        self.conv = [torch.empty(tuple(conv), device=device) for conv, _ in shapes]
+        self.recurrent = [torch.empty(tuple(state), device=device) for _, state in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in (*self.conv, *self.recurrent))
+
+
+def state_nbytes(shapes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """Bytes of a StateCache of these shapes."""
+    return sum(4 * (math.prod(conv) + math.prod(state)) for conv, state in shapes)

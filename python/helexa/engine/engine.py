@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from helexa import ops
-from helexa.engine.cache import KVCache, kv_dtype, page_nbytes, plan_capacity
+from helexa.engine.cache import KVCache, StateCache, kv_dtype, page_nbytes, plan_capacity, state_nbytes
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
@@ -44,7 +44,7 @@ from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
 from helexa.layers.step import PAGE_TOKENS
 from helexa.log import fields
-from helexa.models import Model, ModelConfig, config_from_gguf, kv_cache_shapes
+from helexa.models import Model, ModelConfig, config_from_gguf, kv_cache_shapes, state_shapes
 from helexa.weights.gguf import open_gguf
 from helexa.weights.load import LoadProgress
 
@@ -282,6 +282,7 @@ class Engine:
         np.empty(30 << 20, np.uint8)
         dtype = kv_dtype(options.kv_dtype)
         model = build()
+        states = state_shapes(self.config, options.max_sequences + 1)
         num_pages, self.max_context = plan_capacity(
             page_bytes=page_nbytes(kv_cache_shapes(self.config, 1), dtype),
             page_tokens=PAGE_TOKENS,
@@ -289,19 +290,22 @@ class Engine:
             max_context=options.max_context,
             max_sequences=options.max_sequences,
             kv_cache_tokens=options.kv_cache_tokens,
-            free_bytes=available_bytes() - options.reserved_bytes,
+            free_bytes=available_bytes() - options.reserved_bytes - state_nbytes(states),
         )
         cache = KVCache(kv_cache_shapes(self.config, num_pages + 1), dtype)
-        self.cache_bytes = cache.nbytes
+        state_cache = StateCache(states)
+        self.cache_bytes = cache.nbytes + state_cache.nbytes
         runner = Runner(
             model,
             cache,
+            state_cache,
             max_sequences=options.max_sequences,
             max_context=self.max_context,
             capture=options.capture,
         )
         pool = PagePool(num_pages, cache.page_tokens)
-        prefix = PrefixCache(pool) if options.prefix_cache else None
+        # Pages alone do not bring back a recurrent state.
+        prefix = PrefixCache(pool) if options.prefix_cache and not states else None
         scheduler = Scheduler(
             pool,
             prefix,

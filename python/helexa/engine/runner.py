@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from helexa import ops
-from helexa.engine.cache import KVCache
+from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.pages import SCRATCH_PAGE
 from helexa.engine.sequence import Sequence
 from helexa.layers.step import Step
@@ -23,15 +23,23 @@ class Runner:
     """Computes logits for sequences whose pages the scheduler has assigned; lives on the device thread."""
 
     def __init__(
-        self, model: Model, cache: KVCache, *, max_sequences: int, max_context: int, capture: bool = True
+        self,
+        model: Model,
+        cache: KVCache,
+        states: StateCache,
+        *,
+        max_sequences: int,
+        max_context: int,
+        capture: bool = True,
     ):
         self.cache = cache
+        self.states = states
         self._model = model
         self._capture = capture
         max_pages = -(-max_context // cache.page_tokens)
         rows = bucket_of(max_sequences)
-        tensors = [torch.zeros(rows, dtype=torch.int32) for _ in range(4)]
-        self._token_ids, self._positions, self._slots, self._kv_lengths = tensors
+        tensors = [torch.zeros(rows, dtype=torch.int32) for _ in range(5)]
+        self._token_ids, self._positions, self._slots, self._kv_lengths, self._state_slots = tensors
         self._page_table = torch.full((rows, max_pages), SCRATCH_PAGE, dtype=torch.int32)
         self._query_start = torch.arange(rows + 1, dtype=torch.int32)
         # Views for writing: an assignment to them is several times cheaper than one to a tensor.
@@ -74,11 +82,14 @@ class Runner:
             k_cache=self.cache.k,
             v_cache=self.cache.v,
             logits_rows=slice(first, num_tokens),
+            state_slots=torch.tensor([sequence.slot], dtype=torch.int32),
+            conv_states=self.states.conv,
+            states=self.states.recurrent,
         )
         return self._model.hidden(step) if hidden else self._model(step)
 
     def _fill(self, sequences: ListOf[Sequence], rows: int) -> None:
-        token_ids, positions, slots, kv_lengths = self._write
+        token_ids, positions, slots, kv_lengths, state_slots = self._write
         page_tokens = self.cache.page_tokens
         for row, sequence in enumerate(sequences):
             position = sequence.num_computed
@@ -90,11 +101,12 @@ class Runner:
             positions[row] = position
             slots[row] = sequence.pages[position // page_tokens] * page_tokens + position % page_tokens
             kv_lengths[row] = position + 1
+            state_slots[row] = sequence.slot
         for row in range(len(sequences), rows):
             if self._rows[row] is not None:
                 self._write_pages[row, 0] = SCRATCH_PAGE
                 self._rows[row] = None
-            token_ids[row] = positions[row] = 0
+            token_ids[row] = positions[row] = state_slots[row] = 0
             slots[row] = SCRATCH_PAGE * page_tokens
             kv_lengths[row] = 1
 
@@ -115,6 +127,9 @@ class Runner:
             k_cache=self.cache.k,
             v_cache=self.cache.v,
             logits_rows=slice(0, rows),
+            state_slots=self._state_slots[:rows],
+            conv_states=self.states.conv,
+            states=self.states.recurrent,
         )
 
 

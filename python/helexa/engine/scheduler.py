@@ -73,6 +73,7 @@ class Scheduler:
         self._prefilled_last = False
         self._is_blocked = False  # the head of the queue did not fit, and no page was released since
         self._copies: list[PageCopy] = []
+        self._free_slots = list(range(max_sequences, 0, -1))
 
     def add(self, sequence: Sequence) -> None:
         """Queues the sequence; raises ContextTooLong if it could never run."""
@@ -144,6 +145,7 @@ class Scheduler:
                 self._is_blocked = True
                 return
             sequence = self.waiting.popleft()
+            sequence.slot = self._free_slots.pop()
             if sequence.admitted_s is None:
                 sequence.admitted_s = time.perf_counter()
             self.running.append(sequence)
@@ -290,6 +292,7 @@ class Scheduler:
         self._publish_tail(sequence)
         for page in reversed(sequence.pages):
             self._pool.release(page)
+        self._free_slots.append(sequence.slot)
         sequence.pages = []
         sequence.pages_version += 1
         sequence.node = None

@@ -82,6 +82,7 @@ class Sequence:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # changes whenever `pages` does
+    slot: int = 0  # of the recurrent states, while the sequence runs
     node: "Node | None" = None  # the deepest full page of this sequence in the prefix cache
     depth: int = 0  # how many pages lie on the path to `node`
     cached_tokens: int = 0  # prompt tokens that the prefix cache spared
