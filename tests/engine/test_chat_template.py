@@ -50,6 +50,18 @@ def test_tools_are_written_as_json_with_all_letters_kept():
     assert _render("{{ tools is none }}", tools=[]) == "True"
 
 
+def test_fields_of_tools_that_a_template_takes_for_granted_are_there():
+    tools = [{"type": "function", "function": {"name": "now", "description": None}}]
+    source = """
+{%- for tool in tools -%}
+{{- tool.function.name + ': ' + tool.function.description ~ (tool.function.parameters.properties | tojson) -}}
+{%- endfor -%}"""
+    assert _render(source, tools=tools) == "now: {}"
+    assert (
+        _render("{{ tools | tojson }}", tools=tools) == '[{"type": "function", "function": {"name": "now"}}]'
+    )
+
+
 def test_a_template_for_tools_is_used_when_there_are_tools():
     template = ChatTemplate("plain", tool_use="with tools")
     assert template.render(_HELLO) == "plain"

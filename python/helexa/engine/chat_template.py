@@ -80,7 +80,14 @@ class ChatTemplate:
         prepared = [self._prepare(index, message) for index, message in enumerate(messages)]
         if not self._takes_late_system:
             prepared = _with_one_system(prepared)
-        return self._render(prepared, tools, add_generation_prompt, variables)
+        plain = [_without_empty_fields(tool) for tool in tools or ()]
+        try:
+            return self._render(prepared, plain, add_generation_prompt, variables)
+        except BadRequest:
+            complete = [_complete(tool) for tool in plain]
+            if complete == plain:
+                raise
+            return self._render(prepared, complete, add_generation_prompt, variables)
 
     def _render(
         self,
@@ -89,8 +96,7 @@ class ChatTemplate:
         prompt: bool,
         variables: dict[str, Any],
     ) -> str:
-        plain = [_without_empty_fields(tool) for tool in tools or ()]
-        given = {"messages": messages, "tools": plain or None, "add_generation_prompt": prompt}
+        given = {"messages": messages, "tools": tools or None, "add_generation_prompt": prompt}
         template = self._with_tools if tools else self._template
         try:
             return self._sandbox.render(template, {**self._special, **variables, **given})
@@ -222,3 +228,11 @@ def _without_empty_fields(tool: Any) -> Any:
     if isinstance(function := plain.get("function"), Mapping):
         plain["function"] = {name: value for name, value in function.items() if value is not None}
     return plain
+
+
+def _complete(tool: Any) -> Any:
+    """A tool with the fields that a template may take for granted."""
+    if not isinstance(tool, Mapping) or not isinstance(function := tool.get("function"), Mapping):
+        return tool
+    usual = {"description": "", "parameters": {"type": "object", "properties": {}, "required": []}}
+    return {**tool, "function": {**usual, **function}}

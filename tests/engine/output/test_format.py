@@ -14,6 +14,8 @@ _THINK = ThinkMarkers("<think>", "</think>")
         ("{{ messages[0].content }}", (), None, None),
         ('… <tool_call>\\n{"name" … </tool_call>', (), None, "hermes"),
         ("… <tool_call>\\n<function=name>\\n<parameter=key> …", (), None, "qwen_xml"),
+        ("… <tool_call>name\\n<arg_key>key</arg_key>\\n<arg_value> …", (), None, None),
+        ("… <other:tool_call>\\n<function=name>\\n<parameter=key> …", (), None, None),
         ("{{ content.split('</think>')[-1] }}", (), _THINK, None),
         ("{{ '[THINK]' }} {{ '[/THINK]' }}", (), ThinkMarkers("[THINK]", "[/THINK]"), None),
         ("{{ content }}", {"<think>": 5, "</think>": 6}, _THINK, None),

@@ -16,6 +16,8 @@ _THINK_MARKERS = (
     ThinkMarkers("<thought>", "</thought>"),
     ThinkMarkers("<reasoning>", "</reasoning>"),
 )
+# Formats that share the tag of a call and nothing else.
+_OTHER_CALLS = ("<arg_key>", "<invoke", "<tool_calls>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,6 @@ class OutputFormat:
 
 
 def _tool_calls(source: str) -> ToolCallFormat | None:
-    if FUNCTION + "=" in source and PARAMETER + "=" in source:
-        return "qwen_xml"
-    return "hermes" if OPEN in source else None
+    if OPEN not in source or any(tag in source for tag in _OTHER_CALLS):
+        return None
+    return "qwen_xml" if FUNCTION + "=" in source and PARAMETER + "=" in source else "hermes"
