@@ -154,6 +154,16 @@ async def test_a_claim_whose_client_does_not_come_back_is_forgotten(shared, monk
     assert neuron.unloads == []
 
 
+async def test_nothing_is_swapped_for_a_client_that_has_left(shared, eventually):
+    neuron, fleet = shared.neurons[0], shared.gateway.fleet
+    await ask(shared, "a")
+    request = asyncio.create_task(ask(shared, "b"))
+    await eventually(lambda: fleet.claims)
+    request.cancel()
+    await eventually(lambda: not fleet.claims)
+    assert neuron.unloads == []
+
+
 async def test_a_claim_that_leads_nowhere_ends_quietly(shared):
     fleet = shared.gateway.fleet
     fleet.claims["no such model"] = Claim(since=time.monotonic(), node="n0", asked_at=time.monotonic())

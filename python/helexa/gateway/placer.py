@@ -156,6 +156,7 @@ class Placer:
                     f"model {stay.model!r} needs the room of {others} on {decision.node}, still at work"
                 )
             if left_s is not None and left_s <= 0:
+                stay.come_back()
                 raise self._not_yet(stay.model, decision, now)
             await self._poller.wait(_LOOK_S if left_s is None else min(_LOOK_S, left_s))
             return
@@ -202,6 +203,7 @@ class _Stay:
         self.model = model
         self._claims = fleet.claims
         self._claim: Claim | None = None
+        self._will_return = False
 
     def wait(self, decision: Decision, now: float) -> Claim:
         claim = self._claims.setdefault(self.model, Claim(since=now))
@@ -219,14 +221,18 @@ class _Stay:
 
     def leave(self) -> None:
         """The turn has come: nobody waits any more."""
-        if self._claim is not None:
-            self._claims.pop(self.model, None)
-            self._claim = None
+        if self._claim is not None and self._claims.get(self.model) is self._claim:
+            del self._claims[self.model]
+        self._claim = None
 
     def end(self, now: float, room_wait_s: float) -> None:
-        """The request leaves; without it the claim lasts a while, as its client may come back."""
+        """The request leaves; its claim lasts a while if its client was told to come back."""
         if self._claim is not None:
             self._claim.num_requests -= 1
-            self._claim.asked_at = now
-            if not self._claim.num_requests and self._claim.is_spent(now, room_wait_s):
+            is_over = not self._will_return or self._claim.is_spent(now, room_wait_s)
+            if not self._claim.num_requests and is_over:
                 self.leave()
+
+    def come_back(self) -> None:
+        """The client does not wait, but its place in the line is kept."""
+        self._will_return = True
