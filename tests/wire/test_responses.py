@@ -627,10 +627,29 @@ def test_the_neurons_usage_comment_stays_with_us() -> None:
     assert made.feed(sse.comment('{"prompt_tokens": 1}')) == b""
 
 
-def test_silence_amid_an_item_is_told_by_comments_alone() -> None:
-    made = translator(stream=True)
-    made.feed(chunk({"content": "Hi"}))
-    assert b"".join(made.keep_alive() for _ in range(REPEAT_AFTER)) == sse.KEEP_ALIVE * REPEAT_AFTER
+@pytest.mark.parametrize(
+    ("opening", "kind"),
+    [
+        (chunk({"content": "Hi"}), "output_text"),
+        (chunk({"reasoning_content": "Hm"}), "reasoning_text"),
+        (call(0, "weather", "{"), "function_call_arguments"),
+        (call(0, "patch", '{"in'), "custom_tool_call_input"),
+    ],
+)
+def test_silence_amid_an_item_is_now_and_then_an_empty_piece_of_it(opening: bytes, kind: str) -> None:
+    made = translator(stream=True, tools=[WEATHER, PATCH])
+    told = made.feed(opening)
+    silence = b"".join(made.keep_alive() for _ in range(REPEAT_AFTER))
+    assert silence.startswith(sse.KEEP_ALIVE * REPEAT_AFTER + f"event: response.{kind}.delta\n".encode())
+    events = events_of(told + silence + made.feed(end()) + made.finish())
+    assert "" in [event.get("delta") for event in events]
+    with_silence, without = (
+        events[-1]["response"],
+        streamed(opening, end(), tools=[WEATHER, PATCH])[-1]["response"],
+    )
+    for response in (with_silence, without):
+        del response["completed_at"]
+    assert with_silence == without
 
 
 @pytest.mark.parametrize(

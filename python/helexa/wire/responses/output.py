@@ -22,7 +22,7 @@ class OutputItem:
         emit("response.output_item.added", output_index=index, item=dict(item))
 
     def push(self, text: str, logprobs: list[Json] | None = None) -> None:
-        """A further piece of the item's text."""
+        """A further piece of the item's text; an empty one is told too and changes nothing."""
         raise NotImplementedError
 
     def close(self, status: str = "completed") -> Json:
@@ -139,18 +139,20 @@ class CustomCallItem(OutputItem):
         self._pieces: list[str] = []
 
     def push(self, text: str, logprobs: list[Json] | None = None) -> None:
-        self._say(self._text.feed(text))
+        said = self._text.feed(text)
+        if said or not text:
+            self._say(said)
 
     def _end(self, status: str) -> None:
-        self._say(self._text.finish())
+        if rest := self._text.finish():
+            self._say(rest)
         said = "".join(self._pieces)
         self.item["input"] = said
         self._emit("response.custom_tool_call_input.done", **self._where, input=said)
 
     def _say(self, text: str) -> None:
-        if text:
-            self._pieces.append(text)
-            self._emit("response.custom_tool_call_input.delta", **self._where, delta=text)
+        self._pieces.append(text)
+        self._emit("response.custom_tool_call_input.delta", **self._where, delta=text)
 
 
 class ToolSearchItem(OutputItem):

@@ -1,8 +1,8 @@
 """A canonical answer as a response: its events in their order, or the whole object. Both hold the same.
 
 The events of a stream: created, in_progress, those of each output item, then completed, incomplete or failed.
-While nothing can be said yet, comments show that the stream is alive, and now and then in_progress is said
-again, since comments do not reset the clocks of all clients.
+While nothing can be said, comments show that the stream is alive, and now and then in_progress is said again,
+or an empty delta within an item, since comments do not reset the clocks of all clients.
 """
 
 import re
@@ -105,7 +105,7 @@ class ResponseTranslator:
         return self._taken()
 
     def keep_alive(self) -> bytes:
-        """A comment, or in_progress if there was none for a while."""
+        """A comment, and now and then an event that changes nothing."""
         self._begin()
         self._sign_of_life(sse.KEEP_ALIVE)
         return self._taken()
@@ -248,8 +248,12 @@ class ResponseTranslator:
     def _sign_of_life(self, comment: bytes) -> None:
         self._num_signs += 1
         self._events.append(comment)
-        if self._num_signs % REPEAT_AFTER == 0 and self._open is None:
+        if self._num_signs % REPEAT_AFTER:
+            return
+        if self._open is None:
             self._emit("response.in_progress", response=self.response)
+        else:
+            self._open.push("")
 
     def _emit(self, kind: str, **members: Any) -> None:
         data = msgspec.json.encode({"type": kind, "sequence_number": self._number, **members})
