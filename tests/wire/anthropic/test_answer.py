@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -293,6 +294,19 @@ def test_thoughts_that_are_not_wanted_leave_their_signature(clock):
     thought, text = accumulate(stream)["content"]
     assert (thought["thinking"], text["text"]) == ("", "Yes")
     assert thought["signature"]
+
+
+def test_long_thoughts_that_are_not_wanted_are_no_silence(clock):
+    translator = MessagesTranslator("m", 100, omits_thinking=True, clock=clock)
+    stream, told_s = translator.feed(chunk({"reasoning_content": "Hm."})), [clock.now]
+    for _ in range(100):
+        clock.now += 1
+        if block := translator.feed(chunk({"reasoning_content": " Hm."})):
+            told_s.append(clock.now)
+            stream += block
+    assert [later - earlier for earlier, later in pairwise(told_s)] == [20] * 5
+    stream += told(translator, chunk({"content": "Yes"}), chunk({}, "stop"))
+    assert [block.get("thinking") for block in accumulate(stream)["content"]] == ["", None]
 
 
 def test_the_number_of_tokens_is_told_at_the_start_if_it_is_known(translator):

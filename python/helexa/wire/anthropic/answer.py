@@ -200,7 +200,8 @@ class MessagesTranslator:
         if kind == "thinking":
             self._thought.append(text)
             if self._omits_thinking:
-                return found
+                is_due = not found and self._clock() - self._told_s >= LIFE_S
+                return self._sign_of_life(None) if is_due else found
         return found + self._delta(kind, text)
 
     def _write_call(self, call: _Call) -> bytes:
