@@ -304,3 +304,24 @@ def test_whoever_comes_and_goes_nothing_is_lost_and_no_bound_is_broken(steps):
         await house.end_all()
 
     asyncio.run(play())
+
+
+async def test_who_would_be_sent_away_in_any_case_can_be_told_before_asking_for_a_seat():
+    admission, order, gate = Admission(1, 1, 5, max_per_principal=1), [], asyncio.Event()
+    admission.check()
+    tasks = [asyncio.create_task(hold(admission, gate, order, name)) for name in range(2)]
+    await asyncio.sleep(0.01)
+    with pytest.raises(Overloaded, match="which is the limit"):
+        admission.check()
+    assert admission.rejected_queue_full == 1
+    admission.check(priority=1)  # would displace the one that waits
+    assert admission.queue_depth == 1
+    gate.set()
+    await asyncio.gather(*tasks)
+    async with admission.seat(principal="anna"):
+        with pytest.raises(QuotaExceeded):
+            admission.check(principal="anna")
+        admission.check(principal="bert")
+    admission.close(ShuttingDown("closing"))
+    with pytest.raises(ShuttingDown):
+        admission.check()

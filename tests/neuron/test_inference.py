@@ -304,6 +304,7 @@ async def test_a_full_queue_is_a_503_with_the_time_to_come_back(
         await eventually(lambda: script.engines[0].running == 1)
         second = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
         await eventually(lambda: neuron.registry.get("m").admission.queue_depth == 1)
+        script.engines[0].tokenizer = None  # nothing is tokenized for who is sent away
         third = await client.post("/v1/chat/completions", json=CHAT)
         assert third.status_code == 503
         assert third.json()["error"]["code"] == "rate_limit_exceeded"

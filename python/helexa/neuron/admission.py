@@ -104,6 +104,13 @@ class Admission:
         finally:
             _subtract(self._requests_of, principal, 1)
 
+    def check(self, *, principal: str = "", priority: int = 0) -> None:
+        """Raises what `seat` would raise now even for the smallest request, before any work on its texts."""
+        claim = _Claim(1, 0, principal, priority)
+        self._check(claim)
+        if self._queue or not self._fits(claim):
+            self._displaced(claim)
+
     def close(self, error: HelexaError) -> None:
         """Refuses new requests and those that wait with `error`."""
         self._closed = error
@@ -170,21 +177,27 @@ class Admission:
 
     def _enqueue(self, claim: _Claim) -> _Waiter:
         """A place in the queue; where it is full, that of the last of a lower priority. Raises Overloaded."""
-        if len(self._queue) >= self.max_queue_depth:
+        if last := self._displaced(claim):
             self.rejected_queue_full += 1
-            retry_s = self.retry_after_s(0)
-            last = min(reversed(self._queue), key=lambda other: other.claim.priority, default=None)
-            if last is None or last.claim.priority >= claim.priority:
-                raise Overloaded(
-                    f"{self.in_flight} seats are taken and {len(self._queue)} requests wait, "
-                    "which is the limit",
-                    retry_after_s=retry_s,
-                )
             self._queue.remove(last)
+            retry_s = self.retry_after_s(0)
             last.refuse(Overloaded("requests of a higher priority fill the queue", retry_after_s=retry_s))
         waiter = _Waiter(claim)
         self._queue.append(waiter)
         return waiter
+
+    def _displaced(self, claim: _Claim) -> _Waiter | None:
+        """Who would lose their place in the queue to the claim; None while there is room."""
+        if len(self._queue) < self.max_queue_depth:
+            return None
+        last = min(reversed(self._queue), key=lambda other: other.claim.priority, default=None)
+        if last is None or last.claim.priority >= claim.priority:
+            self.rejected_queue_full += 1
+            raise Overloaded(
+                f"{self.in_flight} seats are taken and {len(self._queue)} requests wait, which is the limit",
+                retry_after_s=self.retry_after_s(0),
+            )
+        return last
 
     def _fits(self, claim: _Claim) -> bool:
         has_room = not self.kv_tokens_total or self.kv_tokens + claim.kv_tokens <= self.kv_tokens_total

@@ -41,8 +41,10 @@ class Embeddings(Endpoint):
         if request.dimensions is not None and request.dimensions > size:
             message = f"'dimensions' is {request.dimensions}; this model's vectors have {size}"
             raise InvalidParameter(message, param="dimensions")
+        caller = caller_of(http)
+        model.check_admission(caller.principal, caller.priority)
         record.jobs = await self._work.run(_jobs, model.engine, request)
-        work = self._embed(model, request, record, caller_of(http))
+        work = self._embed(model, request, record, caller)
         body = await unless_client_leaves(http.receive, work)
         await Response(body, media_type="application/json")(http.scope, http.receive, send)
 

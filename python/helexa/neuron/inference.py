@@ -86,6 +86,7 @@ class Inference(Endpoint, Generic[R]):
         assert model.engine is not None
         record.model = model.id
         caller = caller_of(http)
+        model.check_admission(caller.principal, caller.priority)
         plan = await self._work.run(self.prepare, model, request, caller)
         record.jobs = plan.jobs
         await plan.check(model.engine)

@@ -74,6 +74,11 @@ class LoadedModel:
         finally:
             self._leases.discard(lease)
 
+    def check_admission(self, principal: str, priority: int) -> None:
+        """Raises what a request gets that would be sent away in any case, however small it is."""
+        if self.admission is not None:
+            self.admission.check(principal=principal, priority=priority)
+
     async def drain(self, error: HelexaError, grace_s: float) -> None:
         """Refuses what waits, lets what runs go on for `grace_s`, then ends it with `error`."""
         if self.admission is None:
