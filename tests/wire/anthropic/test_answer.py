@@ -278,6 +278,13 @@ def test_a_call_is_the_reason_unless_it_was_cut_off(translator, finish, reason):
     assert accumulate(stream)["stop_reason"] == reason
 
 
+def test_the_reasoning_of_other_servers_is_known_by_its_name_there(translator):
+    said = accumulate(
+        told(translator, chunk({"reasoning": "Hm."}), chunk({"content": "Yes"}), chunk({}, "stop"))
+    )
+    assert [block["type"] for block in said["content"]] == ["thinking", "text"]
+
+
 def test_a_whole_call_that_was_cut_off_has_no_input(translator):
     function = {"name": "look", "arguments": '{"a": "b'}
     message = {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}

@@ -39,11 +39,16 @@ class _Call(msgspec.Struct):
 
 
 class _Said(msgspec.Struct):
-    """A delta, or the message of a whole answer."""
+    """A delta, or the message of a whole answer; `reasoning` is what some other servers call it."""
 
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[_Call] | None = None
+
+    @property
+    def thought(self) -> str:
+        return self.reasoning_content or self.reasoning or ""
 
 
 class _Choice(msgspec.Struct):
@@ -180,8 +185,8 @@ class MessagesTranslator:
 
     def _say(self, delta: _Said) -> bytes:
         found = b""
-        if delta.reasoning_content:
-            found += self._write("thinking", delta.reasoning_content)
+        if delta.thought:
+            found += self._write("thinking", delta.thought)
         if delta.content:
             found += self._write("text", delta.content)
         for call in delta.tool_calls or ():
@@ -284,9 +289,9 @@ def _event(kind: str, **members: Any) -> bytes:
 
 
 def _content(said: _Said, omits_thinking: bool) -> Iterator[dict[str, Any]]:
-    if (thought := said.reasoning_content or "").strip():
-        shown = "" if omits_thinking else thought
-        yield {"type": "thinking", "thinking": shown, "signature": _signature(thought)}
+    if said.thought.strip():
+        shown = "" if omits_thinking else said.thought
+        yield {"type": "thinking", "thinking": shown, "signature": _signature(said.thought)}
     if (text := said.content or "").strip():
         yield {"type": "text", "text": text}
     for call in said.tool_calls or ():
