@@ -162,7 +162,7 @@ def test_a_model_is_unloaded_and_loaded_again_through_the_gateway(stack: Stack) 
     ] == []
     done = helexa("load", "starter", "--url", stack.url)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("starter is loaded in ")
+    assert done.stdout.startswith("starter is loaded on local in ")
 
 
 def test_a_neuron_that_dies_mid_stream_ends_the_stream_with_an_error(

@@ -54,3 +54,15 @@ def test_a_mistake_is_one_sentence_and_exit_status_1(tmp_path, text, message):
     assert result.stderr.startswith(f"error: {config}: ")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_check_reads_the_keys_and_the_certificates_too(tmp_path):
+    config = tmp_path / "gateway.toml"
+    config.write_text("")
+    (tmp_path / "keys.jsonl").write_text("{")
+    result = run("--check", "--config", str(config))
+    assert (result.returncode, "keys.jsonl" in result.stderr) == (1, True)
+    (tmp_path / "keys.jsonl").unlink()
+    config.write_text('[tls]\ncert = "/nowhere.pem"\nkey = "/nowhere.key"\n')
+    result = run("--check", "--config", str(config))
+    assert (result.returncode, result.stderr) == (1, "error: tls: no file at /nowhere.pem\n")

@@ -10,6 +10,7 @@ import uvloop
 from helexa import __version__
 from helexa.cli.terminal import command_line, run_app
 from helexa.gateway.app import serve
+from helexa.gateway.auth import Keys
 from helexa.gateway.config import load_config
 from helexa.log import configure_logging
 from helexa.settings import find_config
@@ -54,6 +55,8 @@ def run(
     path = config or find_config("gateway.toml")
     settings, catalogue = load_config(path, overrides)
     if check:
+        settings.tls.check()
+        Keys(settings)  # reads its file
         typer.echo(
             f"the configuration is valid: {len(settings.neurons)} neurons, {len(catalogue.models)} models"
         )
