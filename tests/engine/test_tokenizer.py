@@ -209,6 +209,19 @@ def test_control_tokens_are_left_out_of_decoded_text_on_request(tokenizer):
     assert tokenizer.decode(token_ids, skip_special=True) == "<think>hello"
 
 
+@pytest.mark.parametrize("marker", ["<think>", "</think>", "<tool_call>", "[THINK]"])
+def test_markers_of_the_output_are_text_even_if_their_file_calls_them_control_tokens(marker):
+    metadata = _metadata()
+    metadata["tokenizer.ggml.tokens"][-1] = marker
+    metadata["tokenizer.ggml.token_type"][-1] = 3
+    if marker == "<think>":
+        metadata["tokenizer.ggml.tokens"][_id("<think>")] = "<other>"
+    tokenizer = Tokenizer.from_gguf(metadata)
+    token_ids = tokenizer.encode(f"<|im_start|>{marker}hello<|im_end|>")
+    assert tokenizer.decode(token_ids, skip_special=True) == f"{marker}hello"
+    assert marker in tokenizer.added_tokens
+
+
 def test_a_token_beyond_the_vocabulary_is_refused(tokenizer):
     for token_id in (-1, tokenizer.vocab_size):
         with pytest.raises(InvalidParameter, match=f"token id {token_id} is outside the vocabulary"):

@@ -12,6 +12,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers.models import BPE
 
+from helexa.engine.output.tags import MARKERS
 from helexa.engine.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter, UnsupportedModel
 
@@ -65,6 +66,7 @@ class Tokenizer:
         user_defined = {tokens[i]: i for i, kind in kinds.items() if kind == _USER_DEFINED and tokens[i]}
         self.special_tokens: Mapping[str, int] = control
         self.eos_token_ids = frozenset(ends) | {control[name] for name in _END_NAMES if name in control}
+        self._markers = frozenset(control[name] for name in MARKERS if name in control)
         self.added_tokens: Mapping[str, int] = control | user_defined
         self._any_added = _alternatives(self.added_tokens)
         self._user_defined = _alternatives(user_defined)
@@ -180,8 +182,12 @@ class Tokenizer:
         return text.encode()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token controls the dialogue and is no part of its text."""
-        return 0 <= token_id < len(self._types) and bool(self._types[token_id] == _CONTROL)
+        """Whether a token controls the dialogue and is no part of its text.
+
+        Markers of reasoning and of calls are part of it, whatever their file says.
+        """
+        is_control = 0 <= token_id < len(self._types) and bool(self._types[token_id] == _CONTROL)
+        return is_control and token_id not in self._markers
 
 
 class Detokenizer:

@@ -167,7 +167,8 @@ class MessageReader:
         if delta.finish_reason:
             self._ends_in_reasoning = parser.is_in_reasoning
             places = None if delta.logprobs is None else self._places
-            parts += self._parts(parser.flush(truncated=delta.finish_reason == "length"), places)
+            is_cut_off = delta.finish_reason == "length" or delta.stop is not None
+            parts += self._parts(parser.flush(truncated=is_cut_off), places)
         return _merged(parts)
 
     def _parts(self, events: Iterable[Event], places: _Places | None) -> list[Part]:

@@ -5,17 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from helexa.engine.output.parser import OutputParser, ThinkMarkers
-from helexa.engine.output.tags import FUNCTION, OPEN, PARAMETER
+from helexa.engine.output.tags import FUNCTION, OPEN, PARAMETER, THINKING
 from helexa.engine.output.tool_grammar import tool_grammar
 
 ToolCallFormat = Literal["hermes", "qwen_xml"]
 
-_THINK_MARKERS = (
-    ThinkMarkers("<think>", "</think>"),
-    ThinkMarkers("[THINK]", "[/THINK]"),
-    ThinkMarkers("<thought>", "</thought>"),
-    ThinkMarkers("<reasoning>", "</reasoning>"),
-)
+_THINK_MARKERS = tuple(ThinkMarkers(start, end) for start, end in THINKING)
 # Formats that share the tag of a call and nothing else.
 _OTHER_CALLS = ("<arg_key>", "<invoke", "<tool_calls>")
 

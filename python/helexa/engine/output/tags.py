@@ -7,6 +7,14 @@ FUNCTION, FUNCTION_END = "<function", "</function"
 PARAMETER, PARAMETER_END = "<parameter", "</parameter>"
 FENCE = "```"
 
+THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+)
+MARKERS = (OPEN, CLOSE, *(marker for pair in THINKING for marker in pair))  # what parsers must get to see
+
 JSON_ENDS = (CLOSE, OPEN, FUNCTION_END)  # what ends JSON that is not closed
 
 _MAX_NAME = 256
