@@ -44,8 +44,8 @@ class Admission:
     """Seats of one model. `close` refuses everybody from then on; those who run keep their seats.
 
     max_per_principal: requests of one principal that run or wait; by default all seats and three quarters of
-    the queue. Those without a name, as on a machine of one's own, have no such limit. kv_tokens_total: 0 is no
-    limit.
+    the queue. Those without a name, as on a machine of one's own, have no such limit.   kv_tokens_total: 0 is
+    none.
     """
 
     def __init__(
