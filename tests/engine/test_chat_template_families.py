@@ -360,8 +360,10 @@ def test_a_template_that_misses_a_question_says_so():
         ChatTemplate(THINKING_CODER).render([{"role": "system", "content": "Be brief."}])
 
 
-_WORDS = st.text(st.characters(exclude_characters="<"), min_size=1).filter(lambda text: text == text.strip())
-_CITY = st.text(st.characters(exclude_characters="<"))
+_WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).filter(
+    lambda text: text == text.strip()
+)
+_CITY = st.text(st.characters(codec="utf-8", exclude_characters="<"))
 _POINTS = st.lists(st.floats(-1, 1))
 
 

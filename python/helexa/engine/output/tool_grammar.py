@@ -5,6 +5,7 @@ package reads as calls with arguments of the declared types.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from helexa.errors import InvalidParameter
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 _READABLE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
+_LOOK_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9]")  # and references back: no automaton can follow them
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -67,7 +69,7 @@ def _chosen(tools: Tools, choice: str) -> list[Tool]:
 
 
 def _hermes(number: int, tool: Tool) -> Iterable[str]:
-    schema = {**tool.parameters, "type": "object"}
+    schema = {**_without_look_around(tool.parameters), "type": "object"}
     if "properties" in schema:  # what is not declared would be made up
         schema.setdefault("additionalProperties", False)
     head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
@@ -94,12 +96,26 @@ def _value(tool: Tool, key: str, schema: Any) -> str:
     types = tool.types(key) or TEXT
     if "string" not in types:
         definitions = {name: tool.parameters[name] for name in _DEFINITIONS if name in tool.parameters}
-        return f"{_json({**definitions, **schema}, _COMPACT)} NEWLINE {_quoted('</parameter>')}"
+        whole = _without_look_around({**definitions, **schema})
+        return f"{_json(whole, _COMPACT)} NEWLINE {_quoted('</parameter>')}"
     values = schema.get("enum") if isinstance(schema, Mapping) else None
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         options = " | ".join(_quoted(value) if value else '""' for value in values)
         return f"({options}) NEWLINE {_quoted('</parameter>')}"
     return "text"
+
+
+def _without_look_around(schema: Any) -> Any:
+    """A schema without the patterns that would have it refused as a whole; they are no more than hints."""
+    if isinstance(schema, list):
+        return [_without_look_around(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: _without_look_around(value)
+        for key, value in schema.items()
+        if not _LOOK_AROUND.search(value if key == "pattern" and isinstance(value, str) else key)
+    }
 
 
 def _json(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
