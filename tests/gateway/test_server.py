@@ -131,6 +131,13 @@ async def test_an_idle_connection_is_closed_and_one_at_work_is_not(connect):
     assert await client.rest() == b""
 
 
+@pytest.mark.parametrize("sent", [b"", b"POST /x HTTP/1.1\r\nhost:"])
+async def test_a_connection_that_never_asks_is_closed(connect, sent):
+    client = await connect(Echo(), keep_alive_timeout=0.1)
+    client.writer.write(sent)
+    assert await client.rest() == b""
+
+
 async def test_a_client_that_leaves_is_told_to_the_application(connect):
     app = Echo(pause_s=20)
     client = await connect(app)

@@ -48,6 +48,7 @@ class _Server(web.Server):
 
     def __init__(self, app: Any, keep_alive_s: float):
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            request.protocol.has_asked()  # type: ignore[attr-defined]
             exchange = _Exchange(request)
             await app(exchange.scope(), exchange.receive, exchange.send)
             return exchange.response or _plain_answer(500)
@@ -58,9 +59,10 @@ class _Server(web.Server):
     def __call__(self) -> "_Connection":
         return _Connection(
             self,
+            first_within_s=self._keep_alive_s,
             loop=asyncio.get_running_loop(),
             keepalive_timeout=self._keep_alive_s,
-            access_log=None,  # type: ignore[arg-type]
+            access_log=None,
             logger=logger,
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
@@ -69,15 +71,29 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """The protocol of one connection, which remembers whether its client is there."""
+    """The protocol of one connection. It remembers whether its client is there, and waits for it to ask.
 
-    __slots__ = ("gone",)
+    aiohttp itself waits for ever for the first request.
+    """
+
+    __slots__ = ("_first_within_s", "_waiting", "gone")
+
+    def __init__(self, manager: web.Server, *, first_within_s: float, **more: Any):
+        super().__init__(manager, **more)
+        self._first_within_s = first_within_s
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.gone: asyncio.Future[None] = loop.create_future()
+        self._waiting = loop.call_later(self._first_within_s, self.force_close)
         super().connection_made(transport)
 
+    def has_asked(self) -> None:
+        """A request has come."""
+        self._waiting.cancel()
+
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._waiting.cancel()
         if not self.gone.done():
             self.gone.set_result(None)
         super().connection_lost(exc)
