@@ -57,6 +57,7 @@ def _wrapped(body):
         "<functional> <function> <function=",
         "say <think>this</think> in the middle",
         "the end </think> of a line",
+        "It looks like this:\n```\n<think>\nHm.\n</think>\n```\n",
         "<thin",
         "</thin",
         '{"name": "get_weather"',

@@ -47,6 +47,7 @@ class OutputParser:
         self._tentative: list[Event] | None = None  # what has been read that may have to be read otherwise
         self._failures = 0
         self._has_thought = False
+        self._num_quoted = 0  # beginnings of reasoning that are text and have no end yet
         self._separator = ""  # between the text before a block and the text behind it
         self._reader = self._answer()
 
@@ -114,23 +115,28 @@ class OutputParser:
 
     def _is_block(self, gap: int, is_fresh: bool, is_line_start: bool) -> Read[bool]:
         """Reads the reasoning or the calls behind `gap`; False, with nothing read, if there are none."""
-        markers = self._markers
+        markers, source = self._markers, self._source
         if markers is not None:
-            if is_fresh and (yield from self._source.starts_with(markers.start, gap)):
-                self._source.take(gap + len(markers.start))
-                yield from self._reasoning(markers)
-                return True
-            if is_line_start and (yield from self._is_stray_end(markers, gap)):
+            if (yield from source.starts_with(markers.start, gap)):
+                if is_fresh:
+                    source.take(gap + len(markers.start))
+                    yield from self._reasoning(markers)
+                    return True
+                self._num_quoted += 1
+            if (yield from self._is_stray_end(markers, gap, is_line_start)):
                 return True
         return self._may_call and (yield from self._is_call(gap, is_fresh, is_line_start))
 
-    def _is_stray_end(self, markers: ThinkMarkers, gap: int) -> Read[bool]:
+    def _is_stray_end(self, markers: ThinkMarkers, gap: int, is_line_start: bool) -> Read[bool]:
         """Goes past an end of reasoning that nothing began, if it stands on a line of its own."""
         source = self._source
         if not (yield from source.starts_with(markers.end, gap)):
             return False
+        if self._num_quoted:
+            self._num_quoted -= 1
+            return False
         length = gap + len(markers.end)
-        if (yield from source.char(length)) not in ("", "\n", "\r"):
+        if not is_line_start or (yield from source.char(length)) not in ("", "\n", "\r"):
             return False
         source.take(length)
         return True
