@@ -2,7 +2,7 @@
 
 import json
 
-from helexa.engine.output import Content, Reasoning, ToolArguments, ToolStart
+from helexa.engine.output import Content, OutputFormat, Reasoning, ThinkMarkers, ToolArguments, ToolStart
 from helexa.engine.output.events import joined
 
 
@@ -61,3 +61,26 @@ def read(parser, pieces, *, truncated=False):
 def loaded(found):
     """The same with arguments as Python has them."""
     return [(*item[:2], json.loads(item[2])) if item[0] == "call" else item for item in found]
+
+
+THINK = ThinkMarkers("<think>", "</think>")
+OSLO = ("call", "get_weather", {"city": "Oslo"})
+JSON_OSLO = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
+XML_OSLO = "<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>"
+
+
+def make_parser(tools=TOOLS, *, prompt_tail=""):
+    return OutputFormat(THINK, "hermes").parser(tools=tools, prompt_tail=prompt_tail)
+
+
+def found_in(text, *, thinking=False, tools=TOOLS, truncated=False):
+    """What the parser finds in `text`, which must not depend on how it is cut."""
+    tail = "<|im_start|>assistant\n<think>\n" if thinking else "<|im_start|>assistant\n"
+    whole = read(make_parser(tools, prompt_tail=tail), [text], truncated=truncated)
+    single = read(make_parser(tools, prompt_tail=tail), text, truncated=truncated)
+    assert whole == single
+    return loaded(whole)
+
+
+def wrapped(body):
+    return f"<tool_call>\n{body}\n</tool_call>"

@@ -1,4 +1,4 @@
-"""A model's text taken apart: the formats, what models make of them, and that nothing else is touched."""
+"""A model's text taken apart: that nothing is touched which is no call and no reasoning, whatever comes."""
 
 import json
 
@@ -8,30 +8,19 @@ from hypothesis import strategies as st
 
 from helexa.engine.output import Content, OutputFormat, OutputParser, Reasoning, ThinkMarkers, ToolArguments
 from helexa.engine.output.events import ToolStart
-from support.model_output import TOOLS, loaded, read, summary
-
-_THINK = ThinkMarkers("<think>", "</think>")
-_OSLO = ("call", "get_weather", {"city": "Oslo"})
-_JSON_OSLO = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
-_XML_OSLO = "<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>"
-
-
-def _parser(tools=TOOLS, *, prompt_tail=""):
-    return OutputFormat(_THINK, "hermes").parser(tools=tools, prompt_tail=prompt_tail)
-
-
-def _read(text, *, thinking=False, tools=TOOLS, truncated=False):
-    """What the parser finds in `text`, which must not depend on how it is cut."""
-    tail = "<|im_start|>assistant\n<think>\n" if thinking else "<|im_start|>assistant\n"
-    whole = read(_parser(tools, prompt_tail=tail), [text], truncated=truncated)
-    single = read(_parser(tools, prompt_tail=tail), text, truncated=truncated)
-    assert whole == single
-    return loaded(whole)
-
-
-def _wrapped(body):
-    return f"<tool_call>\n{body}\n</tool_call>"
-
+from support.model_output import (
+    JSON_OSLO,
+    OSLO,
+    THINK,
+    TOOLS,
+    XML_OSLO,
+    found_in,
+    loaded,
+    make_parser,
+    read,
+    summary,
+    wrapped,
+)
 
 # Text
 
@@ -64,8 +53,8 @@ def _wrapped(body):
         '{"name": "somebody", "arguments": {"city": "Oslo"}}',
         '{"title": "a document"}',
         "{\n  'a': 1\n}\n{}",
-        f"For example:\n{_JSON_OSLO}",
-        f"For example:\n```json\n{_JSON_OSLO}\n```\n",
+        f"For example:\n{JSON_OSLO}",
+        f"For example:\n```json\n{JSON_OSLO}\n```\n",
         "```json\n[1, 2]\n```",
         "``` \n```",
         "x = {\n",
@@ -77,7 +66,7 @@ def _wrapped(body):
     ],
 )
 def test_text_without_calls_comes_out_as_it_is(text):
-    assert _read(text) == ([("content", text)] if text else [])
+    assert found_in(text) == ([("content", text)] if text else [])
 
 
 @given(st.text())
@@ -87,14 +76,14 @@ def test_without_tools_and_reasoning_any_text_comes_out_as_it_is(text):
 
 
 def test_calls_are_text_where_no_tools_are_given():
-    text = f"<think>hm</think>{_wrapped(_JSON_OSLO)}"
-    assert _read(text, tools=()) == [("reasoning", "hm"), ("content", _wrapped(_JSON_OSLO))]
-    quiet = OutputFormat(_THINK, "hermes").parser(tools=TOOLS, parse_tools=False)
-    assert read(quiet, _wrapped(_JSON_OSLO)) == [("content", _wrapped(_JSON_OSLO))]
+    text = f"<think>hm</think>{wrapped(JSON_OSLO)}"
+    assert found_in(text, tools=()) == [("reasoning", "hm"), ("content", wrapped(JSON_OSLO))]
+    quiet = OutputFormat(THINK, "hermes").parser(tools=TOOLS, parse_tools=False)
+    assert read(quiet, wrapped(JSON_OSLO)) == [("content", wrapped(JSON_OSLO))]
 
 
 def test_text_is_held_back_only_while_it_may_be_a_tag():
-    parser = _parser()
+    parser = make_parser()
     assert parser.push("Hello") == [Content("Hello")]
     assert parser.push(" ") == []
     assert parser.push("you <") == [Content(" you")]
@@ -126,11 +115,11 @@ def test_text_is_held_back_only_while_it_may_be_a_tag():
     ],
 )
 def test_reasoning_is_told_from_the_answer(text, thinking, found):
-    assert _read(text, thinking=thinking) == found
+    assert found_in(text, thinking=thinking) == found
 
 
 def test_the_parser_says_whether_the_model_is_thinking():
-    parser = _parser(prompt_tail="<think>\n")
+    parser = make_parser(prompt_tail="<think>\n")
     assert parser.is_in_reasoning
     parser.push("Hm.")
     assert parser.is_in_reasoning
@@ -139,7 +128,7 @@ def test_the_parser_says_whether_the_model_is_thinking():
 
 
 def test_reasoning_streams_without_waiting_for_its_end():
-    parser = _parser(prompt_tail="<think>\n")
+    parser = make_parser(prompt_tail="<think>\n")
     assert parser.push("Let me see") == [Reasoning("Let me see")]
     assert parser.push(".\n") == [Reasoning(".")]
     assert parser.push("</think>\n\nSo") == [Content("So")]
@@ -148,33 +137,33 @@ def test_reasoning_streams_without_waiting_for_its_end():
 # Calls
 
 
-@pytest.mark.parametrize("body", [_JSON_OSLO, _XML_OSLO])
+@pytest.mark.parametrize("body", [JSON_OSLO, XML_OSLO])
 @pytest.mark.parametrize(
     ("before", "after", "found"),
     [
-        ("", "", [_OSLO]),
-        ("\n", "\n", [_OSLO]),
-        ("I will look.", "\n", [("content", "I will look."), _OSLO]),
-        ("I will look.\n\n", "", [("content", "I will look."), _OSLO]),
-        ("", "\n\nDone.\n", [_OSLO, ("content", "Done.\n")]),
-        ("I will.", "Done.", [("content", "I will."), _OSLO, ("content", "\nDone.")]),
-        ("I will.\n\n", "\nDone.", [("content", "I will."), _OSLO, ("content", "\n\nDone.")]),
-        ("<think>\nHm.\n</think>\n\n", "", [("reasoning", "Hm."), _OSLO]),
+        ("", "", [OSLO]),
+        ("\n", "\n", [OSLO]),
+        ("I will look.", "\n", [("content", "I will look."), OSLO]),
+        ("I will look.\n\n", "", [("content", "I will look."), OSLO]),
+        ("", "\n\nDone.\n", [OSLO, ("content", "Done.\n")]),
+        ("I will.", "Done.", [("content", "I will."), OSLO, ("content", "\nDone.")]),
+        ("I will.\n\n", "\nDone.", [("content", "I will."), OSLO, ("content", "\n\nDone.")]),
+        ("<think>\nHm.\n</think>\n\n", "", [("reasoning", "Hm."), OSLO]),
     ],
 )
 def test_only_whitespace_between_a_call_and_text_is_dropped(body, before, after, found):
-    assert _read(before + _wrapped(body) + after) == found
+    assert found_in(before + wrapped(body) + after) == found
 
 
 def test_several_calls_are_numbered():
     now = ("call", "now", {})
-    text = f"{_wrapped(_JSON_OSLO)}\n{_wrapped(_XML_OSLO)}\n" + _wrapped('{"name": "now", "arguments": {}}')
-    assert _read(text) == [_OSLO, _OSLO, now]
-    assert _read(_wrapped("<function=now>\n</function>") * 2) == [now, now]
+    text = f"{wrapped(JSON_OSLO)}\n{wrapped(XML_OSLO)}\n" + wrapped('{"name": "now", "arguments": {}}')
+    assert found_in(text) == [OSLO, OSLO, now]
+    assert found_in(wrapped("<function=now>\n</function>") * 2) == [now, now]
 
 
 def test_arguments_of_json_stream_while_they_come():
-    parser = _parser()
+    parser = make_parser()
     assert parser.push('<tool_call>\n{"name": "write_file", "argum') == []
     assert parser.push('ents": {"path": "a.t') == [
         ToolStart(0, "write_file"),
@@ -188,7 +177,7 @@ def test_arguments_of_json_stream_while_they_come():
 
 
 def test_arguments_of_xml_stream_while_they_come():
-    parser = _parser()
+    parser = make_parser()
     assert parser.push("<tool_call>\n<function=write_file>") == [
         ToolStart(0, "write_file"),
     ]
@@ -201,149 +190,24 @@ def test_arguments_of_xml_stream_while_they_come():
     assert parser.push("ameter>\n</function>\n</tool_call>") == [ToolArguments(0, '"}')]
 
 
-# What models make of it
-
-
-_DRIFT = {
-    "no end": ("<tool_call>\n" + _JSON_OSLO, [_OSLO]),
-    "no end, and another": (f"<tool_call>\n{_JSON_OSLO}\n" * 2, [_OSLO, _OSLO]),
-    "no end, and text": (f"<tool_call>\n{_JSON_OSLO}\nThere.", [_OSLO, ("content", "There.")]),
-    "no end of the object": (_wrapped(_JSON_OSLO[:-1]), [_OSLO]),
-    "no end of the arguments": (_wrapped(_JSON_OSLO[:-2]), [_OSLO]),
-    "no end of anything": ("<tool_call>" + _JSON_OSLO[:-2], [_OSLO]),
-    "a bracket too many": (_wrapped(_JSON_OSLO + "}"), [_OSLO]),
-    "no beginning": (_JSON_OSLO + "\n</tool_call>", [_OSLO]),
-    "no beginning behind text": (
-        f"I will look.\n{_JSON_OSLO}\n</tool_call>",
-        [("content", "I will look."), _OSLO],
-    ),
-    "neither beginning nor end": (_JSON_OSLO, [_OSLO]),
-    "two beginnings": ("<tool_call>\n" + _wrapped(_JSON_OSLO), [_OSLO]),
-    "a fence within": (_wrapped(f"```json\n{_JSON_OSLO}\n```"), [_OSLO]),
-    "a fence instead": (f"```json\n{_JSON_OSLO}\n```", [_OSLO]),
-    "two in one": (_wrapped(f"{_JSON_OSLO}\n{_JSON_OSLO}"), [_OSLO, _OSLO]),
-    "two in one with a comma": (_wrapped(f"{_JSON_OSLO},\n{_JSON_OSLO}"), [_OSLO, _OSLO]),
-    "a list": (_wrapped(f"[{_JSON_OSLO}, {_JSON_OSLO}]"), [_OSLO, _OSLO]),
-    "spread over lines": (_wrapped(json.dumps(json.loads(_JSON_OSLO), indent=4)), [_OSLO]),
-    "arguments first": (_wrapped('{"arguments": {"city": "Oslo"}, "name": "get_weather"}'), [_OSLO]),
-    "parameters": (_wrapped('{"name": "get_weather", "parameters": {"city": "Oslo"}}'), [_OSLO]),
-    "as in the api": (
-        _wrapped('{"id": "1", "type": "function", "function": ' + _JSON_OSLO + "}"),
-        [_OSLO],
-    ),
-    "arguments as a text": (
-        _wrapped('{"name": "get_weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'),
-        [_OSLO],
-    ),
-    "arguments as a text first": (
-        _wrapped('{"arguments": "{\\"city\\": \\"Oslo\\"}", "name": "get_weather"}'),
-        [_OSLO],
-    ),
-    "no arguments": (_wrapped('{"name": "now"}'), [("call", "now", {})]),
-    "null arguments": (_wrapped('{"name": "now", "arguments": null}'), [("call", "now", {})]),
-    "empty arguments": (_wrapped('{"name": "now", "arguments": ""}'), [("call", "now", {})]),
-    "arguments beside the name": (_wrapped('{"name": "get_weather", "city": "Oslo"}'), [_OSLO]),
-    "no name": (_wrapped('{"city": "Oslo"}'), [_OSLO]),
-    "no name but arguments": (_wrapped('{"arguments": {"city": "Oslo"}}'), [_OSLO]),
-    "python": (
-        _wrapped("{'name': 'plot', 'arguments': {'is_log': True, 'title': None, 'scale': 1.5,}}"),
-        [("call", "plot", {"is_log": True, "title": None, "scale": 1.5})],
-    ),
-    "trailing commas": (
-        _wrapped('{"name": "plot", "arguments": {"points": [1, 2,], "scale": 2,},}'),
-        [("call", "plot", {"points": [1, 2], "scale": 2})],
-    ),
-    "quotes within": (
-        _wrapped('{"name": "get_weather", "arguments": {"city": "the "old" Oslo"}}'),
-        [("call", "get_weather", {"city": 'the "old" Oslo'})],
-    ),
-    "lines within": (
-        _wrapped('{"name": "write_file", "arguments": {"path": "a", "content": "x\n\ty"}}'),
-        [("call", "write_file", {"path": "a", "content": "x\n\ty"})],
-    ),
-    "escapes that are none": (
-        _wrapped(r'{"name": "write_file", "arguments": {"path": "C:\dir", "content": "it\'s \d"}}'),
-        [("call", "write_file", {"path": "C:\\dir", "content": "it's \\d"})],
-    ),
-    "a tag within a string": (
-        _wrapped('{"name": "get_weather", "arguments": {"city": "</tool_call>"}}'),
-        [("call", "get_weather", {"city": "</tool_call>"})],
-    ),
-    "blanks in the name": (_wrapped(_JSON_OSLO.replace("get_weather", " get_weather\\n")), [_OSLO]),
-    "another spelling": (_wrapped(_JSON_OSLO.replace("get_weather", "functions.Get-Weather")), [_OSLO]),
-    "the name before the object": (_wrapped('get_weather\n{"city": "Oslo"}'), [_OSLO]),
-    "an unknown tool": (
-        _wrapped('{"name": "fly", "arguments": {"to": "Oslo"}}'),
-        [("call", "fly", {"to": "Oslo"})],
-    ),
-    "an unknown tool in xml": (
-        _wrapped("<function=fly>\n<parameter=to>\nOslo\n</parameter>\n</function>"),
-        [("call", "fly", {"to": "Oslo"})],
-    ),
-    "xml without tool_call": (_XML_OSLO, [_OSLO]),
-    "xml without its beginning": (
-        f"I will look.\n\n{_XML_OSLO}\n</tool_call>",
-        [("content", "I will look."), _OSLO],
-    ),
-    "xml without any end": ("<tool_call>\n" + _XML_OSLO.partition("\n</p")[0], [_OSLO]),
-    "xml without the function's end": (_wrapped(_XML_OSLO.partition("\n</f")[0]), [_OSLO]),
-    "xml without the parameter's end": (_wrapped(_XML_OSLO.replace("</parameter>\n", "")), [_OSLO]),
-    "xml without ends between": (
-        _wrapped("<function=write_file>\n<parameter=path>\na\n<parameter=content>\nb\n</function>"),
-        [("call", "write_file", {"path": "a", "content": "b"})],
-    ),
-    "xml in one line": (_wrapped(_XML_OSLO.replace("\n", "")), [_OSLO]),
-    "xml in one line without tool_call": (_XML_OSLO.replace("\n", ""), [_OSLO]),
-    "xml with a missing bracket": (_wrapped(_XML_OSLO.replace("weather>", "weather")), [_OSLO]),
-    "xml with attributes": (
-        _wrapped('<function name="get_weather"><parameter name="city">Oslo</parameter></function>'),
-        [_OSLO],
-    ),
-    "xml with blanks in names": (
-        _wrapped(_XML_OSLO.replace("=get_weather", "= get_weather ").replace("=city", "= city")),
-        [_OSLO],
-    ),
-    "xml with too many ends": (
-        _wrapped(_XML_OSLO + "\n</function>\n</function_invocation>"),
-        [_OSLO],
-    ),
-    "xml with a parameter's end too many": (
-        _wrapped(_XML_OSLO.replace("</parameter>", "</parameter>\n</parameter>")),
-        [_OSLO],
-    ),
-    "xml with an object": (_wrapped('<function=get_weather>\n{"city": "Oslo"}\n</function>'), [_OSLO]),
-    "xml with a parameter twice": (
-        _wrapped(_XML_OSLO.replace("</function>", "<parameter=city>\nRome\n</parameter>\n</function>")),
-        [_OSLO],
-    ),
-    "two functions in one": (_wrapped(_XML_OSLO + "\n" + _XML_OSLO), [_OSLO, _OSLO]),
-    "parameters without a function": (
-        _wrapped("<parameter=path>\na\n</parameter>\n<parameter=content>\nb\n</parameter>"),
-        [("call", "write_file", {"path": "a", "content": "b"})],
-    ),
-}
-
-
-@pytest.mark.parametrize(("text", "found"), _DRIFT.values(), ids=_DRIFT)
-def test_a_call_is_understood_in_spite_of(text, found):
-    assert _read(text) == found
+# Calls in reasoning
 
 
 @pytest.mark.parametrize("end", ["", "\n</think>", "\n</think>\n\n"])
-@pytest.mark.parametrize("calls", [[_JSON_OSLO], [_XML_OSLO], [_JSON_OSLO, _XML_OSLO]])
+@pytest.mark.parametrize("calls", [[JSON_OSLO], [XML_OSLO], [JSON_OSLO, XML_OSLO]])
 def test_calls_that_end_the_reasoning_are_calls(calls, end):
-    text = "I will look.\n\n" + "\n".join(map(_wrapped, calls)) + end
-    assert _read(text, thinking=True) == [("reasoning", "I will look."), *([_OSLO] * len(calls))]
+    text = "I will look.\n\n" + "\n".join(map(wrapped, calls)) + end
+    assert found_in(text, thinking=True) == [("reasoning", "I will look."), *([OSLO] * len(calls))]
 
 
 def test_a_function_without_tool_call_may_end_the_reasoning():
-    assert _read(f"Hm.\n{_XML_OSLO}", thinking=True) == [("reasoning", "Hm."), _OSLO]
+    assert found_in(f"Hm.\n{XML_OSLO}", thinking=True) == [("reasoning", "Hm."), OSLO]
 
 
 @pytest.mark.parametrize("after", ["\nOr not.\n</think>\n\nNo.", "\n</think>\n\nNo."])
 def test_calls_that_are_only_thought_of_stay_reasoning(after):
-    thought = f"I could call\n{_wrapped(_JSON_OSLO)}"
-    found = _read(thought + after, thinking=True)
+    thought = f"I could call\n{wrapped(JSON_OSLO)}"
+    found = found_in(thought + after, thinking=True)
     reasoning = (thought + after).partition("\n</think>")[0]
     assert found == [("reasoning", reasoning), ("content", "No.")]
 
@@ -351,124 +215,25 @@ def test_calls_that_are_only_thought_of_stay_reasoning(after):
 @pytest.mark.parametrize(
     "example",
     [
-        "<tool_call>\n" + _JSON_OSLO[:-3],
+        "<tool_call>\n" + JSON_OSLO[:-3],
         "<tool_call>\n{...",
         "<tool_call>\n<function=get_weather>\n<parameter=city>",
     ],
 )
 def test_a_broken_call_in_the_reasoning_does_not_swallow_the_answer(example):
-    text = f"They look like\n{example}\nand so on.\n</think>\n\nYes.\n{_wrapped(_JSON_OSLO)}"
-    found = _read(text, thinking=True)
-    assert found == [("reasoning", text.partition("\n</think>")[0]), ("content", "Yes."), _OSLO]
+    text = f"They look like\n{example}\nand so on.\n</think>\n\nYes.\n{wrapped(JSON_OSLO)}"
+    found = found_in(text, thinking=True)
+    assert found == [("reasoning", text.partition("\n</think>")[0]), ("content", "Yes."), OSLO]
 
 
 def test_a_call_that_is_thought_of_and_then_made_is_made_once():
-    text = f"I could call\n{_wrapped(_JSON_OSLO)}\n</think>\n\n{_wrapped(_XML_OSLO)}"
-    assert _read(text, thinking=True) == [("reasoning", f"I could call\n{_wrapped(_JSON_OSLO)}"), _OSLO]
-
-
-def test_a_parameter_may_contain_the_tags_of_parameters():
-    content = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter> and so on\n</x>\n\n"
-    text = _wrapped(
-        f"<function=write_file>\n<parameter=path>\na\n</parameter>\n<parameter=content>\n{content}\n"
-        "</parameter>\n</function>"
-    )
-    assert _read(text) == [("call", "write_file", {"path": "a", "content": content})]
+    text = f"I could call\n{wrapped(JSON_OSLO)}\n</think>\n\n{wrapped(XML_OSLO)}"
+    assert found_in(text, thinking=True) == [("reasoning", f"I could call\n{wrapped(JSON_OSLO)}"), OSLO]
 
 
 def test_broken_calls_without_end_are_read_in_linear_time():
     text = '<tool_call>{"' * 20_000
-    assert _read(text) == [("content", text)]
-
-
-# Types
-
-
-@pytest.mark.parametrize(
-    ("key", "written", "value"),
-    [
-        ("days", "3", 3),
-        ("days", "3.0", 3),
-        ("days", "three", "three"),
-        ("days", "3.5", "3.5"),
-        ("city", "5", "5"),
-        ("city", "null", "null"),
-        ("city", '"Oslo"', '"Oslo"'),
-        ("elsewhere", "5", "5"),
-    ],
-)
-def test_parameters_of_xml_become_the_declared_types(key, written, value):
-    text = _wrapped(f"<function=get_weather>\n<parameter={key}>\n{written}\n</parameter>\n</function>")
-    assert _read(text) == [("call", "get_weather", {key: value})]
-
-
-@pytest.mark.parametrize(
-    ("key", "written", "value"),
-    [
-        ("title", "null", None),
-        ("title", "None", None),
-        ("title", "nullify", "nullify"),
-        ("title", "A", "A"),
-        ("points", "[1, 2.5]", [1, 2.5]),
-        ("points", "\n[1,\n 2]\n", [1, 2]),
-        ("points", "(1, 2)", "(1, 2)"),
-        ("scale", "1e3", 1000.0),
-        ("scale", "7", 7),
-        ("is_log", "True", True),
-        ("is_log", "false", False),
-        ("is_log", "perhaps", "perhaps"),
-        ("options", '{"a": {"b": 1}}', {"a": {"b": 1}}),
-        ("options", "{'a': None}", {"a": None}),
-        ("options", '{"a": 1} and more', '{"a": 1} and more'),
-        ("id", "7", 7),
-        ("id", "x7", "x7"),
-        ("anything", "[1]", [1]),
-        ("anything", "word", "word"),
-    ],
-)
-def test_parameters_of_xml_become_one_of_several_types(key, written, value):
-    text = _wrapped(f"<function=plot>\n<parameter={key}>\n{written}\n</parameter>\n</function>")
-    assert _read(text) == [("call", "plot", {key: value})]
-
-
-@pytest.mark.parametrize(
-    ("key", "written", "value"),
-    [
-        ("title", '"7"', "7"),
-        ("title", "7", "7"),
-        ("title", "null", None),
-        ("points", '"[1, 2]"', [1, 2]),
-        ("points", "[1, 2]", [1, 2]),
-        ("points", '"none"', "none"),
-        ("scale", '"2.5"', 2.5),
-        ("is_log", '"true"', True),
-        ("is_log", "1", 1),
-        ("options", '"{\\"a\\": 1}"', {"a": 1}),
-        ("id", '"7"', "7"),
-        ("id", "7", 7),
-        ("anything", '"[1]"', "[1]"),
-        ("unknown", "7", 7),
-    ],
-)
-def test_values_of_json_become_one_of_the_declared_types(key, written, value):
-    text = _wrapped(f'{{"name": "plot", "arguments": {{"{key}": {written}}}}}')
-    assert _read(text) == [("call", "plot", {key: value})]
-
-
-# Cut off
-
-
-@pytest.mark.parametrize("body", [_JSON_OSLO, _XML_OSLO])
-def test_a_call_that_is_cut_off_is_not_completed(body):
-    whole = _wrapped(body)
-    for length in range(len(whole)):
-        found = read(_parser(), [whole[:length]], truncated=True)
-        if found and found[0][0] == "call":
-            arguments = found[0][2]
-            assert '{"city": "Oslo"}'.startswith(arguments)
-            assert len(found) == 1
-        else:
-            assert found == ([("content", whole[:length])] if length else [])
+    assert found_in(text) == [("content", text)]
 
 
 # Whatever comes
@@ -480,7 +245,7 @@ _PIECES = st.sampled_from(
         "</function>", "<parameter=city>", "<parameter=days>", "</parameter>", "\n", "\n\n", " ", "\r\n", "<",
         ">", "{", "}", "[", "]", '"', "'", ",", ":", "\\", "```json\n", "```", "Oslo", "3", "True", "null",
         '{"name": "get_weather", "arguments": {', '{"name": "', '"arguments"', "get_weather", "\\u00e9",
-        "\\ud83d", "é😀", _JSON_OSLO, _XML_OSLO,
+        "\\ud83d", "é😀", JSON_OSLO, XML_OSLO,
     ]
 )  # fmt: skip
 _TEXTS = st.lists(_PIECES | st.text(max_size=5), max_size=30).map("".join)
@@ -497,15 +262,15 @@ def _cut(draw):
 @given(pieces=_cut(), thinking=st.booleans(), truncated=st.booleans())
 def test_how_a_text_is_cut_makes_no_difference(pieces, thinking, truncated):
     tail = "<think>\n" if thinking else ""
-    found = read(_parser(prompt_tail=tail), pieces, truncated=truncated)
-    assert found == read(_parser(prompt_tail=tail), ["".join(pieces)], truncated=truncated)
-    assert found == read(_parser(prompt_tail=tail), "".join(pieces), truncated=truncated)
+    found = read(make_parser(prompt_tail=tail), pieces, truncated=truncated)
+    assert found == read(make_parser(prompt_tail=tail), ["".join(pieces)], truncated=truncated)
+    assert found == read(make_parser(prompt_tail=tail), "".join(pieces), truncated=truncated)
 
 
 @settings(max_examples=400)
 @given(text=_TEXTS, thinking=st.booleans())
 def test_whatever_is_read_arguments_are_objects(text, thinking):
-    found = read(_parser(prompt_tail="<think>" if thinking else ""), [text])
+    found = read(make_parser(prompt_tail="<think>" if thinking else ""), [text])
     for item in loaded(found):
         assert item[0] != "call" or isinstance(item[2], dict)
 
@@ -513,7 +278,7 @@ def test_whatever_is_read_arguments_are_objects(text, thinking):
 @settings(max_examples=400)
 @given(text=_TEXTS)
 def test_no_text_is_lost_where_nothing_is_a_call(text):
-    found = read(_parser(), [text])
+    found = read(make_parser(), [text])
     if not any(item[0] == "call" for item in found):
         kept = "".join(item[1] for item in found)
         for tag in ("<think>", "</think>"):
@@ -536,8 +301,8 @@ _VALUES = st.recursive(
 @example(arguments={"a": '</tool_call>", "b": {'}, indent=None, ascii_only=False)
 def test_valid_json_means_what_it_says(arguments, indent, ascii_only):
     call = {"name": "free", "arguments": arguments}
-    text = _wrapped(json.dumps(call, indent=indent, ensure_ascii=ascii_only))
-    found = read(_parser(), [text])
+    text = wrapped(json.dumps(call, indent=indent, ensure_ascii=ascii_only))
+    found = read(make_parser(), [text])
     assert loaded(found) == [("call", "free", arguments)]
     if indent is None and not ascii_only:
         assert found[0][2] == json.dumps(arguments, ensure_ascii=False)
@@ -545,13 +310,13 @@ def test_valid_json_means_what_it_says(arguments, indent, ascii_only):
 
 @given(path=st.text(), content=st.text(), days=st.integers())
 def test_xml_means_what_it_says(path, content, days):
-    text = _wrapped(
+    text = wrapped(
         f"<function=write_file>\n<parameter=path>\n{path}\n</parameter>\n"
         f"<parameter=content>\n{content}\n</parameter>\n</function>"
     )
-    assert _read(text) == [("call", "write_file", {"path": path, "content": content})]
-    text = _wrapped(f"<function=get_weather>\n<parameter=days>\n{days}\n</parameter>\n</function>")
-    assert _read(text) == [("call", "get_weather", {"days": days})]
+    assert found_in(text) == [("call", "write_file", {"path": path, "content": content})]
+    text = wrapped(f"<function=get_weather>\n<parameter=days>\n{days}\n</parameter>\n</function>")
+    assert found_in(text) == [("call", "get_weather", {"days": days})]
 
 
 def test_other_markers_of_reasoning_are_read_too():
@@ -563,7 +328,7 @@ def test_other_markers_of_reasoning_are_read_too():
 
 
 def test_the_number_of_calls_is_known():
-    parser = _parser()
-    events = parser.push(_wrapped(_JSON_OSLO) * 2)
+    parser = make_parser()
+    events = parser.push(wrapped(JSON_OSLO) * 2)
     assert summary(events + parser.flush())
     assert parser.num_calls == 2
