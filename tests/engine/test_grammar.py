@@ -142,6 +142,11 @@ def test_a_vocabulary_without_an_end_still_has_texts_that_end(make_tokenizer):
         (_schema({"type": "objekt"}), "objekt"),
         (_schema({"not": {"type": "string"}}), "Unimplemented keys"),
         (_schema({"$ref": "#/$defs/missing"}), "missing"),
+        (GrammarSpec("json_schema", "true"), "is true; expected an object"),
+        (GrammarSpec("json_schema", "[" * 100_000), "is not JSON"),
+        (GrammarSpec("regex", "a" * 300_000), "has 300000 characters"),
+        (GrammarSpec("regex", "a\ud800"), "not valid Unicode"),
+        (GrammarSpec("regex", "(" * 50_000 + "a" + ")" * 50_000), "invalid regex"),
         (GrammarSpec("regex", "(a"), "unclosed group"),
         (GrammarSpec("lark", "start: other"), "other"),
     ],
@@ -151,6 +156,22 @@ def test_a_bad_grammar_is_refused_with_the_reason(compiler, spec, words):
         compiler.compile(spec)
     assert caught.value.param == "response_format"
     assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("kind", ["lark", "json_schema"])
+def test_a_grammar_may_nest_as_deeply_as_it_is_long_and_nothing_crashes(compiler, tokenizer, kind):
+    depth = 4000
+    if kind == "lark":
+        rules = "\n".join(f'a{i}: "[" a{i + 1} "]" | "x"' for i in range(depth))
+        spec = GrammarSpec("lark", f'start: a0\n{rules}\na{depth}: "x"')
+    else:
+        definitions = {
+            f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(depth)
+        }
+        spec = _schema({"$ref": "#/$defs/d0", "$defs": definitions | {f"d{depth}": {"type": "integer"}}})
+    size = threading.stack_size()
+    _walk(compiler.compile(spec), tokenizer.encode("[["))
+    assert threading.stack_size() == size
 
 
 def test_an_unknown_kind_is_refused():

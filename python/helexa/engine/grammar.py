@@ -7,8 +7,11 @@ reads. The compiled form is copied for each sequence, which takes microseconds.
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 import llguidance
 import numpy as np
@@ -17,14 +20,20 @@ import numpy.typing as npt
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import InvalidParameter
 
+T = TypeVar("T")
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 PARAM = "response_format"
 
+_stack_size = threading.Lock()  # the size of new stacks is a setting of the process
 _CACHED = 32  # compiled grammars that are kept
 # Copies of a compiled grammar share the states of its lexer, which only ever grow, up to a bound at which the
 # parser gives up. So after that many tokens the grammar is compiled anew.
 _WORN_TOKENS = 4096
 _LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+_SOURCE = 256 << 10  # characters of a grammar
+# The parser descends into a grammar level by level, and a level takes up to some ten kilobytes. On a common
+# stack of 8 MB, three thousand rules that name each other in a row would end the process.
+_STACK_BYTES = 512 << 20
 _MESSAGE = 500  # characters of an error that are passed on
 # One blank, or a line and its indentation: a weak model would fill its answer with blanks if it might.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"\x20|\r?\n[\x20\t]{0,64}"}
@@ -105,6 +114,9 @@ class GrammarCompiler:
         self._vocabulary = _Vocabulary(tokenizer)
         self._compiled: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._compiling = (
+            threading.Lock()
+        )  # one at a time: it may take seconds, and the engine needs the cores
 
     def compile(self, spec: GrammarSpec) -> Matcher:
         """A matcher at the start of the grammar.
@@ -117,8 +129,8 @@ class GrammarCompiler:
             if grammar is not None:
                 self._compiled.move_to_end(spec)
         if grammar is None:
-            grammar = self._vocabulary.compile(spec)
-            grammar.matcher().allowed()  # some grammars fail only now
+            with self._compiling:
+                grammar = self._fresh(spec) or _on_a_large_stack(partial(self._vocabulary.compile, spec))
             with self._lock:
                 self._compiled[spec] = grammar
                 self._compiled.move_to_end(spec)
@@ -163,21 +175,46 @@ class _Vocabulary:
         matcher = llguidance.LLMatcher(self._parsed, _source(spec), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidParameter(f"the grammar is refused: {_shortened(matcher.get_error())}", param=PARAM)
-        return CompiledGrammar(matcher, self._tokenizer.vocab_size)
+        grammar = CompiledGrammar(matcher, self._tokenizer.vocab_size)
+        grammar.matcher().allowed()  # some grammars fail only now
+        return grammar
 
 
 def _source(spec: GrammarSpec) -> str:
     """The grammar in the parser's own form."""
+    if len(spec.source) > _SOURCE:
+        message = f"the grammar has {len(spec.source)} characters; expected at most {_SOURCE}"
+        raise InvalidParameter(message, param=PARAM)
+    try:
+        spec.source.encode()
+    except UnicodeEncodeError as error:
+        message = f"the grammar is not valid Unicode: half a surrogate pair at character {error.start}"
+        raise InvalidParameter(message, param=PARAM) from None
     if spec.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(spec.source)
     if spec.kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(spec.source)
     schema = '{"type": "object"}' if spec.kind == "json_object" else spec.source
     try:
-        json.loads(schema)
-    except ValueError as error:
+        value = json.loads(schema)
+    except (ValueError, RecursionError) as error:
         raise InvalidParameter(f"the JSON schema is not JSON: {error}", param=PARAM) from None
+    if not isinstance(value, dict):
+        message = f"the JSON schema is {_shortened(schema)}; expected an object"
+        raise InvalidParameter(message, param=PARAM)
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+
+
+def _on_a_large_stack(work: Callable[[], T]) -> T:
+    """What `work` returns, from a thread of its own."""
+    with ThreadPoolExecutor(1, "grammar") as pool:
+        with _stack_size:
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                result = pool.submit(work)
+            finally:
+                threading.stack_size(before)
+        return result.result()
 
 
 def _shortened(message: str) -> str:
