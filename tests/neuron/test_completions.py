@@ -96,6 +96,16 @@ async def test_token_ids_go_in_as_they_are(api):
     assert answer.usage.prompt_tokens == len(prompt)
 
 
+async def test_an_answer_says_which_stop_string_ended_it(api):
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    asked = ask(prompt, stop=["xyz", "lo"], max_tokens=50)
+    (choice,) = (await api.completions.create(**asked)).choices
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == ("Hel", "stop", "lo")
+    chunks = [chunk.choices[0] async for chunk in await api.completions.create(**asked, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == "Hel"
+    assert chunks[-1].stop_reason == "lo"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

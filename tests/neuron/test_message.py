@@ -1,5 +1,7 @@
 """Messages read from deltas, without an engine: however tokens and texts are cut, the message is the same."""
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -93,3 +95,14 @@ def test_a_message_that_is_not_finished_may_not_be_continued():
     reading = reader()
     reading.feed(Delta("hi", WORDS.encode("hi")))
     assert not reading.is_faithful
+
+
+def test_a_call_that_a_stop_string_cuts_is_no_call_to_be_made():
+    reading = reader()
+    for delta in deltas('<tool_call>\n{"name": "f", "arguments": {"a": "x', [3], []):
+        last = delta.finish_reason is not None
+        reading.feed(replace(delta, stop="y") if last else delta)
+    assert (reading.finish_reason, reading.stop) == ("stop", "y")
+    assert not reading.is_faithful
+    with pytest.raises(ValueError, match="Unterminated"):
+        json.loads(reading.message().tool_calls[0].function.arguments)

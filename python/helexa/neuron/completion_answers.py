@@ -34,11 +34,13 @@ class CompletionAnswers(Answers):
         self._texts: list[list[str]] = [[] for _ in echoes]
         self._logprobs: list[list[TokenLogprob]] = [[] for _ in echoes]
         self._finish_reasons: list[FinishReason | None] = [None] * len(echoes)
+        self._stops: list[str | None] = [None] * len(echoes)
 
     def add(self, index: int, delta: Delta) -> None:
         self._texts[index].append(delta.text)
         self._logprobs[index] += delta.logprobs or ()
         self._finish_reasons[index] = cast(FinishReason | None, delta.finish_reason)
+        self._stops[index] = delta.stop
 
     def events(self, index: int, delta: Delta) -> bytes:
         reason = cast(FinishReason | None, delta.finish_reason)
@@ -50,7 +52,7 @@ class CompletionAnswers(Answers):
         if not text and not delta.logprobs and not reason:
             return b""
         logprobs = self._wire(index, delta.logprobs, echo if is_first else None)
-        return self._chunk([CompletionChoice(index, text, logprobs, reason)])
+        return self._chunk([CompletionChoice(index, text, logprobs, reason, delta.stop or msgspec.UNSET)])
 
     def whole(self, usage: Usage) -> bytes:
         choices = [
@@ -59,6 +61,7 @@ class CompletionAnswers(Answers):
                 echo.text + "".join(self._texts[index]),
                 self._wire(index, self._logprobs[index] or None, echo),
                 self._finish_reasons[index],
+                self._stops[index] or msgspec.UNSET,
             )
             for index, echo in enumerate(self._echoes)
         ]

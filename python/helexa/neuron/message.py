@@ -120,7 +120,7 @@ class MessageReader:
         self.token_ids += delta.token_ids
         parts = self._plain(delta) if self._parser is None else self._parse(self._parser, delta)
         if delta.finish_reason:
-            is_call = self._calls and delta.finish_reason == "stop"
+            is_call = self._calls and delta.finish_reason == "stop" and delta.stop is None
             self.finish_reason = cast(FinishReason, "tool_calls" if is_call else delta.finish_reason)
             self.stop = delta.stop
         return parts

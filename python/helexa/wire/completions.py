@@ -88,6 +88,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | msgspec.UnsetType = msgspec.UNSET  # extension: the stop string that ended the text
 
 
 class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
