@@ -17,6 +17,7 @@ ALLOWED = {
     "log": set(),
     "settings": {"errors"},
     "serving": {"errors"},
+    "server": {"wire"},
     "quant": set(),
     "ops": {"quant", "_C"},
     "layers": {"ops", "quant"},
@@ -24,11 +25,11 @@ ALLOWED = {
     "models": {"layers", "ops", "quant"},
     "engine": {"models", "layers", "weights", "ops", "quant"},
     "wire": set(),
-    "gateway": {"serving", "wire"},
-    "neuron": {"engine", "serving", "weights", "wire"},
+    "gateway": {"server", "serving", "wire"},
+    "neuron": {"engine", "server", "serving", "weights", "wire"},
     "cli": {"gateway", "neuron", "serving", "wire", "engine", "weights"},
 }
-LIGHT = {"errors", "settings", "log", "serving", "wire", "gateway", "cli"}
+LIGHT = {"errors", "settings", "log", "server", "serving", "wire", "gateway", "cli"}
 HEAVY = {"torch", "numpy", "transformers", "tokenizers", "jinja2"}
 # Files that may import inside a function, because what they import is heavy and often not wanted.
 DEFERRING = ("cli/", "models/__init__.py")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import hypercorn.asyncio
 import pytest
 
 from helexa.errors import ConfigError
+from helexa.server import serve
 from helexa.serving import (
     TlsConfig,
     check_secret,
@@ -72,7 +72,7 @@ async def serving(tls: TlsConfig) -> AsyncIterator[str]:
     with listen("127.0.0.1", 0) as listener:
         url, stop = url_of(listener, tls), asyncio.Event()
         settings = server_settings(listener, 0.2, tls)
-        server = asyncio.create_task(hypercorn.asyncio.serve(hello, settings, shutdown_trigger=stop.wait))
+        server = asyncio.create_task(serve(hello, settings, stop.wait))
         try:
             yield url
         finally:

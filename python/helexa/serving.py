@@ -1,6 +1,6 @@
 """What both daemons need to be reached over HTTP: listening sockets, the server's settings, TLS, who is near.
 
-hypercorn serves; this says how, once.
+The settings are hypercorn's; helexa.server follows them.
 """
 
 import ipaddress
@@ -73,7 +73,7 @@ def url_of(listener: socket.socket, tls: TlsConfig | None = None) -> str:
 def server_settings(
     listener: socket.socket, grace_s: float, tls: TlsConfig | None = None
 ) -> hypercorn.config.Config:
-    """How hypercorn serves the listener, which it owns from then on; grace_s: for last words at its end."""
+    """How the listener is served, which is theirs from then on; grace_s: for last words at its end."""
     settings = hypercorn.config.Config()
     settings.bind = [f"fd://{listener.detach()}"]
     settings.errorlog = logging.getLogger("hypercorn.error")

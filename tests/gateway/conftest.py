@@ -17,7 +17,7 @@ from helexa.gateway.app import create_app, create_metrics_app
 from helexa.gateway.catalogue import Catalogue, ModelEntry
 from helexa.gateway.config import GatewayConfig, GatewaySection, NeuronEntry
 from helexa.gateway.gateway import Gateway, running
-from helexa.gateway.server import serve
+from helexa.server import serve
 
 MIB = 2**20
 
@@ -239,17 +239,6 @@ async def serving() -> AsyncIterator[Callable[..., Awaitable[tuple[str, int]]]]:
             return host, int(port)
 
         yield start_serving
-
-
-@pytest.fixture
-def free_listener() -> tuple[hypercorn.config.Config, tuple[str, int]]:
-    """Settings of a server on a free port, and its address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    settings = hypercorn.config.Config()
-    settings.bind = [f"fd://{listener.detach()}"]
-    settings.errorlog = None
-    return settings, address
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """A scripted engine behind a neuron that listens on loopback."""
 
 import asyncio
-import logging
-import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -12,8 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import hypercorn.asyncio
-import hypercorn.config
 import openai
 import pytest
 
@@ -27,6 +23,8 @@ from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, InvalidParameter, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
 from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection, PromptSection
+from helexa.server import serve
+from helexa.serving import listen, server_settings, url_of
 from helexa.weights.load import LoadProgress
 
 
@@ -196,22 +194,17 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
 @asynccontextmanager
 async def listening(neuron: Neuron) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `neuron`, which listens on loopback."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    settings = hypercorn.config.Config()
-    settings.bind = [f"fd://{listener.detach()}"]
-    settings.errorlog = logging.getLogger("hypercorn.error")
-    settings.graceful_timeout = 0.5
-    stop = asyncio.Event()
-    server = asyncio.create_task(hypercorn.asyncio.serve(neuron.app, settings, shutdown_trigger=stop.wait))
-    try:
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False
-        ) as client:
-            yield client
-    finally:
-        stop.set()
-        await server
+    listener = listen("127.0.0.1", 0)
+    url = url_of(listener)
+    app, stop = neuron.app, asyncio.Event()
+    async with app.router.lifespan_context(app):
+        server = asyncio.create_task(serve(app, server_settings(listener, 0.5), stop.wait))
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
+                yield client
+        finally:
+            stop.set()
+            await server
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:

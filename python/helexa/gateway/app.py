@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from helexa import __version__
+from helexa import __version__, server
 from helexa.errors import BadRequest, HelexaError, NotFound
-from helexa.gateway import listing, server
+from helexa.gateway import listing
 from helexa.gateway.admin import Admin, Reload
 from helexa.gateway.anthropic import anthropic
 from helexa.gateway.catalogue import Catalogue

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import hypercorn.asyncio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from helexa import server
 from helexa.engine.engine import Engine
 from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
@@ -183,11 +183,9 @@ async def serve(
             logger.info("draining", extra=fields(grace_s=config.neuron.shutdown_grace_s))
             await neuron.registry.close(config.neuron.shutdown_grace_s)
 
-        await hypercorn.asyncio.serve(
-            neuron.app,  # type: ignore[arg-type]
-            server_settings(listener, _LAST_CONNECTIONS_S, config.tls),
-            shutdown_trigger=drained,
-        )
+        app, settings = neuron.app, server_settings(listener, _LAST_CONNECTIONS_S, config.tls)
+        async with app.router.lifespan_context(app):
+            await server.serve(app, settings, drained)
     logger.info("stopped")
 
 

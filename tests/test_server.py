@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import os
+import socket
+from contextlib import closing
 
 import pytest
 
-from helexa.gateway.server import serve
+from helexa.server import serve
+from helexa.serving import listen, server_settings
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -58,11 +62,37 @@ class Client:
 
 
 @pytest.fixture
-async def connect(serving):
+def free_listener():
+    """Settings of a server on a free port, and its address."""
+    listener = listen("127.0.0.1", 0)
+    address = listener.getsockname()
+    return server_settings(listener, 0.2), address
+
+
+@pytest.fixture
+async def start(free_listener):
+    """`await start(app, **settings)`: the address of a server before that application."""
+    settings, address = free_listener
+    stop, servers = asyncio.Event(), []
+
+    async def start(app, **more):
+        for name, value in more.items():
+            setattr(settings, name, value)
+        servers.append(asyncio.create_task(serve(app, settings, stop.wait)))
+        await asyncio.sleep(0)
+        return address
+
+    yield start
+    stop.set()
+    await asyncio.gather(*servers)
+
+
+@pytest.fixture
+async def connect(start):
     clients = []
 
     async def connect(app, **settings):
-        client = Client(*await asyncio.open_connection(*await serving(app, **settings)))
+        client = Client(*await asyncio.open_connection(*await start(app, **settings)))
         clients.append(client)
         return client
 
@@ -275,3 +305,21 @@ async def test_a_client_that_leaves_within_its_body_is_told_to_the_application(c
     await asyncio.sleep(0.05)
     client.writer.close()
     await asyncio.wait_for(told.wait(), 5)
+
+
+async def test_connections_that_their_clients_have_closed_are_closed_at_once(start):
+    address = await start(Echo())
+    loop = asyncio.get_running_loop()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def visit(request):
+        with closing(socket.create_connection(address, 5)) as client:
+            client.sendall(request)
+            while request == POST and not client.recv(65536).endswith(b"0\r\n\r\n"):
+                pass
+
+    for request in (POST, b"", POST[:20]) * 20:
+        await loop.run_in_executor(None, visit, request)
+    async with asyncio.timeout(5):
+        while len(os.listdir("/proc/self/fd")) > before:
+            await asyncio.sleep(0.01)

@@ -1,7 +1,8 @@
-"""The API's server: aiohttp's, whose parser is compiled, before an ASGI application.
+"""The server of both daemons: aiohttp's, whose parser is compiled, before an ASGI application.
 
-Hypercorn, which serves what need not be fast, takes more time for a request than all the rest of the gateway;
-`docs/log.md` has the numbers. HTTP/1.1 alone, no WebSockets and no lifespan, which the API does not have.
+Hypercorn takes more time for a request than all the rest of the gateway (`docs/log.md` has the numbers), and
+keeps a connection that its client has closed until the keep-alive time is over. Its settings stay: they open
+sockets and read certificates. HTTP/1.1 alone, no WebSockets and no lifespan.
 """
 
 import asyncio
