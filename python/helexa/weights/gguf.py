@@ -9,20 +9,19 @@ Source: the GGUF specification in the ggml repository, docs/gguf.md.
 import math
 import mmap
 import os
-import stat
 import struct
 from array import array
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Self, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 
 from helexa.errors import InvalidFile, UnsupportedModel
 from helexa.quant import FORMATS
+from helexa.weights.mapped import MappedFile
 
 _FORMAT_OF_TYPE = {fmt.ggml_type: fmt for fmt in FORMATS.values()}
 _OTHER_TYPES = {  # named when a well-formed file is refused
@@ -61,6 +60,14 @@ class TensorInfo:
     format: str
     offset: int
     nbytes: int
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.num_rows
 
 
 class StringArray(Sequence[str]):
@@ -103,19 +110,17 @@ class StringArray(Sequence[str]):
         return f"<StringArray of {len(self)}: {self._label}>"
 
 
-class GGUFFile:
-    """An open file. It stays readable when its path is deleted or replaced.
+class GGUFFile(MappedFile):
+    """An open file.
 
     metadata: by key, an int, float, bool, str, numpy array or StringArray.   tensors: by name, in file order.
     """
 
     def __init__(self, path: Path):
         """Raises InvalidFile or UnsupportedModel."""
-        self.path = path
-        self._map: mmap.mmap | None = _map_regular(path)
-        self.nbytes = len(self._map)
+        super().__init__(path, "GGUF")
         try:
-            self.metadata, self.tensors = _parse(self._map, path.name)
+            self.metadata, self.tensors = _parse(self.open_map(), path.name)
         except BaseException:
             self.close()
             raise
@@ -126,72 +131,23 @@ class GGUFFile:
 
         Raises KeyError for an unknown name, ValueError once closed, InvalidFile if the file has been cut.
         """
-        mapped, info = self._open_map(), self.tensors[name]
-        end, size = info.offset + info.nbytes, mapped.size()
-        if size < end:  # touching the mapping there would kill the process
-            found = f"a file cut to {size} bytes while open"
-            raise InvalidFile(f"{self.path.name}: found {found}, expected tensor {name!r} up to byte {end}")
-        return memoryview(mapped)[info.offset : end]
+        info = self.tensors[name]
+        return self.view(info.offset, info.nbytes, f"tensor {name!r}")
 
-    def prefetch(self, offset: int, nbytes: int) -> None:
-        """Asks the system to read a range of the file soon; does not wait. ValueError once closed."""
-        mapped = self._open_map()
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        end = min(offset + nbytes, self.nbytes)
-        if start < end:
-            mapped.madvise(mmap.MADV_WILLNEED, start, end - start)
+    def rows(self, name: str, first: int, end: int) -> memoryview:
+        """The bytes of some rows of a tensor, as `data` gives them all; stacked matrices are one."""
+        row_bytes = self.tensors[name].row_bytes
+        return self.data(name)[first * row_bytes : end * row_bytes]
 
-    def release(self, offset: int, nbytes: int) -> None:
-        """Takes a range's pages out of this process; reading them again only takes time.
-
-        A page that the range begins but does not end stays, so ranges in file order release each page once.
-        Raises ValueError once closed.
-        """
-        mapped = self._open_map()
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        end = min(offset + nbytes, self.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if start < end:
-            mapped.madvise(mmap.MADV_DONTNEED, start, end - start)
-
-    def close(self) -> None:
-        """Closes the file; what a view of data() refers to lives as long as the view. May be called again."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with suppress(BufferError):  # a view is alive; the mapping goes with the last of them
-                mapped.close()
-
-    def _open_map(self) -> mmap.mmap:
-        if self._map is None:
-            raise ValueError(f"{self.path.name} is closed")
-        return self._map
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def release_rows(self, name: str, first: int, end: int) -> None:
+        """Takes the pages of some rows out of this process, as `release` does."""
+        info = self.tensors[name]
+        self.release(info.offset + first * info.row_bytes, (end - first) * info.row_bytes)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """The file at `path`, its header parsed and checked; raises InvalidFile or UnsupportedModel."""
     return GGUFFile(Path(path))
-
-
-def _map_regular(path: Path) -> mmap.mmap:
-    """A mapping of a non-empty regular file, which keeps it open; InvalidFile for anything else."""
-    try:
-        # Without O_NONBLOCK opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise InvalidFile(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_size:
-            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
-    found = "an empty file" if stat.S_ISREG(status.st_mode) else "a directory or device"
-    raise InvalidFile(f"{path}: found {found}, expected a GGUF file")
 
 
 class _Cursor:

@@ -1,20 +1,21 @@
-"""The tensors of a GGUF file as models ask for them: matrices packed for the kernels, vectors as float32.
+"""The tensors of a file as models ask for them: matrices packed for the kernels, vectors as float32.
 
 A matrix is packed slice by slice from the mapped file into its final place, and the slice's pages leave the
 process at once, so that loading needs hardly more memory than the weights themselves.
 """
 
 import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from helexa import ops
 from helexa.errors import InvalidFile, OutOfMemory
 from helexa.quant import FORMATS
-from helexa.weights.gguf import GGUFFile, TensorInfo
+from helexa.weights.gguf import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,28 @@ class LoadProgress:
     percent: float
 
 
+class TensorFile(Protocol):
+    """A model's tensors by GGUF's names and in its conventions: a GGUF file, or a checkpoint seen as one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def data(self, name: str) -> memoryview:
+        """All bytes of a tensor."""
+
+    def rows(self, name: str, first: int, end: int) -> memoryview:
+        """The bytes of some rows of a tensor; stacked matrices are one."""
+
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Asks the system to read a range, by TensorInfo.offset, soon; does not wait."""
+
+    def release_rows(self, name: str, first: int, end: int) -> None:
+        """Says that some rows have been read."""
+
+
 class GGUFWeights:
     """What models take their weights from; each tensor is converted once and then shared.
 
@@ -38,7 +61,7 @@ class GGUFWeights:
     caller who knows when the model is ready.
     """
 
-    def __init__(self, file: GGUFFile, *, progress: Callable[[LoadProgress], None] | None = None):
+    def __init__(self, file: TensorFile, *, progress: Callable[[LoadProgress], None] | None = None):
         self.file = file
         self._progress = progress or (lambda progress: None)
         self._matrices: dict[tuple[str, RowBlocks | None], ops.PackedWeight] = {}
@@ -91,9 +114,7 @@ class GGUFWeights:
         return InvalidFile(f"{self.file.path.name}: found {found}, expected {expected}")
 
     def _pack(self, info: TensorInfo, blocks: RowBlocks | None) -> ops.PackedWeight:
-        cols = info.shape[-1]
-        file_rows = math.prod(info.shape[:-1])
-        row_bytes = info.nbytes // file_rows
+        cols, file_rows, row_bytes = info.shape[-1], info.num_rows, info.row_bytes
         parts = blocks or ((0, file_rows),)
         rows = sum(end - first for first, end in parts)
         if any(not 0 <= first < end <= file_rows for first, end in parts):
@@ -104,20 +125,18 @@ class GGUFWeights:
             needed = ops.packed_nbytes(info.format, rows, cols)
             raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
         step = max(_SLICE_BYTES // row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
-        source = self.file.data(info.name)
         for place in range(0, rows, step):
             count = min(step, rows - place)
             pieces = []
             for first, end in _cut(parts, place, count):
-                start, nbytes = first * row_bytes, (end - first) * row_bytes
-                self._read_ahead(info.offset + start)
-                pieces.append(source[start : start + nbytes])
-                self._advance(nbytes)
+                self._read_ahead(info.offset + first * row_bytes)
+                pieces.append(self.file.rows(info.name, first, end))
+                self._advance((end - first) * row_bytes)
             ops.pack_rows(
                 info.format, pieces[0] if len(pieces) == 1 else b"".join(pieces), place, count, weight
             )
             if blocks is None:
-                self.file.release(info.offset + place * row_bytes, count * row_bytes)
+                self.file.release_rows(info.name, place, place + count)
         return weight
 
     def _read_ahead(self, position: int) -> None:
