@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 pytestmark = pytest.mark.timeout(60)
@@ -301,3 +302,17 @@ async def test_a_connection_kept_too_long_does_not_fail_the_request(make_site, n
         if protocol.transport is not None:
             protocol.transport.abort()
     assert (await site.chat())[0] == 200
+
+
+async def test_connections_that_a_crowd_has_left_are_not_kept_by_polls(make_site, make_neuron, monkeypatch):
+    connected = "helexa.gateway.gateway._connector"
+    connector = aiohttp.TCPConnector
+    monkeypatch.setattr(connected, lambda: connector(limit=0, keepalive_timeout=0.5))
+    neuron = make_neuron("tiny", pause_s=0.02)
+    site = await make_site(neuron, poll_interval_s=0.05)
+    await asyncio.gather(*(site.stream() for _ in range(20)))
+    requests = site.gateway.dispatcher._session.connector
+    assert any(requests._conns.values())
+    async with asyncio.timeout(10):
+        while any(requests._conns.values()):
+            await asyncio.sleep(0.05)

@@ -31,7 +31,13 @@ FIRST_POLL_S = 2.0
 class Gateway:
     """The parts that the routes share, alive within `running`; after `reconfigure` most are others."""
 
-    def __init__(self, config: GatewayConfig, catalogue: Catalogue, session: aiohttp.ClientSession):
+    def __init__(
+        self,
+        config: GatewayConfig,
+        catalogue: Catalogue,
+        session: aiohttp.ClientSession,
+        control: aiohttp.ClientSession,
+    ):
         self.fleet = Fleet(_nodes(config, {}))
         self.metrics = Metrics(self.fleet)
         self.relays = Relays()
@@ -39,6 +45,7 @@ class Gateway:
         self.ledger = Ledger()
         self.store = ResponseStore(config.store)
         self._session = session
+        self._control = control
         self._background: list[asyncio.Task[None]] = []
         self._assemble(config, catalogue)
 
@@ -66,12 +73,12 @@ class Gateway:
         await self.store.close()
 
     def _assemble(self, config: GatewayConfig, catalogue: Catalogue) -> None:
-        fleet, session, metrics = self.fleet, self._session, self.metrics
+        fleet, control, metrics = self.fleet, self._control, self.metrics
         self.config, self.catalogue = config, catalogue
-        self.poller = poller = Poller(fleet, session, config.gateway.poll_interval_s)
-        self.loader = Loader(fleet, catalogue, session, poller, metrics, config.gateway.load_timeout_s)
+        self.poller = poller = Poller(fleet, control, config.gateway.poll_interval_s)
+        self.loader = Loader(fleet, catalogue, control, poller, metrics, config.gateway.load_timeout_s)
         placer = Placer(config, catalogue, fleet, poller, self.loader, metrics)
-        self.dispatcher = Dispatcher(config, fleet, session, poller, placer)
+        self.dispatcher = Dispatcher(config, fleet, self._session, poller, placer)
         keeper = Housekeeper(config.eviction, catalogue, fleet, self.loader, placer)
         self._background = [
             asyncio.create_task(poller.run(), name="poller"),
@@ -82,8 +89,9 @@ class Gateway:
 @asynccontextmanager
 async def running(config: GatewayConfig, catalogue: Catalogue) -> AsyncIterator[Gateway]:
     """A gateway whose neurons have been asked once and are polled until the end."""
-    async with aiohttp.ClientSession(connector=_connector(), auto_decompress=False) as session:
-        gateway = Gateway(config, catalogue, session)
+    # Polls have connections of their own: they would keep those alive that many requests at once have left.
+    async with _session() as session, _session() as control:
+        gateway = Gateway(config, catalogue, session, control)
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(gateway.poller.first_round(), FIRST_POLL_S)
@@ -127,6 +135,10 @@ async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=_connector(), auto_decompress=False)
 
 
 def _connector() -> aiohttp.TCPConnector:
