@@ -25,7 +25,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, for
 class VersionInfo(Answer, frozen=True):
     version: str
     python_version: str
-    git_sha: str | None = None
     torch_version: str | None = None
 
 
