@@ -11,7 +11,7 @@ from helexa.errors import InvalidFile
 
 
 def map_regular(path: Path, kind: str) -> mmap.mmap:
-    """A mapping of a non-empty regular file, which keeps it open; InvalidFile, expecting `kind`, otherwise."""
+    """A mapping of a non-empty regular file, which keeps it open; InvalidFile for anything else."""
     try:
         # Without O_NONBLOCK opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
