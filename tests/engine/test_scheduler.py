@@ -1,4 +1,7 @@
-"""The scheduler against a device of plain Python, whose pages remember which token was written where."""
+"""The scheduler against a device of plain Python, whose pages remember which token was written where.
+
+With snapshots, the device has recurrent states too: each is the history of what went into it.
+"""
 
 from dataclasses import dataclass, field
 
@@ -10,6 +13,7 @@ from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Sequence
+from helexa.engine.snapshots import Snapshots
 from helexa.errors import ContextTooLong
 
 PAGE = 4
@@ -26,24 +30,33 @@ class Device:
     prefill_chunk: int = 8
     has_prefix_cache: bool = True
     max_context: int = 10**6
+    num_snapshots: int | None = None  # None: no recurrent states
     plans: list = field(default_factory=list)
     generated: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.pool = PagePool(self.num_pages, PAGE)
-        self.prefix = PrefixCache(self.pool) if self.has_prefix_cache else None
+        slots = range(self.max_sequences + 1, self.max_sequences + 1 + (self.num_snapshots or 0))
+        self.snapshots = None if self.num_snapshots is None else Snapshots(slots)
+        self.prefix = PrefixCache(self.pool, self.snapshots) if self.has_prefix_cache else None
         self.scheduler = Scheduler(
             self.pool,
             self.prefix,
             max_context=min(self.max_context, self.num_pages * PAGE),
             max_sequences=self.max_sequences,
             prefill_chunk=self.prefill_chunk,
+            snapshot_interval=4 * PAGE,
+            snapshot_gap=2,
         )
+        self.states = [None] * (slots.stop + 1)
         self.memory = [[None] * PAGE for _ in range(self.num_pages + 1)]
 
-    def add(self, prompt, num_new=1000, namespace="", priority=0):
+    def add(self, prompt, num_new=1000, namespace="", priority=0, snapshot_at=None):
         length = min(len(prompt) + num_new, self.scheduler.max_context)
-        sequence = Sequence(list(prompt), length, namespace=namespace, priority=priority)
+        snapshot_at = (len(prompt) - 1,) if snapshot_at is None else snapshot_at
+        sequence = Sequence(
+            list(prompt), length, namespace=namespace, priority=priority, snapshot_at=snapshot_at
+        )
         self.scheduler.add(sequence)
         self.generated[sequence.number] = []
         return sequence
@@ -55,6 +68,8 @@ class Device:
         self.plans.append((plan.is_prefill, [s.number for s in plan.sequences], plan.num_tokens))
         for copy in plan.copies:
             self.memory[copy.target][: copy.num_tokens] = self.memory[copy.source][: copy.num_tokens]
+        for copy in plan.state_copies:
+            self.states[copy.target] = self.states[copy.source]
         self.scheduler.copied(plan)
         written = set()
         for sequence in plan.sequences:
@@ -64,6 +79,7 @@ class Device:
                 assert self.pool.holders(place[0]) == 1, "a shared page is written to"
                 written.add(place)
                 self.memory[place[0]][place[1]] = sequence.token_ids[position]
+            self.take_in(sequence, plan.num_tokens)
         self.scheduler.complete(plan)
         for sequence in plan.sequences:
             history = [self.memory[sequence.pages[p // PAGE]][p % PAGE] for p in range(sequence.num_computed)]
@@ -77,6 +93,13 @@ class Device:
                     self.scheduler.remove(sequence)
         self.check()
         return plan
+
+    def take_in(self, sequence, num_tokens):
+        start = sequence.num_computed
+        state = [] if start == 0 else self.states[sequence.slot]
+        if self.num_snapshots is not None:
+            assert state == sequence.token_ids[:start], "a sequence goes on from another state"
+        self.states[sequence.slot] = sequence.token_ids[: start + num_tokens]
 
     def run(self, limit=100_000):
         for _ in range(limit):
@@ -338,6 +361,119 @@ def test_what_a_cancelled_prompt_has_computed_is_not_lost(device):
     assert again.cached_tokens == 8
 
 
+def hybrid(device, **options):
+    return device(num_snapshots=20, **options)
+
+
+def test_a_state_is_brought_back_with_its_pages_where_a_sequence_ended(device, expected):
+    machine = hybrid(device)
+    first = machine.add(prompt_of(9), 4)
+    machine.run()
+    turn = [*prompt_of(9), *machine.generated[first.number], 3, 3, 3]
+    second = machine.add(turn, 2)
+    machine.run()
+    assert (second.cached_tokens, second.prefilled_tokens) == (12, len(turn) - 12)
+    assert machine.generated[second.number] == expected(turn, 2, VOCAB)
+
+
+def test_a_prompt_is_cut_where_others_may_part_from_it(device, expected):
+    machine = hybrid(device)
+    machine.add(prompt_of(30), 1, snapshot_at=(11, 27))
+    machine.run()
+    assert [n for _, _, n in machine.plans] == [8, 3, 5, 8, 3, 3]  # at 16 for the regular distance
+    other = machine.add([*prompt_of(13), 4, 4, 4], 2)
+    machine.run()
+    assert other.cached_tokens == 11
+    assert machine.generated[other.number] == expected([*prompt_of(13), 4, 4, 4], 2, VOCAB)
+
+
+def test_a_few_tokens_are_no_step_of_their_own(device):
+    machine = hybrid(device)
+    machine.add(prompt_of(10), 1, snapshot_at=(1, 6, 7, 9))
+    machine.run()
+    assert [n for _, _, n in machine.plans] == [6, 3, 1]
+
+
+def test_a_snapshot_at_the_end_of_a_page_needs_no_copy(device):
+    machine = hybrid(device)
+    machine.add(prompt_of(10), 1, snapshot_at=(8,))
+    machine.run()
+    machine.add([*prompt_of(8), 1, 2, 3], 5)
+    plan = machine.scheduler.next()
+    assert (plan.copies, len(plan.state_copies), plan.sequences[0].num_computed) == ([], 2, 8)
+
+
+def test_agents_that_start_together_wait_for_the_first_to_reach_a_common_state(device, expected):
+    machine = hybrid(device)
+    prompts = [[*prompt_of(61), agent, agent, agent] for agent in range(4)]
+    sequences = [machine.add(prompt, 3, snapshot_at=(61,)) for prompt in prompts]
+    machine.run()
+    assert [sequence.prefilled_tokens for sequence in sequences] == [64, 3, 3, 3]
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 61, 61, 61]
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert machine.generated[sequence.number] == expected(prompt, 3, VOCAB)
+
+
+def test_who_waits_for_a_state_goes_on_when_the_other_is_cancelled(device, expected):
+    machine = hybrid(device)
+    first, second = (machine.add([*prompt_of(29), agent], 3, snapshot_at=(29,)) for agent in (1, 2))
+    machine.step()
+    machine.step()
+    assert second.num_computed == 0
+    machine.scheduler.remove(first)
+    machine.run()
+    assert second.cached_tokens == 16
+    assert machine.generated[second.number] == expected([*prompt_of(29), 2], 3, VOCAB)
+
+
+def test_others_do_not_wait_for_a_state_that_does_not_serve_them(device):
+    machine = hybrid(device)
+    machine.add(prompt_of(30), 1)
+    other = machine.add(prompt_of(30, 1), 1)
+    machine.step()
+    machine.step()
+    assert other.num_computed > 0
+
+
+def test_namespaces_do_not_share_states(device):
+    machine = hybrid(device)
+    sequences = [machine.add(prompt_of(30), 1, namespace=name) for name in "ab"]
+    machine.run()
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 0]
+
+
+def test_a_cancelled_prompt_goes_on_from_its_last_chunk(device):
+    machine = hybrid(device)
+    first = machine.add(prompt_of(30), 1)
+    machine.step()
+    machine.scheduler.remove(first)
+    again = machine.add(prompt_of(30), 1)
+    machine.run()
+    assert again.cached_tokens == 8
+
+
+def test_a_step_that_failed_leaves_no_state(device):
+    machine = hybrid(device)
+    first = machine.add(prompt_of(30), 1)
+    machine.step()
+    plan = machine.scheduler.next()
+    machine.take_in(first, plan.num_tokens)
+    machine.scheduler.remove(first)
+    again = machine.add(prompt_of(30), 1)
+    machine.run()
+    assert again.cached_tokens == 0
+
+
+def test_the_snapshot_that_was_not_used_for_longest_gives_way(device):
+    machine = device(num_snapshots=4)  # two for each: before the last token of the prompt and at the end
+    prompts = [[start, *prompt_of(6)] for start in range(3)]
+    for index in (0, 1, 0, 2, 0, 1):
+        sequence = machine.add(prompts[index], 1)
+        machine.run()
+        hits = sequence.cached_tokens
+        assert hits == {0: 0, 1: 0, 2: 6, 3: 0, 4: 6, 5: 0}[len(machine.generated) - 1]
+
+
 requests = st.tuples(
     st.integers(0, 3),  # which of a few common beginnings
     st.integers(0, 24),  # how much of it
@@ -357,11 +493,14 @@ requests = st.tuples(
     max_sequences=st.integers(1, 5),
     prefill_chunk=st.sampled_from([1, 3, 8, 32]),
     has_prefix_cache=st.sampled_from([True, True, True, False]),
+    num_snapshots=st.sampled_from([None, None, 0, 1, 3, 50]),
 )
 def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
-    history, expected, arrivals, num_pages, max_sequences, prefill_chunk, has_prefix_cache
+    history, expected, arrivals, num_pages, max_sequences, prefill_chunk, has_prefix_cache, num_snapshots
 ):
-    machine = Device(history, num_pages, max_sequences, prefill_chunk, has_prefix_cache)
+    machine = Device(
+        history, num_pages, max_sequences, prefill_chunk, has_prefix_cache, num_snapshots=num_snapshots
+    )
     sequences, cancels = [], {}
     steps = 0
     for start, length, tail, num_new, pause, cancel_after, namespace, priority in arrivals:
@@ -393,3 +532,4 @@ def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
     if machine.prefix is not None:
         machine.prefix.evict(num_pages)
     assert machine.pool.num_free == num_pages
+    assert machine.snapshots is None or machine.snapshots.num_kept == 0

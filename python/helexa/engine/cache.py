@@ -15,6 +15,8 @@ from helexa.errors import InvalidParameter, OutOfMemory
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for must leave
 DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
+SNAPSHOTS = 64  # of recurrent states, in at most this share of the free memory
+SNAPSHOT_SHARE = 0.125
 
 
 def kv_dtype(name: str) -> torch.dtype:
@@ -68,6 +70,19 @@ def plan_capacity(
     return num_pages, min(context, num_pages * page_tokens)
 
 
+def plan_snapshots(*, slot_bytes: int, budget_bytes: int | None, free_bytes: int) -> int:
+    """How many snapshots to have slots for. Raises OutOfMemory if a budget that was asked for is not there."""
+    if budget_bytes is None:
+        return min(SNAPSHOTS, int(free_bytes * SNAPSHOT_SHARE) // slot_bytes)
+    if budget_bytes > free_bytes:
+        raise OutOfMemory(
+            f"{budget_bytes} bytes of snapshots were asked for, but only {free_bytes} bytes of memory are free",
+            needed_bytes=budget_bytes,
+            free_bytes=free_bytes,
+        )
+    return budget_bytes // slot_bytes
+
+
 def _pages(num_tokens: int, page_tokens: int) -> int:
     return -(-num_tokens // page_tokens)
 
@@ -98,7 +113,7 @@ class StateCache:
     """Of each recurrent layer the convolution's and the recurrence's states, float32; slot 0 is scratch.
 
     There are none of models without such layers. A sequence that begins finds its slot as others left it; the
-    kernels start it from zero.
+    kernels start it from zero. Slots that no sequence runs in hold snapshots.
     """
 
     def __init__(self, shapes: Sequence[tuple[Sequence[int], Sequence[int]]], device: str = "cpu"):
@@ -108,6 +123,11 @@ class StateCache:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in (*self.conv, *self.recurrent))
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies one slot to another, in all layers."""
+        for layer in (*self.conv, *self.recurrent):
+            layer[target].copy_(layer[source])
 
 
 def state_nbytes(shapes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:

@@ -21,7 +21,15 @@ import numpy.typing as npt
 import torch
 
 from helexa import ops
-from helexa.engine.cache import KVCache, StateCache, kv_dtype, page_nbytes, plan_capacity, state_nbytes
+from helexa.engine.cache import (
+    KVCache,
+    StateCache,
+    kv_dtype,
+    page_nbytes,
+    plan_capacity,
+    plan_snapshots,
+    state_nbytes,
+)
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
@@ -38,6 +46,7 @@ from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
+from helexa.engine.snapshots import Snapshots, borders
 from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.worker import DeviceWorker
@@ -187,6 +196,13 @@ class Engine:
         template = None if self.chat_template is None else self.chat_template.tool_use_source
         return OutputFormat.detect(template, () if self.tokenizer is None else self.tokenizer.added_tokens)
 
+    @cached_property
+    def _turn_starts(self) -> frozenset[int]:
+        """Control tokens that do not end anything."""
+        if self.tokenizer is None:
+            return frozenset()
+        return frozenset(self.tokenizer.special_tokens.values()) - self.tokenizer.eos_token_ids
+
     def logits(self, token_ids: Iterable[int]) -> npt.NDArray[np.float32]:
         """Logits [T, V] float32 after each token; waits for the device and raises what `generate` raises."""
         tokens = self._checked(token_ids)
@@ -282,7 +298,16 @@ class Engine:
         np.empty(30 << 20, np.uint8)
         dtype = kv_dtype(options.kv_dtype)
         model = build()
-        states = state_shapes(self.config, options.max_sequences + 1)
+        slot_bytes = state_nbytes(state_shapes(self.config, 1))
+        num_slots = options.max_sequences + 1
+        num_snapshots = 0
+        if slot_bytes and options.prefix_cache:
+            num_snapshots = plan_snapshots(
+                slot_bytes=slot_bytes,
+                budget_bytes=options.snapshot_bytes,
+                free_bytes=available_bytes() - options.reserved_bytes,
+            )
+        states = state_shapes(self.config, num_slots + num_snapshots)
         num_pages, self.max_context = plan_capacity(
             page_bytes=page_nbytes(kv_cache_shapes(self.config, 1), dtype),
             page_tokens=PAGE_TOKENS,
@@ -304,8 +329,10 @@ class Engine:
             capture=options.capture,
         )
         pool = PagePool(num_pages, cache.page_tokens)
-        # Pages alone do not bring back a recurrent state.
-        prefix = PrefixCache(pool) if options.prefix_cache and not states else None
+        prefix = None
+        if options.prefix_cache and (num_snapshots or not states):
+            slots = range(num_slots, num_slots + num_snapshots)
+            prefix = PrefixCache(pool, Snapshots(slots) if states else None)
         scheduler = Scheduler(
             pool,
             prefix,
@@ -363,6 +390,7 @@ class Engine:
             sampler=Sampler(params.resolve(self.generation_defaults), tokens, self._guide(params, matcher)),
             stop_token_ids=stop_token_ids,
             receiver=receiver,
+            snapshot_at=borders(tokens, self._turn_starts) if self.config.linear_attention else (),
         )
 
     async def _collected(

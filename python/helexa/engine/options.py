@@ -17,6 +17,7 @@ class EngineOptions:
     num_threads: int | None = None  # None: one for each physical core that the process may use
     prefill_chunk: int = 512
     prefix_cache: bool = True
+    snapshot_bytes: int | None = None  # of memory for states of recurrent layers; None: by what is free
     reserved_bytes: int = 0  # of the free memory, promised to others in this process
     capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
 

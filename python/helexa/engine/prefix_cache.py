@@ -3,15 +3,17 @@
 The path from the root to a node spells the tokens whose keys and values its pages hold. Full pages are shared
 by reference. A page is valid up to the length of its node's tokens and only ever appended to, so whoever
 matches a part of it copies that part; pages that are not full are always leaves. Siblings may begin with the
-same tokens but none is a prefix of another. A node is a stable boundary: whatever else describes the state
-after its tokens may hang on it.
+same tokens but none is a prefix of another. Of models with recurrent layers, snapshots of the state hang on
+the nodes, and prefixes reach only as far as these.
 """
 
 import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from helexa.engine.pages import SCRATCH_PAGE, PagePool
+from helexa.engine.snapshots import Snapshot, Snapshots
 
 
 @dataclass(eq=False, slots=True)
@@ -23,6 +25,7 @@ class Node:
     key: Hashable
     parent: "Node | None"
     children: dict[Hashable, "list[Node]"] = field(default_factory=dict)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by how many of the tokens they follow
     last_used: int = 0
 
 
@@ -33,18 +36,32 @@ class Match:
     nodes: list[Node]
     partial: Node | None = None
     num_partial: int = 0
+    snapshot: Snapshot | None = None  # of the state after all of them
+
+    @property
+    def pages(self) -> list[int]:
+        """Those to share, then the one to copy."""
+        return [node.page for node in (*self.nodes, self.partial) if node is not None]
+
+    def without_partial(self) -> "Match":
+        """What is left where there is no room for a copy; a state would belong to more tokens."""
+        return Match(self.nodes if self.snapshot is None else [])
 
 
 class PrefixCache:
     """Finds, keeps and evicts prefixes; all pages it keeps are marked so in the pool."""
 
-    def __init__(self, pool: PagePool):
+    def __init__(self, pool: PagePool, snapshots: Snapshots | None = None):
+        """With `snapshots`, what is cached is of use only where there is one."""
+        self.snapshots = snapshots
         self._pool = pool
         self._clock = 0
         self.root = Node((), SCRATCH_PAGE, None, None)
 
     def match(self, token_ids: Sequence[int], limit: int, namespace: str = "") -> Match:
         """The longest prefix of token_ids[:limit] that is cached in the namespace."""
+        if self.snapshots is not None:
+            return self._match_state(token_ids, limit, namespace)
         page_tokens = self._pool.page_tokens
         self._clock += 1
         nodes: list[Node] = []
@@ -62,6 +79,46 @@ class PrefixCache:
             nodes.append(best)
             node, start = best, end
         return Match(nodes)
+
+    def _match_state(self, token_ids: Sequence[int], limit: int, namespace: str) -> Match:
+        """The longest prefix that a snapshot follows."""
+        page_tokens = self._pool.page_tokens
+        path: list[Node] = []
+        found = Match([])
+        node: Node | None = self.root
+        start = 0
+        while node is not None and start < limit:
+            run = tuple(token_ids[start : min(start + page_tokens, limit)])
+            siblings = node.children.get(self._key(node, run, namespace), ())
+            shared = [(_common_length(sibling.token_ids, run), sibling) for sibling in siblings]
+            node = next((sibling for length, sibling in shared if length == page_tokens), None)
+            offset, owner = max(
+                (
+                    (offset, sibling)
+                    for length, sibling in shared
+                    for offset in sibling.snapshots
+                    if offset <= length
+                ),
+                key=itemgetter(0),
+                default=(0, None),
+            )
+            if owner is not None and offset == page_tokens:
+                found = Match([*path, owner], snapshot=owner.snapshots[offset])
+            elif owner is not None:
+                found = Match(path[:], owner, offset, owner.snapshots[offset])
+            if node is not None:
+                path.append(node)
+            start += page_tokens
+        self._use(found)
+        return found
+
+    def _use(self, match: Match) -> None:
+        self._clock += 1
+        for node in (*match.nodes, match.partial):
+            if node is not None:
+                node.last_used = self._clock
+        if self.snapshots is not None and match.snapshot is not None:
+            self.snapshots.touch(match.snapshot)
 
     def find(self, parent: Node, run: tuple[int, ...], namespace: str = "") -> Node | None:
         """The child of `parent` that holds exactly the full page `run`, if there is one."""
@@ -134,6 +191,9 @@ class PrefixCache:
     def _detach(self, node: Node) -> Node:
         parent = node.parent
         assert parent is not None
+        if self.snapshots is not None:
+            for snapshot in list(node.snapshots.values()):
+                self.snapshots.drop(snapshot)
         siblings = parent.children[node.key]
         siblings.remove(node)
         if not siblings:

@@ -6,6 +6,9 @@ prompt; while both wait they alternate, with smaller chunks, so that running str
 take turns and pick up the pages that the others have completed in the meantime. When pages run out, unused
 cached prefixes go first, then the youngest sequence of the lowest priority returns to the queue and is
 recomputed later.
+
+Of models with recurrent layers, the cache holds snapshots of the state too: prompts are cut where one is
+taken, and a sequence that leaves has its last one taken.
 """
 
 import time
@@ -17,6 +20,7 @@ from operator import attrgetter
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import Match, Node, PrefixCache
 from helexa.engine.sequence import Sequence
+from helexa.engine.snapshots import GAP, INTERVAL, StateCopy, cuts
 from helexa.errors import ContextTooLong
 
 
@@ -37,6 +41,7 @@ class Plan:
     num_tokens: int
     is_prefill: bool
     copies: list[PageCopy] = field(default_factory=list)
+    state_copies: list[StateCopy] = field(default_factory=list)  # in this order, before the step
 
 
 _rank = attrgetter("rank")
@@ -57,22 +62,29 @@ class Scheduler:
         max_context: int,
         max_sequences: int = 4,
         prefill_chunk: int = 512,
+        snapshot_interval: int = INTERVAL,
+        snapshot_gap: int = GAP,
     ):
         assert max_context <= pool.num_pages * pool.page_tokens, "one sequence must always fit"
         self.max_context = max_context
         self.max_sequences = max_sequences
         self.prefill_chunk = prefill_chunk
         self.shared_chunk = max(1, prefill_chunk // 4)
+        self.snapshot_interval = snapshot_interval
+        self.snapshot_gap = snapshot_gap
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # that the prefix cache has spared
         self._pool = pool
         self._prefix = prefix
+        self._snapshots = None if prefix is None else prefix.snapshots
         self._turn = 0
         self._prefilled_last = False
         self._is_blocked = False  # the head of the queue did not fit, and no page was released since
         self._copies: list[PageCopy] = []
+        self._state_copies: list[StateCopy] = []
+        self._unfinished: Plan | None = None  # which is being run
         self._free_slots = list(range(max_sequences, 0, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -118,6 +130,8 @@ class Scheduler:
 
     def _with_copies(self, plan: Plan) -> Plan:
         plan.copies, self._copies = self._copies, []
+        plan.state_copies, self._state_copies = self._state_copies, []
+        self._unfinished = plan
         return plan
 
     def copied(self, plan: Plan) -> None:
@@ -129,6 +143,7 @@ class Scheduler:
     def complete(self, plan: Plan) -> None:
         """Notes that the plan has run: its tokens are computed, and full pages become visible to others."""
         page_tokens = self._pool.page_tokens
+        self._unfinished = None
         for sequence in plan.sequences:
             # The last token of a prompt that is cached otherwise is computed by a decode step.
             if plan.is_prefill or sequence.num_computed < sequence.num_prompt_tokens:
@@ -136,52 +151,75 @@ class Scheduler:
             sequence.num_computed += plan.num_tokens
             if sequence.num_computed >= (sequence.depth + 1) * page_tokens:
                 self._publish_pages(sequence)
-            if plan.is_prefill and sequence.num_pending == 0:
+            if sequence.cuts and sequence.num_computed >= sequence.cuts[-1]:
+                self._publish_tail(sequence, with_state=True)
+                _drop_cuts(sequence)
+            elif plan.is_prefill and sequence.num_pending == 0:
                 self._publish_tail(sequence)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
-            if not self._take_pages(self.waiting[0]):
+            sequence = self.waiting[0]
+            sequence.slot = self._free_slots[-1]
+            if not self._take_pages(sequence):
                 self._is_blocked = True
                 return
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free_slots.pop()
+            self.waiting.popleft()
+            self._free_slots.pop()
             if sequence.admitted_s is None:
                 sequence.admitted_s = time.perf_counter()
             self.running.append(sequence)
 
     def _take_pages(self, sequence: Sequence) -> bool:
         """Gives the sequence pages for all its tokens, shared where possible; False if there are too few."""
-        pool = self._pool
         match = self._match(sequence)
+        if not self._hold(match, sequence):
+            # The page to copy takes room beside its copy.
+            match = match.without_partial()
+            if not self._hold(match, sequence):
+                return False
+        pool = self._pool
         num_fresh = pool.pages_for(len(sequence.token_ids)) - len(match.nodes)
-        held = [node.page for node in match.nodes]
-        if match.partial is not None:
-            held.append(match.partial.page)
-        for page in held:
-            pool.retain(page)
-        # A page per running sequence stays free, or the newcomer would soon be sent away again.
-        wanted = num_fresh + len(self.running)
-        if match.partial is not None and wanted > pool.num_free + pool.num_cached:
-            pool.release(held.pop())
-            match = Match(match.nodes)
-        if wanted > pool.num_free + pool.num_cached:
-            for page in held:
-                pool.release(page)
-            return False
         self._make_free(num_fresh)
         sequence.pages = [node.page for node in match.nodes] + [pool.allocate() for _ in range(num_fresh)]
         sequence.pages_version += 1
         sequence.depth = len(match.nodes)
         if self._prefix is not None:
             sequence.node = match.nodes[-1] if match.nodes else self._prefix.root
-        sequence.num_computed = sequence.depth * pool.page_tokens + match.num_partial
-        if match.partial is not None:
-            self._copies.append(
-                PageCopy(match.partial.page, sequence.pages[sequence.depth], match.num_partial)
+        self._continue(sequence, match)
+        if self._snapshots is not None and sequence.shares_pages:
+            sequence.cuts = cuts(
+                sequence.snapshot_at,
+                sequence.num_computed,
+                len(sequence.token_ids),
+                interval=self.snapshot_interval,
+                gap=self.snapshot_gap,
             )
-        self._count_cached(sequence, sequence.num_computed)
         return True
+
+    def _hold(self, match: Match, sequence: Sequence) -> bool:
+        """Holds the pages of the match if there is room for the others that the sequence needs."""
+        pool = self._pool
+        for page in match.pages:
+            pool.retain(page)
+        # A page per running sequence stays free, or the newcomer would soon be sent away again.
+        wanted = pool.pages_for(len(sequence.token_ids)) - len(match.nodes) + len(self.running)
+        if wanted <= pool.num_free + pool.num_cached:
+            return True
+        for page in match.pages:
+            pool.release(page)
+        return False
+
+    def _continue(self, sequence: Sequence, match: Match) -> None:
+        """Notes that the sequence, which has the shared pages of the match, begins after all of it."""
+        num_tokens = len(match.nodes) * self._pool.page_tokens + match.num_partial
+        if match.partial is not None:
+            page = sequence.pages[sequence.depth]
+            self._copies.append(PageCopy(match.partial.page, page, match.num_partial))
+        if match.snapshot is not None:
+            self._state_copies.append(StateCopy(match.snapshot.slot, sequence.slot))
+        self._count_cached(sequence, num_tokens - sequence.num_computed)
+        sequence.num_computed = sequence.snapshot_position = num_tokens
 
     def _match(self, sequence: Sequence) -> Match:
         if self._prefix is None or not sequence.shares_pages:
@@ -225,20 +263,23 @@ class Scheduler:
             self._is_blocked = False
 
     def _plan_prefill(self, chunk: int) -> Plan:
-        sequence = min(
-            (sequence for sequence in self.running if not sequence.is_decoding),
-            key=lambda sequence: (sequence.last_turn, *sequence.rank),
-        )
+        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        if self._snapshots is not None and len(prefilling) > 1:
+            prefilling = _without_followers(prefilling)
+        sequence = min(prefilling, key=lambda sequence: (sequence.last_turn, *sequence.rank))
         self._turn += 1
         sequence.last_turn = self._turn
-        if sequence.shares_pages:
-            self._skip_shared(sequence)
-        return Plan([sequence], min(chunk, sequence.num_pending), is_prefill=True)
+        if sequence.shares_pages and self._prefix is not None and not self._copies:
+            if self._snapshots is None:
+                self._skip_shared(sequence)
+            else:
+                self._skip_to_snapshot(sequence)
+        end = sequence.cuts[-1] if sequence.cuts else len(sequence.token_ids)
+        return Plan([sequence], min(chunk, end - sequence.num_computed), is_prefill=True)
 
     def _skip_shared(self, sequence: Sequence) -> None:
         """Takes over pages that another sequence has completed since this one was admitted."""
-        if self._prefix is None or self._copies:
-            return
+        assert self._prefix is not None
         page_tokens = self._pool.page_tokens
         while (end := (sequence.depth + 1) * page_tokens) < len(sequence.token_ids):
             assert sequence.node is not None
@@ -249,6 +290,19 @@ class Scheduler:
             self._share(sequence, node)
             self._count_cached(sequence, end - sequence.num_computed)
             sequence.num_computed = end
+
+    def _skip_to_snapshot(self, sequence: Sequence) -> None:
+        """Goes on from a snapshot that another sequence has had taken since this one was admitted."""
+        match = self._match(sequence)
+        start = sequence.num_computed
+        if len(match.nodes) * self._pool.page_tokens + match.num_partial <= start:
+            return
+        for node in match.nodes[sequence.depth :]:
+            self._share(sequence, node)
+        if match.partial is not None:
+            self._pool.retain(match.partial.page)
+        self._continue(sequence, match)
+        _drop_cuts(sequence)
 
     def _count_cached(self, sequence: Sequence, num_tokens: int) -> None:
         self.num_cached_tokens += num_tokens
@@ -266,14 +320,21 @@ class Scheduler:
             page = sequence.pages[sequence.depth]
             self._share(sequence, self._prefix.insert(sequence.node, run, page, sequence.namespace))
 
-    def _publish_tail(self, sequence: Sequence) -> None:
+    def _publish_tail(self, sequence: Sequence, *, with_state: bool = False) -> None:
         """Puts the computed part of the last page into the cache; the sequence may append to it still."""
-        start = sequence.depth * self._pool.page_tokens
-        if self._prefix is None or not sequence.shares_pages or sequence.num_computed <= start:
+        if self._prefix is None or not sequence.shares_pages:
             return
         assert sequence.node is not None
-        run = tuple(sequence.token_ids[start : sequence.num_computed])
-        self._prefix.insert(sequence.node, run, sequence.pages[sequence.depth], sequence.namespace)
+        start = sequence.depth * self._pool.page_tokens
+        node, offset = sequence.node, self._pool.page_tokens
+        if sequence.num_computed > start:
+            run = tuple(sequence.token_ids[start : sequence.num_computed])
+            node = self._prefix.insert(sequence.node, run, sequence.pages[sequence.depth], sequence.namespace)
+            offset = len(run)
+        if with_state and self._snapshots is not None and node is not self._prefix.root:
+            sequence.snapshot_position = sequence.num_computed
+            if (snapshot := self._snapshots.add(node, offset)) is not None:
+                self._state_copies.append(StateCopy(sequence.slot, snapshot.slot))
 
     def _share(self, sequence: Sequence, node: Node) -> None:
         """Steps down to `node`; a page of the same content that the sequence held itself is given back."""
@@ -289,7 +350,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Frees the pages; what they hold stays in the prefix cache for as long as there is room."""
-        self._publish_tail(sequence)
+        # A step that failed has left the state somewhere within it.
+        is_whole = self._unfinished is None or sequence not in self._unfinished.sequences
+        is_further = sequence.num_computed > sequence.snapshot_position
+        self._publish_tail(sequence, with_state=is_whole and is_further)
         for page in reversed(sequence.pages):
             self._pool.release(page)
         self._free_slots.append(sequence.slot)
@@ -297,5 +361,30 @@ class Scheduler:
         sequence.pages_version += 1
         sequence.node = None
         sequence.depth = 0
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.snapshot_position = 0
+        sequence.cuts = []
         self._is_blocked = False
+
+
+def _drop_cuts(sequence: Sequence) -> None:
+    """Forgets the cuts that the sequence has reached."""
+    while sequence.cuts and sequence.cuts[-1] <= sequence.num_computed:
+        sequence.cuts.pop()
+
+
+def _without_followers(prefilling: list[Sequence]) -> list[Sequence]:
+    """Those that do not have to wait for another one to get to a snapshot that serves both."""
+    order = sorted(prefilling, key=lambda sequence: (-sequence.num_computed, *sequence.rank))
+    return [
+        sequence
+        for index, sequence in enumerate(order)
+        if not any(_leads(other, sequence) for other in order[:index])
+    ]
+
+
+def _leads(sequence: Sequence, follower: Sequence) -> bool:
+    if not sequence.cuts or not follower.shares_pages or sequence.namespace != follower.namespace:
+        return False
+    end = sequence.cuts[-1]
+    is_ahead = follower.num_computed < end < len(follower.token_ids)
+    return is_ahead and follower.token_ids[:end] == sequence.token_ids[:end]

@@ -76,6 +76,7 @@ class Sequence:
     namespace: str = ""  # sequences share cached prefixes only within one namespace
     priority: int = 0  # higher goes first
     progress: GenerationProgress | None = None
+    snapshot_at: tuple[int, ...] = ()  # where other prompts may part from this one
     rows: "Rows | None" = None  # where what is computed of the prompt goes; nothing is sampled then
 
     num_prompt_tokens: int = 0
@@ -84,6 +85,8 @@ class Sequence:
     pages_version: int = 0  # changes whenever `pages` does
     slot: int = 0  # of the recurrent states, while the sequence runs
     node: "Node | None" = None  # the deepest full page of this sequence in the prefix cache
+    cuts: list[int] = field(default_factory=list)  # where snapshots are taken of its prompt, the last first
+    snapshot_position: int = 0  # where it was continued, or a snapshot taken
     depth: int = 0  # how many pages lie on the path to `node`
     cached_tokens: int = 0  # prompt tokens that the prefix cache spared
     prefilled_tokens: int = 0
