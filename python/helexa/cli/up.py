@@ -114,8 +114,8 @@ OpenAI clients
   base_url {url}/v1, model "{model}", any api_key; or in the environment:
   export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none
 
-Anthropic clients
-  this version does not serve /v1/messages; point them at an OpenAI-compatible setting instead
+Anthropic clients, Claude Code among them
+  export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=none
 
 logs in {logs}; Ctrl-C stops everything
 """
