@@ -16,6 +16,7 @@
 #include "ops/moe.h"
 #include "ops/pack.h"
 #include "ops/quant_matmul.h"
+#include "ops/quantize.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/sigmoid_mul.h"
@@ -94,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_cpu", cpu(&pack_cpu));
   m.def("embedding_cpu", cpu(&embedding_cpu));
   m.def("quant_matmul_cpu", cpu(&quant_matmul_cpu));
+  m.def("quantize_cpu", cpu(&quantize_cpu));
   m.def("rms_norm_cpu", cpu(&rms_norm_cpu));
   m.def("sigmoid_mul_cpu", cpu(&sigmoid_mul_cpu));
   m.def("silu_mul_cpu", cpu(&silu_mul_cpu));

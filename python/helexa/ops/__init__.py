@@ -20,12 +20,14 @@ from helexa.ops.pack import (
     packed_nbytes,
 )
 from helexa.ops.quant_matmul import quant_matmul, quant_matmul_reference
+from helexa.ops.quantize import ENCODED, quantize
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
 from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
+    "ENCODED",
     "PAGE_TOKENS",
     "TILE_ROWS",
     "CpuGraph",
@@ -50,6 +52,7 @@ __all__ = [
     "packed_nbytes",
     "quant_matmul",
     "quant_matmul_reference",
+    "quantize",
     "rms_norm",
     "rms_norm_reference",
     "rope_append",
