@@ -54,8 +54,8 @@ from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, Shuttin
 from helexa.layers.step import PAGE_TOKENS
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, config_from_gguf, kv_cache_shapes, state_shapes
-from helexa.weights.gguf import open_gguf
 from helexa.weights.load import LoadProgress
+from helexa.weights.model_file import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Engine:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> Self:
-        """The model of a GGUF file, ready to answer; `options` are the fields of EngineOptions.
+        """The model of a GGUF file or of a directory with safetensors; `options` are those of EngineOptions.
 
         progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a
         vocabulary has no tokenizer and serves token ids. Raises InvalidFile, UnsupportedModel,
@@ -110,7 +110,7 @@ class Engine:
         started_s = time.perf_counter()
         progress = progress or (lambda progress: None)
         engine_options = EngineOptions(**options)
-        file = open_gguf(path)
+        file = open_model(path)
         try:
             config = config_from_gguf(file.metadata, file.tensors)
             with ThreadPoolExecutor(1, "tokenizer") as pool:

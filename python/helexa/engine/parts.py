@@ -10,8 +10,8 @@ from helexa.engine.grammar import GrammarCompiler
 from helexa.engine.tokenizer import Tokenizer
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model
-from helexa.weights.gguf import GGUFFile
 from helexa.weights.load import GGUFWeights, LoadProgress
+from helexa.weights.model_file import ModelFile
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class TextParts:
     grammars: GrammarCompiler | None = None
 
 
-def read_model(file: GGUFFile, config: ModelConfig, progress: Progress) -> Model:
+def read_model(file: ModelFile, config: ModelConfig, progress: Progress) -> Model:
     """The model with the weights of the file. Raises InvalidFile."""
     weights = GGUFWeights(file, progress=progress)
     model = build_model(config, weights)
@@ -36,7 +36,7 @@ def read_model(file: GGUFFile, config: ModelConfig, progress: Progress) -> Model
     return model
 
 
-def read_text_parts(file: GGUFFile) -> TextParts:
+def read_text_parts(file: ModelFile) -> TextParts:
     """The parts that the file has. Raises InvalidFile or UnsupportedModel."""
     if "tokenizer.ggml.tokens" not in file.metadata:
         return TextParts()

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from helexa.weights.gguf import GGUFFile, open_gguf
+from helexa.weights.model_file import ModelFile, open_model
 
 _FILE_TYPES = {  # values of general.file_type
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
@@ -27,8 +27,8 @@ class ModelFacts:
 
 
 def describe(path: str | os.PathLike[str]) -> ModelFacts:
-    """The facts of a GGUF file; reads its header only. Raises InvalidFile or UnsupportedModel."""
-    with open_gguf(path) as file:
+    """The facts of a model, of which only headers are read. Raises InvalidFile or UnsupportedModel."""
+    with open_model(path) as file:
         name = file.metadata.get("general.name")
         context = file.metadata.get(f"{file.architecture}.context_length")
         return ModelFacts(
@@ -41,7 +41,7 @@ def describe(path: str | os.PathLike[str]) -> ModelFacts:
         )
 
 
-def quantization_label(file: GGUFFile) -> str:
+def quantization_label(file: ModelFile) -> str:
     """What the file says of itself, e.g. Q4_K_M; else the format that holds most of its values."""
     kind = file.metadata.get("general.file_type")
     if type(kind) is int and kind in _FILE_TYPES:
