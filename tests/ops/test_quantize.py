@@ -4,7 +4,7 @@ import pytest
 from helexa import _C, ops
 from helexa.quant import FORMATS
 
-# Relative RMSE of llama.cpp's llama-quantize (--pure, no importance matrix) on matrix(0), matrix(1) and matrix(2).
+# Relative RMSE of llama.cpp's llama-quantize, --pure and without importances, on matrix(0), (1) and (2).
 PEER_RMSE = {
     "q8_0": (0.005367, 0.008346, 0.004479),
     "q4_0": (0.086200, 0.127931, 0.070925),

@@ -15,8 +15,8 @@ FLOATS = ("f32", "f16", "bf16")
 def quantize(source_format: str, raw: object, format: str) -> NDArray[np.uint8]:
     """The numbers of `raw`, a buffer in one of FLOATS, as blocks of one of ENCODED, uint8 [nbytes].
 
-    The same blocks come from any number of threads and on any processor. Raises ValueError if the numbers do not
-    fill whole blocks or one is NaN or beyond ±500000.
+    The same blocks come from any number of threads and on any processor. Raises ValueError if the numbers do
+    not fill whole blocks or one is NaN or beyond ±500000.
     """
     view = np.frombuffer(raw, dtype=np.uint8)  # type: ignore[call-overload]
     check(source_format in FLOATS, f"{source_format!r} is not one of {', '.join(FLOATS)}")
