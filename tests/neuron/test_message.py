@@ -17,7 +17,7 @@ WORDS = tokenizer()
 FORMAT = OutputFormat(ThinkMarkers("<think>", "</think>"), "hermes", True)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 TEXT = (
-    "<think>\nÀ propos: te</think>\n\nthe <answer>, ça va? 日本\n"
+    "<think>\nthe <answer> is: te</think>\n\nthe <answer>, ça va? 日本\n"
     '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 )
@@ -39,7 +39,7 @@ def deltas(text: str, cuts: list[int], lags: list[int], reason: str = "stop") ->
         is_last = number == len(ends) - 2
         piece = text[sent:] if is_last else text[sent:upto]
         sent = upto
-        logprobs = [TokenLogprob(token_id, -1.0, []) for token_id in token_ids[start:end]]
+        logprobs = [TokenLogprob(token_ids[place], -float(place), []) for place in range(start, end)]
         made.append(Delta(piece, token_ids[start:end], logprobs, reason if is_last else None))
     return made
 
@@ -49,11 +49,13 @@ def test_the_message_and_its_logprobs_do_not_depend_on_the_cuts(cuts, lags):
     reading = reader()
     parts = [part for delta in deltas(TEXT, cuts, lags) for part in reading.feed(delta)]
     message = reading.message()
-    assert (message.reasoning_content, message.content) == ("À propos: te", CONTENT)
+    assert (message.reasoning_content, message.content) == ("the <answer> is: te", CONTENT)
     assert [call.function.arguments for call in message.tool_calls] == ['{"a": "é"}', "{}"]
     assert reading.finish_reason == "tool_calls"
     said = b"".join(WORDS.token_bytes(item.token_id) for item in reading.logprobs)
     assert said.decode() == CONTENT
+    before = len(WORDS.encode(TEXT.partition(CONTENT)[0]))
+    assert [-item.logprob for item in reading.logprobs] == [before + place for place in range(len(said))]
     assert [item for part in parts for item in part.logprobs or ()] == reading.logprobs
     assert "".join(part.delta.content or "" for part in parts) == CONTENT
 
@@ -64,6 +66,29 @@ def test_all_of_a_plain_answer_is_content():
         reading.feed(delta)
     assert reading.message().content == TEXT
     assert len(reading.logprobs) == len(WORDS.encode(TEXT))
+
+
+@pytest.mark.parametrize("make", [reader, lambda: MessageReader(WORDS)])
+def test_tokens_of_a_stop_string_have_no_logprobs_and_those_of_broken_characters_do(make):
+    token_ids = WORDS.encode("añENDé")
+    reading = make()
+    logprobs = [TokenLogprob(token_id, -1.0, []) for token_id in token_ids]
+    reading.feed(Delta("a", token_ids[:2], logprobs[:2]))
+    reading.feed(Delta("ñ", token_ids[2:5], logprobs[2:5]))
+    reading.feed(Delta("", token_ids[5:6], logprobs[5:6], "stop", stop="END"))
+    assert [item.token_id for item in reading.logprobs] == WORDS.encode("añ")
+    reading = make()
+    reading.feed(Delta("a\ufffd", token_ids[:2], logprobs[:2], "length"))
+    assert [item.token_id for item in reading.logprobs] == token_ids[:2]
+
+
+def test_who_asked_for_logprobs_gets_some_or_an_empty_list():
+    reading = reader()
+    reading.feed(Delta("<think>", WORDS.encode("<think>"), [TokenLogprob(1, -1.0, [])], "stop"))
+    assert reading.logprobs == []
+    reading = reader()
+    reading.feed(Delta("hi", WORDS.encode("hi"), None, "stop"))
+    assert reading.logprobs is None
 
 
 @pytest.mark.parametrize(

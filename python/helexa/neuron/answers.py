@@ -104,7 +104,7 @@ class ChatAnswers(Answers):
                 index,
                 reader.message(),
                 reader.finish_reason,
-                self._wire(reader.logprobs or None),
+                self._wire(reader.logprobs),
                 reader.stop or msgspec.UNSET,
             )
             for index, reader in enumerate(self.readers)

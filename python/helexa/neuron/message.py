@@ -68,19 +68,18 @@ class _Places:
 
     def __init__(self) -> None:
         self._text = ""
-        self._tokens: deque[tuple[int, TokenLogprob | None]] = (
-            deque()
-        )  # lengths, and what is not given out yet
+        # Lengths of texts, and what is not given out yet.
+        self._tokens: deque[tuple[int, TokenLogprob | None]] = deque()
 
     def add(self, piece: _Piece) -> None:
         self._text += piece.text
         self._tokens.append((len(piece.text), piece.logprob))
 
-    def take(self, content: str) -> list[TokenLogprob]:
-        """The tokens that `content`, the newest that the parser has decided on, has a part of."""
-        start = 0 if self._text.startswith(content) else max(self._text.rfind(content), 0)
+    def take(self, text: str) -> list[TokenLogprob]:
+        """The tokens that `text`, the newest that the parser has decided on, has a part of."""
+        start = 0 if self._text.startswith(text) else max(self._text.rfind(text), 0)
         self._advance(start)
-        return self._advance(len(content))
+        return self._advance(len(text))
 
     def _advance(self, length: int) -> list[TokenLogprob]:
         self._text = self._text[length:]
@@ -104,7 +103,7 @@ class MessageReader:
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []  # of the content
+        self.logprobs: list[TokenLogprob] | None = None  # of the content, if they were asked for
         self._parser = parser
         self._max_calls = max_calls
         self._has_dropped = False
@@ -118,12 +117,21 @@ class MessageReader:
     def feed(self, delta: Delta) -> list[Part]:
         """What the delta adds to the message."""
         self.token_ids += delta.token_ids
-        parts = self._plain(delta) if self._parser is None else self._parse(self._parser, delta)
+        if delta.logprobs is not None and self.logprobs is None:
+            self.logprobs = []
+        if self.logprobs is None:
+            parts = self._parts(self._events(delta.text))
+        else:  # token by token, so that those of content can be told from others
+            parts = []
+            for piece in self._pieces.cut(delta):
+                self._places.add(piece)
+                parts += self._parts(self._events(piece.text))
         if delta.finish_reason:
+            parts += self._parts(self._last_events(delta))
             is_call = self._calls and delta.finish_reason == "stop" and delta.stop is None
             self.finish_reason = cast(FinishReason, "tool_calls" if is_call else delta.finish_reason)
             self.stop = delta.stop
-        return parts
+        return _merged(parts)
 
     def message(self) -> AnswerMessage:
         """The message so far."""
@@ -148,41 +156,32 @@ class MessageReader:
             return not self._calls and not self._ends_in_reasoning
         return self.finish_reason is not None and self.stop is None and not self._has_dropped
 
-    def _plain(self, delta: Delta) -> list[Part]:
-        self.logprobs += delta.logprobs or ()
-        if not delta.text and not delta.logprobs:
+    def _events(self, text: str) -> list[Event]:
+        if self._parser is None:
+            return [Content(text)] if text else []
+        return self._parser.push(text)
+
+    def _last_events(self, delta: Delta) -> list[Event]:
+        if self._parser is None:
             return []
-        self._content.append(delta.text)
-        return [Part(ChatDelta(content=delta.text), delta.logprobs)]
+        self._ends_in_reasoning = self._parser.is_in_reasoning
+        return self._parser.flush(truncated=delta.finish_reason == "length" or delta.stop is not None)
 
-    def _parse(self, parser: OutputParser, delta: Delta) -> list[Part]:
-        """Token by token if there are logprobs, so that those of content can be told from others."""
-        if delta.logprobs is None:
-            parts = self._parts(parser.push(delta.text), None)
-        else:
-            parts = []
-            for piece in self._pieces.cut(delta):
-                self._places.add(piece)
-                parts += self._parts(parser.push(piece.text), self._places)
-        if delta.finish_reason:
-            self._ends_in_reasoning = parser.is_in_reasoning
-            places = None if delta.logprobs is None else self._places
-            is_cut_off = delta.finish_reason == "length" or delta.stop is not None
-            parts += self._parts(parser.flush(truncated=is_cut_off), places)
-        return _merged(parts)
+    def _parts(self, events: Iterable[Event]) -> list[Part]:
+        return [part for event in events for part in self._part(event)]
 
-    def _parts(self, events: Iterable[Event], places: _Places | None) -> list[Part]:
-        return [part for event in events for part in self._part(event, places)]
-
-    def _part(self, event: Event, places: _Places | None) -> list[Part]:
+    def _part(self, event: Event) -> list[Part]:
         if isinstance(event, Reasoning):
             self._reasoning.append(event.text)
+            self._places.take(event.text)
             return [Part(ChatDelta(reasoning_content=event.text))]
         if isinstance(event, Content):
             self._content.append(event.text)
-            logprobs = places.take(event.text) if places else None
-            self.logprobs += logprobs or ()
-            return [Part(ChatDelta(content=event.text), logprobs)]
+            if self.logprobs is None:
+                return [Part(ChatDelta(content=event.text))]
+            taken = self._places.take(event.text)
+            self.logprobs += taken
+            return [Part(ChatDelta(content=event.text), taken)]
         if self._max_calls is not None and event.index >= self._max_calls:
             self._has_dropped = True
             return []
