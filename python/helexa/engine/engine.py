@@ -152,13 +152,15 @@ class Engine:
         namespace: str = "",
         priority: int = 0,
         progress: GenerationProgress | None = None,
+        snapshot_at: tuple[int, ...] | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The answer to the prompt, piece by piece.
 
         Leaving the generator cancels the request and frees its pages before the next step. Prompts share
         cached prefixes only within one namespace. Of those that wait, the highest priority comes first.
-        `progress` is kept up to date until the generator is left. Raises ContextTooLong, InvalidParameter,
-        ShuttingDown or, as soon as the device has failed, DevicePoisoned.
+        `progress` is kept up to date until the generator is left. `snapshot_at` says where other prompts will
+        part from this one, by default where its last messages begin; only recurrent layers need that. Raises
+        ContextTooLong, InvalidParameter, ShuttingDown or, as soon as the device has failed, DevicePoisoned.
         """
         loop = asyncio.get_running_loop()
         stream = Stream(self._mailbox(loop), loop)
@@ -166,6 +168,9 @@ class Engine:
         matcher = None if params.grammar is None else await self._matcher(params.grammar)
         sequence = self._sequence(self._checked(token_ids), params, stream, matcher)
         sequence.namespace, sequence.priority, sequence.progress = namespace, priority, progress
+        if self.config.linear_attention is not None:
+            places = borders(sequence.token_ids, self._turn_starts) if snapshot_at is None else snapshot_at
+            sequence.snapshot_at = places
         answer = Answer(sequence, self.tokenizer, params.stop, params.logprobs is not None)
         self._submit(sequence, stream)
         try:
@@ -390,7 +395,6 @@ class Engine:
             sampler=Sampler(params.resolve(self.generation_defaults), tokens, self._guide(params, matcher)),
             stop_token_ids=stop_token_ids,
             receiver=receiver,
-            snapshot_at=borders(tokens, self._turn_starts) if self.config.linear_attention else (),
         )
 
     async def _collected(
