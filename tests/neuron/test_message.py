@@ -82,6 +82,15 @@ def test_tokens_of_a_stop_string_have_no_logprobs_and_those_of_broken_characters
     assert [item.token_id for item in reading.logprobs] == token_ids[:2]
 
 
+def test_reasoning_that_begins_like_the_answer_does_not_get_its_logprobs():
+    reading = MessageReader(WORDS, FORMAT.parser(prompt_tail="<think>\n"))
+    for delta in deltas("yes or no?\n</think>\n\nyes", list(range(20)), []):
+        reading.feed(delta)
+    assert reading.message().content == "yes"
+    first = len(WORDS.encode("yes or no?\n</think>\n\n"))
+    assert [-item.logprob for item in reading.logprobs] == [first, first + 1, first + 2]
+
+
 def test_who_asked_for_logprobs_gets_some_or_an_empty_list():
     reading = reader()
     reading.feed(Delta("<think>", WORDS.encode("<think>"), [TokenLogprob(1, -1.0, [])], "stop"))
