@@ -18,6 +18,11 @@ HELEXA_INLINE u8x64 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p);
 HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
 }
+// table[v] for bytes below 16.
+HELEXA_INLINE u8x64 look_up(const uint8_t* table, u8x64 v) {
+  const __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), v);
+}
 HELEXA_INLINE u8x64 or_bytes(u8x64 a, u8x64 b) { return _mm512_or_si512(a, b); }
 // Shifts whole 16-bit lanes: mask afterwards.
 template <int n>
@@ -89,6 +94,10 @@ HELEXA_INLINE u8x64 load_bytes(const uint8_t* p) {
 HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) {
   const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));
   return {{_mm256_and_si256(v.half[0], m), _mm256_and_si256(v.half[1], m)}};
+}
+HELEXA_INLINE u8x64 look_up(const uint8_t* table, u8x64 v) {
+  const __m256i rows = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {{_mm256_shuffle_epi8(rows, v.half[0]), _mm256_shuffle_epi8(rows, v.half[1])}};
 }
 HELEXA_INLINE u8x64 or_bytes(u8x64 a, u8x64 b) {
   return {{_mm256_or_si256(a.half[0], b.half[0]), _mm256_or_si256(a.half[1], b.half[1])}};
@@ -168,6 +177,10 @@ HELEXA_INLINE u8x64 load_bytes(const uint8_t* p) {
 }
 HELEXA_INLINE u8x64 mask_bytes(u8x64 v, uint8_t mask) {
   for (auto& b : v.byte) b &= mask;
+  return v;
+}
+HELEXA_INLINE u8x64 look_up(const uint8_t* table, u8x64 v) {
+  for (auto& b : v.byte) b = table[b];
   return v;
 }
 HELEXA_INLINE u8x64 or_bytes(u8x64 a, u8x64 b) {

@@ -13,35 +13,59 @@ namespace {
 template <int kBits>
 int code_at(const uint8_t* codes, int row, int col) {
   const int q = col / 4, byte = 4 * row + col % 4;
+  const auto bit = [&](int offset) { return (codes[offset + byte] >> q) & 1; };
+  const auto pair = [&](int offset) { return (codes[offset + 64 * (q / 4) + byte] >> (2 * (q % 4))) & 3; };
   if constexpr (kBits == 8) return codes[64 * q + byte];
+  if constexpr (kBits == 2) return pair(0);
+  if constexpr (kBits == 3) return pair(0) | (bit(128) << 2);
   const int low = (codes[64 * (q % 4) + byte] >> (q / 4 * 4)) & 15;
-  if constexpr (kBits == 5) return low | (((codes[256 + byte] >> q) & 1) << 4);
-  if constexpr (kBits == 6) return low | (((codes[256 + 64 * (q / 4) + byte] >> (2 * (q % 4))) & 3) << 4);
+  if constexpr (kBits == 5) return low | (bit(256) << 4);
+  if constexpr (kBits == 6) return low | (pair(256) << 4);
   return low;
+}
+
+// Number i of one row's n numbers of six bits.
+int six_bits_at(const uint8_t* packed, int n, int row, int i) {
+  const int low = (packed[16 * (i % (n / 2)) + row] >> (4 * (i / (n / 2)))) & 15;
+  return low | (((packed[8 * n + 16 * (i % (n / 4)) + row] >> (2 * (i / (n / 4)))) & 3) << 4);
+}
+
+// Of 16 columns: value = scale * (code - zero) - min.
+struct Step {
+  float scale, min;
+};
+
+template <class F>
+Step step_at(const uint8_t* unit, int row, int col) {
+  const float d = f16_to_float(load_u16(unit + 2 * row));
+  const auto times = [&](int factor) { return d * static_cast<float>(factor); };
+  if constexpr (F::kScales == Scales::kSymmetric) return {d, 0.0f};
+  if constexpr (F::kScales == Scales::kSuper32)
+    return {times(six_bits_at(unit + 32, 8, row, col / 32) - 32), 0.0f};
+  if constexpr (F::kScales == Scales::kSuper16)
+    return {times(static_cast<int8_t>(unit[32 + 16 * (col / 16) + row])), 0.0f};
+  if constexpr (F::kScales == Scales::kSuper16Bits6)
+    return {times(six_bits_at(unit + 32, 16, row, col / 16) - 32), 0.0f};
+  const float m = f16_to_float(load_u16(unit + 32 + 2 * row));
+  if constexpr (F::kScales == Scales::kAffine) return {d, -m};
+  if constexpr (F::kScales == Scales::kSuperMin)
+    return {times(six_bits_at(unit + 64, 16, row, col / 32)),
+            m * static_cast<float>(six_bits_at(unit + 64, 16, row, 8 + col / 32))};
+  const int both = unit[64 + 16 * (col / 16) + row];
+  return {times(both & 15), m * static_cast<float>(both >> 4)};
 }
 
 template <class F>
 void decode_unit(const uint8_t* unit, int row, float* out) {
   if constexpr (F::kScales == Scales::kPlain) {
     out[0] = F::decode(unit + row * F::kBlockBytes);
-    return;
   } else {
-    const float d = f16_to_float(load_u16(unit + 2 * row));
-    for (int col = 0; col < F::kBlockSize; ++col) {
-      const int block = col / 32;
-      const int code = code_at<F::kBits>(unit + codes_offset<F>(block), row, col % 32);
-      if constexpr (F::kScales == Scales::kSymmetric) {
-        out[col] = d * static_cast<float>(code - F::kZero);
-      } else if constexpr (F::kScales == Scales::kAffine) {
-        out[col] = d * static_cast<float>(code) + f16_to_float(load_u16(unit + 32 + 2 * row));
-      } else if constexpr (F::kScales == Scales::kSuperMin) {
-        const float dmin = f16_to_float(load_u16(unit + 32 + 2 * row));
-        const float scale = d * static_cast<float>(unit[64 + 16 * block + row]);
-        const float min = dmin * static_cast<float>(unit[192 + 16 * block + row]);
-        out[col] = scale * static_cast<float>(code) - min;
-      } else {
-        const float scale = d * static_cast<float>(static_cast<int8_t>(unit[32 + 16 * (col / 16) + row]));
-        out[col] = scale * static_cast<float>(code - F::kZero);
+    for (int run = 0; run < F::kBlockSize; run += 16) {
+      const Step step = step_at<F>(unit, row, run);
+      for (int col = run; col < run + 16; ++col) {
+        int code = code_at<F::kBits>(unit + codes_offset<F>(col / 32), row, col % 32);
+        if constexpr (has_levels<F>) code = F::kLevels[code];
+        out[col] = step.scale * static_cast<float>(code - F::kZero) - step.min;
       }
     }
   }

@@ -17,11 +17,27 @@ void or_quad(uint8_t* vector, int row, uint32_t value) {
   store_quad(vector, row, load_u32(vector + 4 * row) | value);
 }
 
-// Places the 32 codes of one row into the code vectors of its block; the fifth and sixth bits are or-ed into zeroed vectors.
+// Bits [shift, shift + 2) of each code, into two zeroed vectors of bit pairs.
+void place_pairs(const uint8_t* codes, int shift, int row, uint8_t* out) {
+  for (int q = 0; q < 8; ++q)
+    or_quad(out + 64 * (q / 4), row, ((quad(codes, q) >> shift) & 0x03030303u) << (2 * (q % 4)));
+}
+
+// Bit `shift` of each code, into a zeroed vector.
+void place_bits(const uint8_t* codes, int shift, int row, uint8_t* out) {
+  for (int q = 0; q < 8; ++q) or_quad(out, row, ((quad(codes, q) >> shift) & 0x01010101u) << q);
+}
+
+// Places the 32 codes of one row into the zeroed code vectors of its block.
 template <int kBits>
 void place_codes(const uint8_t* codes, int row, uint8_t* out) {
   if constexpr (kBits == 8) {
     for (int q = 0; q < 8; ++q) store_quad(out + 64 * q, row, quad(codes, q));
+    return;
+  }
+  if constexpr (kBits < 4) {
+    place_pairs(codes, 0, row, out);
+    if constexpr (kBits == 3) place_bits(codes, 2, row, out + 128);
     return;
   }
   for (int j = 0; j < 4; ++j) {
@@ -29,12 +45,15 @@ void place_codes(const uint8_t* codes, int row, uint8_t* out) {
     const uint32_t high = quad(codes, j + 4) & 0x0f0f0f0fu;
     store_quad(out + 64 * j, row, low | (high << 4));
   }
-  if constexpr (kBits == 5) {
-    for (int q = 0; q < 8; ++q) or_quad(out + 256, row, ((quad(codes, q) >> 4) & 0x01010101u) << q);
-  }
-  if constexpr (kBits == 6) {
-    for (int q = 0; q < 8; ++q)
-      or_quad(out + 256 + 64 * (q / 4), row, ((quad(codes, q) >> 4) & 0x03030303u) << (2 * (q % 4)));
+  if constexpr (kBits == 5) place_bits(codes, 4, row, out + 256);
+  if constexpr (kBits == 6) place_pairs(codes, 4, row, out + 256);
+}
+
+// Places one row's n numbers of six bits into zeroed vectors.
+void place_six_bits(const uint8_t* numbers, int n, int row, uint8_t* out) {
+  for (int i = 0; i < n; ++i) {
+    out[16 * (i % (n / 2)) + row] |= (numbers[i] & 15) << (4 * (i / (n / 2)));
+    out[8 * n + 16 * (i % (n / 4)) + row] |= (numbers[i] >> 4) << (2 * (i / (n / 4)));
   }
 }
 
@@ -43,16 +62,22 @@ void store_f16(uint8_t* values, int row, uint16_t bits) { std::memcpy(values + 2
 template <class F>
 void place_scales(const BlockScales& s, int row, uint8_t* unit) {
   store_f16(unit, row, s.d);
-  if constexpr (F::kScales == Scales::kAffine || F::kScales == Scales::kSuperMin)
-    store_f16(unit + 32, row, s.m);
-  if constexpr (F::kScales == Scales::kSuperMin) {
-    for (int b = 0; b < 8; ++b) {
-      unit[64 + 16 * b + row] = s.scale[b];
-      unit[64 + 128 + 16 * b + row] = s.min[b];
-    }
-  }
+  if constexpr (F::kScales == Scales::kAffine) store_f16(unit + 32, row, s.m);
+  if constexpr (F::kScales == Scales::kSuper32) place_six_bits(s.scale, 8, row, unit + 32);
+  if constexpr (F::kScales == Scales::kSuper16Bits6) place_six_bits(s.scale, 16, row, unit + 32);
   if constexpr (F::kScales == Scales::kSuper16) {
     for (int b = 0; b < 16; ++b) unit[32 + 16 * b + row] = s.scale[b];
+  }
+  if constexpr (F::kScales == Scales::kSuperMin) {
+    store_f16(unit + 32, row, s.m);
+    uint8_t numbers[16];
+    std::memcpy(numbers, s.scale, 8);
+    std::memcpy(numbers + 8, s.min, 8);
+    place_six_bits(numbers, 16, row, unit + 64);
+  }
+  if constexpr (F::kScales == Scales::kSuperMin16) {
+    store_f16(unit + 32, row, s.m);
+    for (int b = 0; b < 16; ++b) unit[64 + 16 * b + row] = s.scale[b] | (s.min[b] << 4);
   }
 }
 

@@ -44,23 +44,40 @@ struct Record {
   static_assert(kBytes == group_record_bytes(W));
 };
 
-template <int kBits, int j>
+// Bits of the codes as the dot product sees them.
+template <class F>
+constexpr int dot_bits() {
+  return has_levels<F> ? 8 : F::kBits;
+}
+
+template <class F, int j>
 HELEXA_INLINE u8x64 low_quad(const uint8_t* codes, u8x64 nibbles) {
   u8x64 quad = mask_bytes(nibbles, 0x0f);
-  if constexpr (kBits == 5)
+  if constexpr (F::kBits == 5)
     quad = or_bytes(quad, mask_bytes(shift_right<j - 4>(load_bytes(codes + 256)), 0x10));
-  if constexpr (kBits == 6)
+  if constexpr (F::kBits == 6)
     quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 256)), 0x30));
+  if constexpr (has_levels<F>) quad = look_up(F::kLevels, quad);
   return quad;
 }
 
-template <int kBits, int j>
+template <class F, int j>
 HELEXA_INLINE u8x64 high_quad(const uint8_t* codes, u8x64 nibbles) {
   u8x64 quad = mask_bytes(shift_right<4>(nibbles), 0x0f);
-  if constexpr (kBits == 5) quad = or_bytes(quad, mask_bytes(shift_right<j>(load_bytes(codes + 256)), 0x10));
-  if constexpr (kBits == 6)
+  if constexpr (F::kBits == 5)
+    quad = or_bytes(quad, mask_bytes(shift_right<j>(load_bytes(codes + 256)), 0x10));
+  if constexpr (F::kBits == 6)
     quad = or_bytes(quad, mask_bytes(shift_right<2 * j - 4>(load_bytes(codes + 320)), 0x30));
+  if constexpr (has_levels<F>) quad = look_up(F::kLevels, quad);
   return quad;
+}
+
+// Quad 4 * half + j of 2 or 3 bits, from the half's vector of bit pairs.
+template <class F, int half, int j>
+HELEXA_INLINE u8x64 pair_quad(const uint8_t* codes, u8x64 pairs) {
+  const u8x64 quad = mask_bytes(shift_right<2 * j>(pairs), 0x03);
+  if constexpr (F::kBits == 2) return quad;
+  return or_bytes(quad, mask_bytes(shift_right<4 * half + j - 2>(load_bytes(codes + 128)), 0x04));
 }
 
 // The integer dots of R tiles, whose codes lie `apart` bytes from each other, with W tokens.
@@ -69,15 +86,15 @@ struct Dots {
   i32x16 v[R][W];
 };
 
-template <int kBits, int W>
+template <class F, int W>
 HELEXA_INLINE void dot_quad(u8x64 quad, const uint8_t* record, int index, i32x16 (&dot)[W]) {
   const int8_t* a = reinterpret_cast<const int8_t*>(record) + 4 * index;
   HELEXA_UNROLL
-  for (int t = 0; t < W; ++t) dot[t] = dot4<kBits>(dot[t], quad, a + 32 * t);
+  for (int t = 0; t < W; ++t) dot[t] = dot4<dot_bits<F>()>(dot[t], quad, a + 32 * t);
 }
 
 // Column quads j and j + 4 of a block share their bytes; `which` is a mask: 1 takes the first, 2 the second.
-template <int kBits, int R, int W, int j, int which>
+template <class F, int R, int W, int j, int which>
 HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, int64_t apart, const uint8_t* record,
                                  Dots<R, W>& dot) {
   u8x64 nibbles[R];
@@ -85,30 +102,46 @@ HELEXA_INLINE void dot_quad_pair(const uint8_t* codes, int64_t apart, const uint
   if constexpr ((which & 1) != 0) {
     HELEXA_UNROLL
     for (int r = 0; r < R; ++r) {
-      dot_quad<kBits, W>(low_quad<kBits, j>(codes + r * apart, nibbles[r]), record, j, dot.v[r]);
+      dot_quad<F, W>(low_quad<F, j>(codes + r * apart, nibbles[r]), record, j, dot.v[r]);
     }
   }
   if constexpr ((which & 2) != 0) {
     HELEXA_UNROLL
     for (int r = 0; r < R; ++r) {
-      dot_quad<kBits, W>(high_quad<kBits, j>(codes + r * apart, nibbles[r]), record, j + 4, dot.v[r]);
+      dot_quad<F, W>(high_quad<F, j>(codes + r * apart, nibbles[r]), record, j + 4, dot.v[r]);
     }
   }
 }
 
-template <int kBits, int R, int W, int which = 3>
+template <class F, int R, int W, int half, int j>
+HELEXA_INLINE void dot_pair_quad(const uint8_t* codes, int64_t apart, const uint8_t* record,
+                                 Dots<R, W>& dot) {
+  HELEXA_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const u8x64 pairs = load_bytes(codes + r * apart + 64 * half);
+    dot_quad<F, W>(pair_quad<F, half, j>(codes + r * apart, pairs), record, 4 * half + j, dot.v[r]);
+  }
+}
+
+template <class F, int R, int W, int which = 3>
 HELEXA_INLINE void dot_block(const uint8_t* codes, int64_t apart, const uint8_t* record, Dots<R, W>& dot) {
-  if constexpr (kBits == 8) {
+  if constexpr (F::kBits == 8) {
     HELEXA_UNROLL
     for (int q = 0; q < 8; ++q) {
       HELEXA_UNROLL
-      for (int r = 0; r < R; ++r) dot_quad<8, W>(load_bytes(codes + r * apart + 64 * q), record, q, dot.v[r]);
+      for (int r = 0; r < R; ++r) dot_quad<F, W>(load_bytes(codes + r * apart + 64 * q), record, q, dot.v[r]);
     }
+  } else if constexpr (F::kBits < 4) {
+    static_assert(which != 3);
+    dot_pair_quad<F, R, W, which - 1, 0>(codes, apart, record, dot);
+    dot_pair_quad<F, R, W, which - 1, 1>(codes, apart, record, dot);
+    dot_pair_quad<F, R, W, which - 1, 2>(codes, apart, record, dot);
+    dot_pair_quad<F, R, W, which - 1, 3>(codes, apart, record, dot);
   } else {
-    dot_quad_pair<kBits, R, W, 0, which>(codes, apart, record, dot);
-    dot_quad_pair<kBits, R, W, 1, which>(codes, apart, record, dot);
-    dot_quad_pair<kBits, R, W, 2, which>(codes, apart, record, dot);
-    dot_quad_pair<kBits, R, W, 3, which>(codes, apart, record, dot);
+    dot_quad_pair<F, R, W, 0, which>(codes, apart, record, dot);
+    dot_quad_pair<F, R, W, 1, which>(codes, apart, record, dot);
+    dot_quad_pair<F, R, W, 2, which>(codes, apart, record, dot);
+    dot_quad_pair<F, R, W, 3, which>(codes, apart, record, dot);
   }
 }
 
@@ -139,32 +172,43 @@ HELEXA_INLINE void add_scaled(const Dots<R, W>& dot, const f32x16 (&scale)[R], c
   }
 }
 
+// Minus the sums of the input's codes: of a block, or of its half (which = 1, 2).
+template <int W, int which>
+HELEXA_INLINE const int32_t* negative_sums(const uint8_t* record) {
+  if constexpr (which == 3) return ints(record, Record<W>::kNegativeSum);
+  return ints(record, Record<W>::kNegativeSum16) + (which - 1) * W;
+}
+
 // acc += scale * (code - zero) · x over one block, or half of one (which = 1, 2) with a scale of its own.
-template <int kBits, int kZero, int R, int W, int which>
+template <class F, int R, int W, int which>
 HELEXA_INLINE void add_symmetric(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
                                  const uint8_t* record, Sums<R, W>& acc) {
-  const int32_t* negative_sum = ints(record, which == 3   ? Record<W>::kNegativeSum
-                                             : which == 1 ? Record<W>::kNegativeSum16
-                                                          : Record<W>::kNegativeSum16 + 4 * W);
+  const int32_t* negative_sum = negative_sums<W, which>(record);
   Dots<R, W> dot;
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
-    for (int r = 0; r < R; ++r) dot.v[r][t] = start_dot<log2_of(kZero)>(negative_sum + t);
+    for (int r = 0; r < R; ++r) dot.v[r][t] = start_dot<log2_of(F::kZero)>(negative_sum + t);
   }
-  dot_block<kBits, R, W, which>(codes, apart, record, dot);
+  dot_block<F, R, W, which>(codes, apart, record, dot);
   add_scaled<R, W>(dot, scale, record, acc);
 }
 
-// acc += (scale * code + offset) · x over one block.
-template <int kBits, int R, int W>
-HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
-                              const f32x16 (&offset)[R], const uint8_t* record, Sums<R, W>& acc) {
-  Dots<R, W> dot;
+// dot = code · x over one block or half of one.
+template <class F, int R, int W, int which>
+HELEXA_INLINE void dot_codes(const uint8_t* codes, int64_t apart, const uint8_t* record, Dots<R, W>& dot) {
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
     for (int r = 0; r < R; ++r) dot.v[r][t] = zero_dot();
   }
-  dot_block<kBits, R, W>(codes, apart, record, dot);
+  dot_block<F, R, W, which>(codes, apart, record, dot);
+}
+
+// acc += (scale * code + offset) · x over one block.
+template <class F, int R, int W>
+HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
+                              const f32x16 (&offset)[R], const uint8_t* record, Sums<R, W>& acc) {
+  Dots<R, W> dot;
+  dot_codes<F, R, W, 3>(codes, apart, record, dot);
   add_scaled<R, W>(dot, scale, record, acc);
   HELEXA_UNROLL
   for (int t = 0; t < W; ++t) {
@@ -173,35 +217,127 @@ HELEXA_INLINE void add_affine(const uint8_t* codes, int64_t apart, const f32x16 
   }
 }
 
+// acc += (scale * code - min) · x over half a block.
+template <class F, int R, int W, int which>
+HELEXA_INLINE void add_half_with_min(const uint8_t* codes, int64_t apart, const f32x16 (&scale)[R],
+                                     const f32x16 (&min)[R], const uint8_t* record, Sums<R, W>& acc) {
+  Dots<R, W> dot;
+  dot_codes<F, R, W, which>(codes, apart, record, dot);
+  HELEXA_UNROLL
+  for (int t = 0; t < W; ++t) {
+    const f32x16 input_scale = set1(floats(record, Record<W>::kScale)[t]);
+    const f32x16 negative = to_float(start_dot<0>(negative_sums<W, which>(record) + t));
+    for (int r = 0; r < R; ++r) {
+      const f32x16 sum = fma(to_float(dot.v[r][t]), scale[r], min[r] * negative);
+      acc.v[r][t] = fma(sum, input_scale, acc.v[r][t]);
+    }
+  }
+}
+
+// n numbers of six bits of 16 rows, as packed -> out[16 * number + row].
+template <int n>
+HELEXA_INLINE void unpack_six_bits(const uint8_t* packed, uint8_t* out) {
+  uint64_t nibbles[n], pairs[n / 2], words[2 * n];
+  std::memcpy(nibbles, packed, sizeof nibbles);
+  std::memcpy(pairs, packed + sizeof nibbles, sizeof pairs);
+  HELEXA_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < n / 2; ++i) {
+      const int word = k * n / 2 + i;
+      words[word] = ((nibbles[word % n] >> (k / 2 * 4)) & 0x0f0f0f0f0f0f0f0fu) |
+                    (((pairs[i] >> (2 * k)) & 0x0303030303030303u) << 4);
+    }
+  }
+  std::memcpy(out, words, sizeof words);
+}
+
+// The scales of a unit of 256 columns, as numbers: those of the 16 rows stand together.
+template <class F>
+struct UnitScales {
+  static constexpr bool kHasMins = F::kScales == Scales::kSuperMin || F::kScales == Scales::kSuperMin16;
+  uint8_t numbers[F::kScales == Scales::kSuper32 ? 128 : F::kScales == Scales::kSuperMin16 ? 512 : 256];
+
+  __attribute__((always_inline)) void unpack(const uint8_t* unit) {
+    if constexpr (F::kScales == Scales::kSuper32) unpack_six_bits<8>(unit + 32, numbers);
+    if constexpr (F::kScales == Scales::kSuper16) std::memcpy(numbers, unit + 32, 256);
+    if constexpr (F::kScales == Scales::kSuper16Bits6) unpack_six_bits<16>(unit + 32, numbers);
+    if constexpr (F::kScales == Scales::kSuperMin) unpack_six_bits<16>(unit + 64, numbers);
+    if constexpr (F::kScales == Scales::kSuperMin16) {
+      for (int i = 0; i < 256; ++i) {
+        numbers[i] = unit[64 + i] & 15;
+        numbers[256 + i] = unit[64 + i] >> 4;
+      }
+    }
+  }
+
+  __attribute__((always_inline)) f32x16 scale(int index) const {
+    if constexpr (F::kScales == Scales::kSuper16) return load_scale_i8(numbers + 16 * index);
+    if constexpr (kHasMins) return load_scale_u8(numbers + 16 * index);
+    return load_scale_u8(numbers + 16 * index) - set1(32.0f);
+  }
+  __attribute__((always_inline)) f32x16 min(int index) const {
+    return load_scale_u8(numbers + sizeof numbers / 2 + 16 * index);
+  }
+};
+
+// acc += half a block · x, `index` counting the halves of a unit.
+template <class F, int R, int W, int which>
+HELEXA_INLINE void add_half(const uint8_t* codes, int64_t apart, const UnitScales<F> (&scales)[R],
+                            const f32x16 (&d)[R], const f32x16 (&dmin)[R], int index, const uint8_t* record,
+                            Sums<R, W>& acc) {
+  f32x16 scale[R], min[R];
+  for (int r = 0; r < R; ++r) scale[r] = d[r] * scales[r].scale(index);
+  if constexpr (UnitScales<F>::kHasMins) {
+    for (int r = 0; r < R; ++r) min[r] = dmin[r] * scales[r].min(index);
+    add_half_with_min<F, R, W, which>(codes, apart, scale, min, record, acc);
+  } else {
+    add_symmetric<F, R, W, which>(codes, apart, scale, record, acc);
+  }
+}
+
+// acc += unit · x over a unit of 256 columns, for R tiles.
+template <class F, int R, int W>
+HELEXA_INLINE void add_super_unit(const uint8_t* unit, int64_t apart, const uint8_t* records,
+                                  Sums<R, W>& acc) {
+  constexpr bool kHalves = F::kScales != Scales::kSuper32 && F::kScales != Scales::kSuperMin;
+  UnitScales<F> scales[R];
+  f32x16 d[R], dmin[R], scale[R], offset[R];
+  for (int r = 0; r < R; ++r) {
+    scales[r].unpack(unit + r * apart);
+    d[r] = load_scale_f16(unit + r * apart);
+    if constexpr (UnitScales<F>::kHasMins) dmin[r] = load_scale_f16(unit + r * apart + 32);
+  }
+  for (int b = 0; b < 8; ++b) {
+    const uint8_t* record = records + b * Record<W>::kBytes;
+    const uint8_t* codes = unit + codes_offset<F>(b);
+    if constexpr (kHalves) {
+      add_half<F, R, W, 1>(codes, apart, scales, d, dmin, 2 * b, record, acc);
+      add_half<F, R, W, 2>(codes, apart, scales, d, dmin, 2 * b + 1, record, acc);
+    } else {
+      for (int r = 0; r < R; ++r) scale[r] = d[r] * scales[r].scale(b);
+      if constexpr (UnitScales<F>::kHasMins) {
+        for (int r = 0; r < R; ++r) offset[r] = zero() - dmin[r] * scales[r].min(b);
+        add_affine<F, R, W>(codes, apart, scale, offset, record, acc);
+      } else {
+        add_symmetric<F, R, W, 3>(codes, apart, scale, record, acc);
+      }
+    }
+  }
+}
+
 // acc += unit · x over one repeating unit of the packed layout, for R tiles.
 template <class F, int R, int W>
 HELEXA_INLINE void add_unit(const uint8_t* unit, int64_t apart, const uint8_t* records, Sums<R, W>& acc) {
-  f32x16 d[R], scale[R], offset[R];
-  for (int r = 0; r < R; ++r) d[r] = load_scale_f16(unit + r * apart);
-  if constexpr (F::kScales == Scales::kSymmetric) {
-    add_symmetric<F::kBits, F::kZero, R, W, 3>(unit + 32, apart, d, records, acc);
-  } else if constexpr (F::kScales == Scales::kAffine) {
-    for (int r = 0; r < R; ++r) offset[r] = load_scale_f16(unit + r * apart + 32);
-    add_affine<F::kBits, R, W>(unit + 64, apart, d, offset, records, acc);
-  } else if constexpr (F::kScales == Scales::kSuperMin) {
-    f32x16 minus_dmin[R];
-    for (int r = 0; r < R; ++r) minus_dmin[r] = load_scale_f16(unit + r * apart + 32) * set1(-1.0f);
-    for (int b = 0; b < 8; ++b) {
-      for (int r = 0; r < R; ++r) {
-        scale[r] = d[r] * load_scale_u8(unit + r * apart + 64 + 16 * b);
-        offset[r] = minus_dmin[r] * load_scale_u8(unit + r * apart + 192 + 16 * b);
-      }
-      add_affine<F::kBits, R, W>(unit + codes_offset<F>(b), apart, scale, offset,
-                                 records + b * Record<W>::kBytes, acc);
-    }
+  if constexpr (F::kBlockSize == 256) {
+    add_super_unit<F, R, W>(unit, apart, records, acc);
   } else {
-    for (int b = 0; b < 8; ++b) {
-      const uint8_t* record = records + b * Record<W>::kBytes;
-      const uint8_t* codes = unit + codes_offset<F>(b);
-      for (int r = 0; r < R; ++r) scale[r] = d[r] * load_scale_i8(unit + r * apart + 32 + 32 * b);
-      add_symmetric<F::kBits, F::kZero, R, W, 1>(codes, apart, scale, record, acc);
-      for (int r = 0; r < R; ++r) scale[r] = d[r] * load_scale_i8(unit + r * apart + 48 + 32 * b);
-      add_symmetric<F::kBits, F::kZero, R, W, 2>(codes, apart, scale, record, acc);
+    f32x16 d[R], offset[R];
+    for (int r = 0; r < R; ++r) d[r] = load_scale_f16(unit + r * apart);
+    if constexpr (F::kScales == Scales::kSymmetric) {
+      add_symmetric<F, R, W, 3>(unit + 32, apart, d, records, acc);
+    } else {
+      for (int r = 0; r < R; ++r) offset[r] = load_scale_f16(unit + r * apart + 32);
+      add_affine<F, R, W>(unit + 64, apart, d, offset, records, acc);
     }
   }
 }

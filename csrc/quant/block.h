@@ -8,19 +8,22 @@ namespace helexa {
 
 // How the scales of a quantized format lie, in the file and in the packed layout.
 enum class Scales {
-  kPlain,      // the block is a run of floats: no codes
-  kSymmetric,  // per 32 columns: f16 d;     value = d * (code - zero)
-  kAffine,     // per 32 columns: f16 d, m;  value = d * code + m
-  kSuperMin,   // per 256 columns: f16 d, dmin; per 32: u8 scale, min;  value = d * scale * code - dmin * min
-  kSuper16,    // per 256 columns: f16 d; per 16: i8 scale;  value = d * scale * (code - zero)
+  kPlain,         // the block is a run of floats: no codes
+  kSymmetric,     // per 32 columns: f16 d;     value = d * (code - zero)
+  kAffine,        // per 32 columns: f16 d, m;  value = d * code + m
+  kSuper32,       // per 256 columns: f16 d; per 32: 6-bit scale;  value = d * (scale - 32) * (code - zero)
+  kSuper16,       // per 256 columns: f16 d; per 16: i8 scale;  value = d * scale * (code - zero)
+  kSuper16Bits6,  // per 256 columns: f16 d; per 16: 6-bit scale;  value = d * (scale - 32) * (code - zero)
+  kSuperMin,  // per 256 columns: f16 d, dmin; per 32: 6-bit scale, min;  value = d * scale * code - dmin * min
+  kSuperMin16,  // per 256 columns: f16 d, dmin; per 16: 4-bit scale, min;  value = d * scale * code - dmin * min
 };
 
 // The scales of one block of a file, unpacked.
 struct BlockScales {
   uint16_t d = 0;  // f16 bits
-  uint16_t m = 0;  // f16 bits: m of kAffine, dmin of kSuperMin
+  uint16_t m = 0;  // f16 bits: m of kAffine, dmin of kSuperMin and kSuperMin16
   uint8_t scale[16] = {};
-  uint8_t min[8] = {};
+  uint8_t min[16] = {};
 };
 
 static inline uint16_t load_u16(const uint8_t* p) {
@@ -38,6 +41,11 @@ static inline uint32_t load_u32(const uint8_t* p) {
 // Codes of a run of 2 * n nibbles: the low halves come first, then the high halves.
 static inline void split_nibbles(const uint8_t* nibbles, int n, uint8_t* codes) {
   for (int i = 0; i < n; ++i) codes[i] = nibbles[i] & 15, codes[n + i] = nibbles[i] >> 4;
+}
+
+// The 256 codes of 64 bytes of bit pairs.  Each half of 32 bytes is four runs of 32 columns; pair r of a byte belongs to run r.
+static inline void split_pairs(const uint8_t* pairs, uint8_t* codes) {
+  for (int i = 0; i < 256; ++i) codes[i] = (pairs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3;
 }
 
 // The 12 bytes of Q4_K and Q5_K: eight 6-bit scales and eight 6-bit mins.  Sub-blocks 0..3 take the low 6 bits of bytes 0..3

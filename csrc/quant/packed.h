@@ -4,17 +4,24 @@
 //
 // Lane r of a 64-byte vector is row r and holds 4 consecutive columns, one per byte: what one 8-bit dot instruction eats.  The 32
 // columns of a block are 8 such column quads:
+//   2 bits   2 vectors; pair i of vector h belongs to quad 4 h + i
+//   3 bits   the same, then 1 vector of third bits: bit q of a byte belongs to quad q
 //   4 bits   4 vectors; vector j holds quad j in its low nibbles and quad j + 4 in its high ones
 //   5 bits   the same, then 1 vector of fifth bits: bit q of a byte belongs to quad q
-//   6 bits   the same as 4, then 2 vectors of bit pairs: pair i of vector h belongs to quad 4 h + i
+//   6 bits   the same as 4, then 2 vectors of bit pairs as those of 2 bits
 //   8 bits   8 vectors
 // Scales stand before the codes they belong to, each as 16 values, one per row:
-//   kSymmetric  [f16 d] codes                     per block of 32
-//   kAffine     [f16 d] [f16 m] codes             per block of 32
-//   kSuperMin   [f16 d] [f16 dmin] 8 x [u8 scale] 8 x [u8 min] 8 x codes     per 256
-//   kSuper16    [f16 d] 16 x [i8 scale] 8 x codes                            per 256
-//   kPlain      no codes: column by column, 16 values of the file's type
-// Values are those of the file, bit for bit; only Q4_K and Q5_K grow, by 4 bytes in 144 and 176, since their 6-bit scales become bytes.
+//   kSymmetric     [f16 d] codes                                              per block of 32
+//   kAffine        [f16 d] [f16 m] codes                                      per block of 32
+//   kSuper32       [f16 d] [8 six-bit scales] 8 x codes                       per 256
+//   kSuper16       [f16 d] 16 x [i8 scale] 8 x codes                          per 256
+//   kSuper16Bits6  [f16 d] [16 six-bit scales] 8 x codes                      per 256
+//   kSuperMin      [f16 d] [f16 dmin] [8 six-bit scales, 8 mins] 8 x codes    per 256
+//   kSuperMin16    [f16 d] [f16 dmin] 16 x [scale, min: nibbles] 8 x codes    per 256
+//   kPlain         no codes: column by column, 16 values of the file's type
+// Of n six-bit numbers, n / 2 vectors of 16 bytes come first: vector i holds the low nibbles of the numbers i and n / 2 + i; then n / 4
+// vectors, of which pair k of vector i holds the upper bits of the number k * n / 4 + i.
+// Values are those of the file, bit for bit, and take as many bytes as there.
 #pragma once
 
 #include "quant/formats.h"
@@ -33,14 +40,7 @@ constexpr int unit_cols() {
 
 template <class F>
 constexpr int unit_bytes() {
-  switch (F::kScales) {
-    case Scales::kPlain: return kTileRows * F::kBlockBytes;
-    case Scales::kSymmetric: return 32 + code_bytes(F::kBits);
-    case Scales::kAffine: return 64 + code_bytes(F::kBits);
-    case Scales::kSuperMin: return 64 + 256 + 8 * code_bytes(F::kBits);
-    case Scales::kSuper16: return 32 + 256 + 8 * code_bytes(F::kBits);
-  }
-  return 0;
+  return kTileRows * F::kBlockBytes;
 }
 
 template <class F>

@@ -5,6 +5,10 @@ import torch
 from helexa import ops
 from helexa.quant import FORMATS
 
+# Float16 fields of a block, where they are not its first one or two.
+HALF_OFFSETS = {"q6_k": (208,), "q2_k": (80, 82), "q3_k": (108,)}
+WITH_MINIMUM = ("q4_1", "q5_1", "q4_k", "q5_k")
+
 QUANTIZED = [name for name in FORMATS if FORMATS[name].block_size > 1]
 
 
@@ -21,12 +25,8 @@ def random_raw(format: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(rows, -1)
     blocks = rng.integers(0, 256, (rows * cols // layout.block_size, layout.block_bytes), dtype=np.uint8)
     scales = rng.uniform(0.001, 0.02, (len(blocks), 2)).astype(np.float16).view(np.uint8)
-    if format == "q6_k":
-        blocks[:, 208:210] = scales[:, :2]
-    else:
-        blocks[:, :2] = scales[:, :2]
-        if format in ("q4_1", "q5_1", "q4_k", "q5_k"):
-            blocks[:, 2:4] = scales[:, 2:]
+    for i, offset in enumerate(HALF_OFFSETS.get(format, (0, 2) if format in WITH_MINIMUM else (0,))):
+        blocks[:, offset : offset + 2] = scales[:, 2 * i : 2 * i + 2]
     return blocks.reshape(rows, -1)
 
 
@@ -43,6 +43,12 @@ def test_packed_weights_decode_to_the_files_values_bit_for_bit(format: str, rows
     raw = random_raw(format, rows, cols, seed=rows)
     weight = ops.pack_weight(format, raw, rows, cols)
     assert torch.equal(weight.dequantize(), decoded(format, raw, rows, cols))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_take_the_files_bytes(format: str) -> None:
+    layout = FORMATS[format]
+    assert ops.packed_nbytes(format, 48, 512) == 48 * layout.nbytes(512)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)

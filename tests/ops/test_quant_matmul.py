@@ -71,19 +71,24 @@ def test_mixed_formats_and_biases_lie_side_by_side(isa: str) -> None:
         assert error(run(x, weights, biases), ops.quant_matmul_reference(x, weights, biases)) < 2e-5
 
 
-@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q5_1", "q8_0", "q4_k", "q6_k"])
-def test_extreme_codes_do_not_saturate(isa: str, format: str) -> None:
-    """All-ones codes against inputs whose int8 codes are all at their limit: 16-bit partial sums would
+# The bytes of a block's codes, and the byte whose codes are furthest from zero.
+LARGEST_CODES = {
+    "q4_0": (slice(2, None), 0x00), "q4_1": (slice(4, None), 0xFF), "q5_1": (slice(4, None), 0xFF),
+    "q8_0": (slice(2, None), 0x7F), "q2_k": (slice(16, 80), 0xFF), "q3_k": (slice(0, 96), 0x00),
+    "q4_k": (slice(16, None), 0xFF), "q5_k": (slice(16, None), 0xFF), "q6_k": (slice(0, 192), 0x00),
+    "iq4_nl": (slice(2, None), 0x00), "iq4_xs": (slice(8, None), 0x00),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("format", LARGEST_CODES)
+def test_extreme_codes_do_not_saturate(isa: str, format: str, top: bool) -> None:
+    """Codes at either end against inputs whose int8 codes are all at their limit: 16-bit partial sums would
     overflow here."""
     layout = FORMATS[format]
-    raw = random_raw(format, 16, 512)
-    blocks = raw.reshape(-1, layout.block_bytes).copy()
-    codes = (
-        slice(0, 192)
-        if format == "q6_k"
-        else slice(layout.block_bytes - (32 if format == "q8_0" else 16), None)
-    )
-    blocks[:, codes] = 0x7F if format == "q8_0" else 0xFF
+    codes, byte = LARGEST_CODES[format]
+    blocks = random_raw(format, 16, 512).reshape(-1, layout.block_bytes).copy()
+    blocks[:, codes] = byte if not top else 0x80 if format == "q8_0" else byte ^ 0xFF
     weight = ops.pack_weight(format, blocks.reshape(16, -1), 16, 512)
     for sign in (1.0, -1.0):
         x = torch.full((3, 512), sign)

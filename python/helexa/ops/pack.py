@@ -17,7 +17,10 @@ _MAPPING_BYTES = 256 << 20
 FORMAT_IDS = {  # csrc/quant/formats.def
     name: index
     for index, name in enumerate(
-        ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+        (
+            *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+            *("q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs"),
+        )
     )
 }
 
