@@ -57,6 +57,15 @@ async def test_a_client_beyond_its_limit_is_told_when_to_come_back(make_limited,
     assert len(neuron.requests) == 2
 
 
+@pytest.mark.parametrize("wrong", [b'"\xff"', b'"\\ud800"', b"[[1]]", b"null", b"-1", b"1e400"])
+async def test_a_limit_that_makes_no_sense_is_left_to_the_neuron(make_limited, neuron, wrong):
+    site = await make_limited(neuron, ("tokens", 1000, 60))
+    body = b'{"model": "tiny", "messages": [], "max_tokens": ' + wrong + b"}"
+    async with site.client.post(site.url + "/v1/chat/completions", data=body) as response:
+        assert b"internal_error" not in await response.read()
+    assert used(site)[1] == 0
+
+
 async def test_tokens_run_out(make_limited, neuron):
     site = await make_limited(neuron, ("tokens", 2 * COMPUTED, 60))
     assert [(await site.chat())[0] for _ in range(3)] == [200, 200, 429]

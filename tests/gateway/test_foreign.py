@@ -75,6 +75,14 @@ async def test_it_learns_our_key_and_nothing_of_the_client(make_site, server):
     assert not {name for name in seen if name.startswith("x-helexa")} | ({"cookie", "x-secret"} & set(seen))
 
 
+async def test_half_characters_are_replaced_for_it(make_site, server):
+    site = await make_site(server)
+    body = b'{"model": "big", "stream": true, "messages": [{"role": "user", "content": "a\\ud83d"}]}'
+    async with site.client.post(site.url + "/v1/chat/completions", data=body) as response:
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "a\ufffd"}]
+
+
 async def test_a_stream_is_metered_exactly_and_looks_as_the_client_asked(make_site, server):
     site = await make_site(server)
     text = await site.stream("big")

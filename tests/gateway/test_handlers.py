@@ -113,6 +113,15 @@ async def test_half_characters_in_a_text_are_left_to_the_neuron(make_site, neuro
     assert neuron.requests[0]["messages"][0]["content"] == "\ud83d"
 
 
+async def test_half_characters_under_an_alias_are_replaced(make_site, neuron, catalogue):
+    site = await make_site(neuron, catalogue=catalogue(small="tiny"))
+    status, _, _ = await post(
+        site, b'{"model": "small", "messages": [{"role": "user", "content": "a\\ud83d"}]}'
+    )
+    assert status == 200
+    assert neuron.requests == [{"model": "tiny", "messages": [{"role": "user", "content": "a\ufffd"}]}]
+
+
 async def test_a_body_of_megabytes_passes(make_site, neuron):
     site = await make_site(neuron)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 3_000_000}]}

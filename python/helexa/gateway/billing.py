@@ -32,7 +32,7 @@ class Bill:
     def _expected(self, body: bytes) -> int:
         try:
             bounds = msgspec.json.decode(body, type=_Bounds)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             bounds = _Bounds()
         limit = _count(bounds.max_completion_tokens) or _count(bounds.max_tokens) or _ANSWER_TOKENS
         return min(self._prompt_tokens + limit * (_count(bounds.n) or 1), _MOST_TOKENS)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import msgspec
 import orjson
 
+from helexa.wire.body import decode
+
 EXTENSIONS = ("thinking_budget",)  # fields of the canonical chat that no other server knows
 _REQUEST_HEADERS = (
     *("content-type", "accept-encoding", "x-request-id", "user-agent", "traceparent", "tracestate"),
@@ -25,9 +27,9 @@ def request_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def request_body(body: bytes, *, is_stream: bool) -> tuple[bytes, bool]:
     """The body as such a server gets it, and whether it asks for a usage that the client does not want.
 
-    Every value but those of our own is kept byte for byte.
+    Every value but those of our own is kept byte for byte, half characters apart. Raises MalformedJson.
     """
-    members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    members = decode(body, dict[str, msgspec.Raw])
     removed = [members.pop(name, None) for name in EXTENSIONS]
     wants_usage = is_stream and not _includes_usage(members.get("stream_options"))
     if wants_usage:
@@ -36,7 +38,7 @@ def request_body(body: bytes, *, is_stream: bool) -> tuple[bytes, bool]:
 
 
 def _includes_usage(options: msgspec.Raw | None) -> bool:
-    told = orjson.loads(bytes(options)) if options is not None else None
+    told = decode(bytes(options), object) if options is not None else None
     return isinstance(told, dict) and told.get("include_usage") is True
 
 

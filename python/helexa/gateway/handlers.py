@@ -24,6 +24,7 @@ from helexa.gateway.placer import wait_of
 from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call
 from helexa.log import fields
+from helexa.wire.body import decode
 from helexa.wire.errors import internal_error
 from helexa.wire.generation import USAGE_HEADER
 
@@ -170,8 +171,8 @@ async def _cancel_when_gone(task: asyncio.Task[Any], receive: Receive) -> None:
 
 
 def _rename(body: bytes, model: str) -> bytes:
-    """The body with another model; every other value stays byte for byte."""
-    members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    """The body with another model; every other value stays byte for byte, half characters apart."""
+    members = decode(body, dict[str, msgspec.Raw])
     members["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(members)
 
