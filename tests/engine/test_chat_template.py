@@ -8,9 +8,9 @@ import pytest
 
 from helexa.engine import template_sandbox
 from helexa.engine.chat_template import CHATML, ChatTemplate
-from helexa.engine.pre_tokenizers import PRE_TOKENIZERS
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter
+from helexa.weights.pre_tokenizers import PRE_TOKENIZERS
 
 _HELLO = [{"role": "user", "content": "Hello"}]
 _SHOW = "{% for message in messages %}[{{ message.role }}:{{ message.content }}]{% endfor %}"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helexa.engine.pre_tokenizers import PRE_TOKENIZERS
 from helexa.engine.tokenizer import Detokenizer, Tokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter, UnsupportedModel
+from helexa.weights.pre_tokenizers import PRE_TOKENIZERS
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _CHARACTERS = dict(zip(_PRINTABLE, map(chr, _PRINTABLE), strict=True))

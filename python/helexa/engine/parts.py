@@ -38,11 +38,12 @@ def read_model(file: ModelFile, config: ModelConfig, progress: Progress) -> Mode
 
 def read_text_parts(file: ModelFile) -> TextParts:
     """The parts that the file has. Raises InvalidFile or UnsupportedModel."""
-    if "tokenizer.ggml.tokens" not in file.metadata:
+    metadata = file.text_metadata()
+    if "tokenizer.ggml.tokens" not in metadata:
         return TextParts()
-    tokenizer = Tokenizer.from_gguf(file.metadata)
+    tokenizer = Tokenizer.from_gguf(metadata)
     # Reading the vocabulary holds the interpreter for up to a second: not while streams wait for it.
-    return TextParts(tokenizer, ChatTemplate.from_gguf(file.metadata, tokenizer), GrammarCompiler(tokenizer))
+    return TextParts(tokenizer, ChatTemplate.from_gguf(metadata, tokenizer), GrammarCompiler(tokenizer))
 
 
 def pooling_of(kind: object) -> Pooling | None:

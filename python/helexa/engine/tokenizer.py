@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers.models import BPE
 
 from helexa.engine.output.tags import MARKERS
-from helexa.engine.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from helexa.errors import BadRequest, InvalidFile, InvalidParameter, UnsupportedModel
+from helexa.weights.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6

@@ -120,11 +120,20 @@ class GGUFFile(MappedFile):
         """Raises InvalidFile or UnsupportedModel."""
         super().__init__(path, "GGUF")
         try:
-            self.metadata, self.tensors = _parse(self.open_map(), path.name)
+            self.metadata, self.tensors, self._entries = _parse(self.open_map(), path.name)
         except BaseException:
             self.close()
             raise
         self.architecture: str = self.metadata["general.architecture"]
+
+    def text_metadata(self) -> dict[str, Any]:
+        """The metadata; they hold the tokenizer, too."""
+        return self.metadata
+
+    def entry(self, key: str) -> bytes:
+        """A metadata key with its value, as they stand in the file."""
+        start, end = self._entries[key]
+        return bytes(self.view(start, end - start, f"the value of {key!r}"))
 
     def data(self, name: str) -> memoryview:
         """The bytes of a tensor, read-only and not copied; they stay valid after close().
@@ -252,17 +261,22 @@ class _Cursor:
         return StringArray(data[start:position], ends, f"{key!r} in {self.file_name}")
 
 
-def _parse(data: mmap.mmap, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _parse(
+    data: mmap.mmap, name: str
+) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """The metadata, the tensors, and where each key of the metadata starts and its value ends."""
     cursor = _Cursor(data, name)
     _check_version(cursor)
     num_tensors = cursor.count("tensors", _TENSOR_BYTES, _MAX_ENTRIES)
     num_keys = cursor.count("metadata keys", _KEY_BYTES, _MAX_ENTRIES)
     metadata: dict[str, Any] = {}
+    entries: dict[str, tuple[int, int]] = {}
     for _ in range(num_keys):
         start, key = cursor.position, cursor.name("metadata key")
         if key in metadata:
             cursor.refuse(start, f"metadata key {key!r} again", "each key once")
         metadata[key] = cursor.value(key)
+        entries[key] = start, cursor.position
     _check_metadata(metadata, name)
     tensors: dict[str, TensorInfo] = {}
     alignment = metadata.get("general.alignment", 32)
@@ -271,7 +285,7 @@ def _parse(data: mmap.mmap, name: str) -> tuple[dict[str, Any], dict[str, Tensor
         if info.name in tensors:
             cursor.refuse(start, f"tensor {info.name!r} again", "each name once")
         tensors[info.name] = info
-    return metadata, _place(tensors, -(-cursor.position // alignment) * alignment, cursor)
+    return metadata, _place(tensors, -(-cursor.position // alignment) * alignment, cursor), entries
 
 
 def _check_version(cursor: _Cursor) -> None:

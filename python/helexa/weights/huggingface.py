@@ -1,7 +1,6 @@
 """A directory as the HuggingFace hub has it (config.json, safetensors), seen as a GGUF file."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +8,7 @@ from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
 from helexa.weights.hf_config import read_config, sampling_metadata
 from helexa.weights.hf_tensors import count_mtp_layers, gguf_tensors
+from helexa.weights.hf_tokenizer import tokenizer_metadata
 from helexa.weights.safetensors import Checkpoint, read_json
 
 CONFIG = "config.json"
@@ -33,7 +33,6 @@ class HFModel:
         except BaseException:
             self.close()
             raise
-        self.config_json: Mapping[str, Any] = config_json
         self.architecture = config.architecture
         self.nbytes = self._checkpoint.nbytes
         self.metadata: dict[str, Any] = {"general.name": _model_name(path), **config.metadata}
@@ -47,6 +46,10 @@ class HFModel:
             )
             for name, region in self._regions.items()
         }
+
+    def text_metadata(self) -> dict[str, Any]:
+        """The metadata with the keys of the tokenizer, if there is one. Raises InvalidFile."""
+        return self.metadata | tokenizer_metadata(self.path, self.metadata[f"{self.architecture}.vocab_size"])
 
     def data(self, name: str) -> memoryview:
         """The bytes of a tensor, read-only; KeyError for an unknown name."""

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from helexa.engine.grammar import GrammarCompiler, GrammarSpec
 from helexa.engine.output import OutputFormat
-from helexa.engine.pre_tokenizers import PRE_TOKENIZERS
 from helexa.engine.tokenizer import Tokenizer
 from helexa.errors import InvalidParameter
+from helexa.weights.pre_tokenizers import PRE_TOKENIZERS
 from support.model_output import TOOLS, function, loaded, read
 
 _FORMATS = ("hermes", "qwen_xml")
