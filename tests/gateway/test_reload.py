@@ -14,7 +14,9 @@ from helexa.gateway.app import create_app
 from helexa.gateway.config import load_config
 from helexa.gateway.gateway import running
 from helexa.gateway.keys import add_key, revoke_key
+from helexa.gateway.metrics import Meter
 from helexa.gateway.reload import Reloader, watch_keys
+from helexa.gateway.upstream import Call
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -173,6 +175,40 @@ async def test_a_load_under_way_is_waited_for_across_a_reload(
         assert [status for status, _ in await asyncio.gather(*waiting)] == [200, 200]
         assert len(neuron.loads) == 1
         assert not gateway.fleet.loading
+
+
+async def test_a_load_ends_with_the_neuron_that_left(files, make_neuron, make_site, serving, eventually):
+    leaving, staying = make_neuron(load_s=30, name="n0"), make_neuron("b", name="n1")
+    await make_site(leaving, staying)
+    models = '[[models]]\nid = "m"\npinned_on = ["n0"]\n'
+    files.write(neurons=[leaving, staying], models=models)
+    async with running(*files.read()) as gateway:
+        url = "http://{}:{}".format(*await serving(create_app(gateway)))
+        waiting = asyncio.create_task(chat(url, "m"))
+        await eventually(lambda: leaving.loads)
+        files.write(neurons=[staying], models=models)
+        await Reloader(gateway, files.read).reload()
+        assert (await asyncio.wait_for(waiting, 5))[0] == 404
+        assert len(leaving.loads) == 1
+        assert not gateway.fleet.loading
+
+
+async def test_a_request_from_before_meets_a_new_neuron_that_is_down(
+    files, make_neuron, make_site, serving, eventually
+):
+    busy, dead = make_neuron("m", name="n0", words=["word"] * 40, pause_s=0.05), make_neuron("m", name="n1")
+    await make_site(busy, dead)
+    files.write(neurons=[busy])
+    async with running(*files.read()) as gateway:
+        former = gateway.dispatcher
+        files.write(neurons=[busy, dead])
+        await Reloader(gateway, files.read).reload()
+        await eventually(lambda: gateway.fleet.nodes["n1"].healthy)
+        gateway.fleet.nodes["n1"].endpoint = "http://127.0.0.1:9"
+        gateway.fleet.nodes["n0"].begin("m", 0.0)
+        call = Call("/v1/completions", "m", b'{"model": "m"}', {}, False, Meter(gateway.metrics, "m", 0.0))
+        (await former.open(call)).close()
+        assert len(busy.requests) == 1
 
 
 async def test_where_it_listens_needs_a_restart_and_decides_meanwhile_who_needs_a_key(files):

@@ -59,11 +59,12 @@ class Gateway:
         self.keys.configure(config)
         self.ledger.forget_others(self.keys.principals)
         former, background = self.loader, self._background
-        await former.abandon(node for name, node in self.fleet.nodes.items() if nodes.get(name) is not node)
-        self.fleet.nodes.clear()
+        gone = [node for name, node in self.fleet.nodes.items() if nodes.get(name) is not node]
+        self.fleet.nodes.clear()  # all is changed before anything is awaited: nobody sees half of it
         self.fleet.nodes.update(nodes)
         self._assemble(config, catalogue)
         self.loader.adopt(former)
+        await former.abandon(gone)
         await _end(background)
 
     async def close(self) -> None:

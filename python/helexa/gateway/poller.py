@@ -78,8 +78,9 @@ class Poller:
         self.hurry(node)
 
     def hurry(self, node: Node) -> None:
-        """Polls the node now instead of at its next turn."""
-        self._wake[node.name].set()
+        """Polls the node now instead of at its next turn; one that came with a reload has another poller."""
+        if wake := self._wake.get(node.name):
+            wake.set()
 
     def notify(self) -> None:
         """Wakes those in `wait`."""
