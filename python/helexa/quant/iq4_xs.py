@@ -1,7 +1,7 @@
 """IQ4_XS, 256 values in 136 bytes, 8 sub-blocks of 32 with a 6-bit scale s each.
 
-float16 d, 8 upper bit pairs of s in a 16-bit word, 8 lower nibbles of s in 4 bytes (even sub-blocks low), then
-16 bytes of nibbles q for each sub-block, laid out as in Q4_0.   x = d·(s − 32)·LEVELS[q]
+float16 d, 8 upper bit pairs of s in a 16-bit word, 8 lower nibbles of s in 4 bytes (even sub-blocks low), and
+for each sub-block 16 bytes of nibbles q, laid out as in Q4_0.   x = d·(s − 32)·LEVELS[q]
 """
 
 import numpy as np

@@ -12,7 +12,7 @@ from helexa.quant.format import Bytes, Format, Values, half
 def bit_pairs(packed: Bytes) -> Bytes:
     """[n, 64] bytes as [n, 256] numbers 0..3: either half of 32 bytes holds four runs of 32, pair r of a byte
     belonging to run r."""
-    pairs = packed.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    pairs = packed.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & np.uint8(3)
     return pairs.reshape(-1, 256)
 
 

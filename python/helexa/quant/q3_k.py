@@ -1,8 +1,8 @@
 """Q3_K, 256 values in 110 bytes, 16 sub-blocks of 16 with a 6-bit scale s each.
 
 32 bytes of third bits (bit b of byte i belongs to value 32·b + i), 64 bytes of bit pairs as in Q2_K, 12 bytes
-of s, float16 d. Lower nibbles of s come first: byte i holds those of s[i] and s[8 + i]; in the last four bytes
-pair r of byte i are the upper bits of s[4·r + i].   x = d·(s − 32)·(q − 4)
+of s, float16 d. Lower nibbles of s come first: byte i holds those of s[i] and s[8 + i]; in the last four
+bytes pair r of byte i are the upper bits of s[4·r + i].   x = d·(s − 32)·(q − 4)
 """
 
 import numpy as np
