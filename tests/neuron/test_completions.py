@@ -106,6 +106,30 @@ async def test_an_answer_says_which_stop_string_ended_it(api):
     assert chunks[-1].stop_reason == "lo"
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_offsets_of_tokens_are_places_in_the_text_whatever_its_characters_and_stops(
+    serve_engine, is_streamed
+):
+    async with serve_engine(scripted_engine({"Hi": "Grüße 👩‍🚀, und STOP"}, template=None)) as api:
+        prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        asked = ask(prompt, echo=True, logprobs=1, stop="STOP", max_tokens=80)
+        if is_streamed:
+            choices = [chunk.choices[0] async for chunk in await api.completions.create(**asked, stream=True)]
+        else:
+            choices = (await api.completions.create(**asked)).choices
+    text = "".join(choice.text for choice in choices)
+    assert text == prompt + "Grüße 👩‍🚀, und "
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert len(tokens) == len(offsets) == len(tokenizer().encode(text))
+    assert offsets == sorted(offsets)
+    whole = [(token, offset) for token, offset in zip(tokens, offsets, strict=True) if token != "\ufffd"]
+    assert all(text.startswith(token, offset) for token, offset in whole)
+    assert [text[offset] for token, offset in zip(tokens, offsets, strict=True) if token == "\ufffd"] == [
+        *"üüßß" + "👩" * 4 + "\u200d" * 3 + "🚀" * 4
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

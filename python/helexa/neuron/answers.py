@@ -69,7 +69,9 @@ class Answers(ABC):
 
     def _token(self, token_id: int) -> tuple[str, list[int]]:
         """A token as text, with U+FFFD for what is no character by itself, and as bytes."""
-        data = self._tokenizer.token_bytes(token_id)
+        # Models may have more tokens than their vocabulary; the surplus has no text.
+        is_text = token_id < self._tokenizer.vocab_size
+        data = self._tokenizer.token_bytes(token_id) if is_text else b""
         return data.decode("utf-8", "replace"), list(data)
 
 

@@ -1,13 +1,14 @@
 """Deltas of the engine as OpenAI text completions, streamed and whole."""
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 
 from helexa.engine.stream import Delta, TokenLogprob
-from helexa.engine.tokenizer import Tokenizer
+from helexa.engine.tokenizer import Detokenizer, Tokenizer
 from helexa.neuron.answers import Answers
+from helexa.neuron.pieces import Pieces
 from helexa.wire import sse
 from helexa.wire.completions import CompletionAnswer, CompletionChoice, CompletionLogprobs
 from helexa.wire.generation import FinishReason, Usage, encode
@@ -22,6 +23,14 @@ class Echo:
     logprobs: list[TokenLogprob | None] | None = None
 
 
+class _Scored(NamedTuple):
+    """A token, how likely it was, and where in the choice's text it begins, in characters."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    offset: int
+
+
 class CompletionAnswers(Answers):
     """OpenAI text completions, each with its echo."""
 
@@ -30,15 +39,18 @@ class CompletionAnswers(Answers):
     def __init__(self, model: str, tokenizer: Tokenizer, echoes: list[Echo]):
         super().__init__(model, tokenizer, len(echoes))
         self._echoes = echoes
-        self._offsets = [0] * len(echoes)
+        self._offsets = [len(echo.text) for echo in echoes]
+        self._pieces = [Pieces(tokenizer) for _ in echoes]
         self._texts: list[list[str]] = [[] for _ in echoes]
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in echoes]
+        self._scored: list[list[_Scored]] = [[] for _ in echoes]
+        self._has_logprobs = False
         self._finish_reasons: list[FinishReason | None] = [None] * len(echoes)
         self._stops: list[str | None] = [None] * len(echoes)
 
     def add(self, index: int, delta: Delta) -> None:
         self._texts[index].append(delta.text)
-        self._logprobs[index] += delta.logprobs or ()
+        if (scored := self._score(index, delta)) is not None:
+            self._scored[index] += scored
         self._finish_reasons[index] = cast(FinishReason | None, delta.finish_reason)
         self._stops[index] = delta.stop
 
@@ -49,9 +61,10 @@ class CompletionAnswers(Answers):
         is_first, echo = index not in self._begun, self._echoes[index]
         self._begun.add(index)
         text = echo.text + delta.text if is_first else delta.text
-        if not text and not delta.logprobs and not reason:
+        scored = self._score(index, delta)
+        if not text and not scored and not reason:
             return b""
-        logprobs = self._wire(index, delta.logprobs, echo if is_first else None)
+        logprobs = self._wire(scored, echo if is_first else None)
         return self._chunk([CompletionChoice(index, text, logprobs, reason, delta.stop or msgspec.UNSET)])
 
     def whole(self, usage: Usage) -> bytes:
@@ -59,7 +72,7 @@ class CompletionAnswers(Answers):
             CompletionChoice(
                 index,
                 echo.text + "".join(self._texts[index]),
-                self._wire(index, self._logprobs[index] or None, echo),
+                self._wire(self._scored[index] if self._has_logprobs else None, echo),
                 self._finish_reasons[index],
                 self._stops[index] or msgspec.UNSET,
             )
@@ -78,28 +91,45 @@ class CompletionAnswers(Answers):
     def _finish(self, index: int) -> bytes:
         return self._chunk([CompletionChoice(index, "", None, "error")])
 
-    def _wire(
-        self, index: int, logprobs: list[TokenLogprob] | None, echo: Echo | None
-    ) -> CompletionLogprobs | None:
-        """The logprobs of the echo, if it has any, and then of the tokens that were generated."""
-        items: list[tuple[int, TokenLogprob | None]] = []
-        if echo and echo.logprobs is not None:
-            items += zip(echo.token_ids, echo.logprobs, strict=True)
-        items += [(item.token_id, item) for item in logprobs or ()]
-        if not items and logprobs is None:
+    def _score(self, index: int, delta: Delta) -> list[_Scored] | None:
+        """The tokens whose text is complete with `delta`; None where no logprobs were asked for."""
+        self._has_logprobs = self._has_logprobs or delta.logprobs is not None
+        if not self._has_logprobs:
             return None
-        tokens = [self._token(token_id)[0] for token_id, _ in items]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+        scored = []
+        for text, logprob in self._pieces[index].cut(delta):
+            if logprob is not None:
+                scored.append(_Scored(logprob.token_id, logprob, self._offsets[index]))
+            self._offsets[index] += len(text)
+        return scored
+
+    def _wire(self, scored: list[_Scored] | None, echo: Echo | None) -> CompletionLogprobs | None:
+        """The logprobs of the echo, if it has any, and then of the tokens that were generated."""
+        if echo is not None and echo.logprobs is not None:
+            scored = [*self._of_echo(echo, echo.logprobs), *(scored or ())]
+        if scored is None:
+            return None
         tops = [
-            None if item is None else {self._token(token_id)[0]: logprob for token_id, logprob in item.top}
-            for _, item in items
+            None
+            if item.logprob is None
+            else {self._token(token_id)[0]: logprob for token_id, logprob in item.logprob.top}
+            for item in scored
         ]
         return CompletionLogprobs(
-            tokens,
-            [item.logprob if item else None for _, item in items],
+            [self._token(item.token_id)[0] for item in scored],
+            [item.logprob.logprob if item.logprob else None for item in scored],
             tops if any(tops) else None,
-            offsets,
+            [item.offset for item in scored],
         )
+
+    def _of_echo(self, echo: Echo, logprobs: list[TokenLogprob | None]) -> list[_Scored]:
+        """The tokens of the prompt."""
+        detokenizer = Detokenizer(self._tokenizer, skip_special=False)
+        lengths = [len(detokenizer.push(token_id)) for token_id in echo.token_ids]
+        # What the model's file wants before a text has tokens and is no part of the echo.
+        offset = min(len(echo.text) - sum(lengths), 0)
+        scored = []
+        for token_id, logprob, length in zip(echo.token_ids, logprobs, lengths, strict=True):
+            scored.append(_Scored(token_id, logprob, max(offset, 0)))
+            offset += length
+        return scored

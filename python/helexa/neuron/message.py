@@ -2,17 +2,17 @@
 
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import NamedTuple, cast
+from typing import cast
 
 import msgspec
 
 from helexa.engine.engine import Engine
 from helexa.engine.output import Content, Event, OutputFormat, OutputParser, Reasoning, ToolStart
 from helexa.engine.stream import Delta, TokenLogprob
-from helexa.engine.tokenizer import Detokenizer, Tokenizer
+from helexa.engine.tokenizer import Tokenizer
+from helexa.neuron.pieces import Piece, Pieces
 from helexa.neuron.prompt import require_tokenizer
 from helexa.wire.chat import (
     AnswerMessage,
@@ -34,35 +34,6 @@ class Part:
     logprobs: list[TokenLogprob] | None = None
 
 
-class _Piece(NamedTuple):
-    """The text of a token, or at the end what is left of several."""
-
-    text: str
-    logprob: TokenLogprob | None
-
-
-class _Pieces:
-    """Cuts the text of deltas, which may lag behind their tokens, into that of each token."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._vocab_size = tokenizer.vocab_size
-        self._detokenizer = Detokenizer(tokenizer)
-        self._tokens: deque[tuple[int, TokenLogprob | None]] = deque()  # lengths of texts still to come
-        self._text = ""
-
-    def cut(self, delta: Delta) -> Iterator[_Piece]:
-        for token_id, logprob in zip_longest(delta.token_ids, delta.logprobs or ()):
-            is_text = token_id < self._vocab_size
-            self._tokens.append((len(self._detokenizer.push(token_id)) if is_text else 0, logprob))
-        self._text += delta.text
-        while self._tokens and self._tokens[0][0] <= len(self._text):
-            length, logprob = self._tokens.popleft()
-            piece, self._text = self._text[:length], self._text[length:]
-            yield _Piece(piece, logprob)
-        if delta.finish_reason and (self._text or self._tokens):
-            yield _Piece(self._text, self._tokens[0][1] if self._tokens else None)
-
-
 class _Places:
     """Finds the tokens of a piece of content in the text that was parsed, markers and reasoning included."""
 
@@ -71,7 +42,7 @@ class _Places:
         # Lengths of texts, and what is not given out yet.
         self._tokens: deque[tuple[int, TokenLogprob | None]] = deque()
 
-    def add(self, piece: _Piece) -> None:
+    def add(self, piece: Piece) -> None:
         self._text += piece.text
         self._tokens.append((len(piece.text), piece.logprob))
 
@@ -108,7 +79,7 @@ class MessageReader:
         self._max_calls = max_calls
         self._has_dropped = False
         self._ends_in_reasoning = False
-        self._pieces = _Pieces(tokenizer)
+        self._pieces = Pieces(tokenizer)
         self._places = _Places()
         self._reasoning: list[str] = []
         self._content: list[str] = []
