@@ -1,4 +1,4 @@
-"""What an agent's requests find of earlier ones, on dense and on hybrid models, and that it changes nothing."""
+"""What an agent's requests find of earlier ones, on dense and hybrid models; it changes no answer."""
 
 import asyncio
 from pathlib import Path
@@ -147,7 +147,7 @@ async def test_a_state_that_is_not_brought_back_would_be_noticed(case, monkeypat
     agent = Agent(case)
     try:
         await agent.ask(SYSTEM, None)
-        monkeypatch.setattr(agent.engine._core.runner.states, "copy", lambda source, target: None)
+        monkeypatch.setattr(agent.engine._core.prefix.snapshots, "_copy", lambda source, target: None)
         agent.engine._core.runner.states.recurrent[0].zero_()
         with pytest.raises(AssertionError):
             await agent.ask(SYSTEM, None)

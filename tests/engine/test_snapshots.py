@@ -11,25 +11,52 @@ def node():
     return Node((1, 2, 3, 4), 1, None, None)
 
 
-def test_a_place_is_kept_once(node):
-    snapshots = Snapshots(range(5, 8))
-    assert snapshots.add(node, 2).slot == 5
-    assert snapshots.add(node, 2) is None
-    assert snapshots.add(node, 3).slot == 6
+@pytest.fixture
+def make():
+    """Snapshots over slots that hold what was copied into them."""
+
+    def made(num_slots, states):
+        def copy(source, target):
+            states[target] = states[source]
+
+        return Snapshots(range(10, 10 + num_slots), copy)
+
+    return made
+
+
+def test_a_state_comes_back_as_it_was_when_it_was_taken(make, node):
+    states = {1: "state"}
+    snapshots = make(2, states)
+    snapshots.take(node, 2, 1)
+    states[1] = "later"
+    snapshots.restore(node.snapshots[2], 3)
+    assert states[3] == "state"
+
+
+def test_a_place_is_kept_once(make, node):
+    snapshots = make(3, {1: "state", 2: "the same state"})
+    for slot in (1, 2):
+        snapshots.take(node, 2, slot)
+    snapshots.take(node, 3, 1)
     assert sorted(node.snapshots) == [2, 3]
+    assert snapshots.num_kept == 2
 
 
-def test_the_least_recently_used_gives_its_slot_away(node):
-    snapshots = Snapshots(range(2))
-    first, second = snapshots.add(node, 1), snapshots.add(node, 2)
-    snapshots.touch(first)
-    assert snapshots.add(node, 3).slot == second.slot
+def test_the_least_recently_used_gives_its_slot_away(make, node):
+    snapshots = make(2, {1: "state"})
+    evicted = []
+    snapshots.on_evict = evicted.append
+    snapshots.take(node, 1, 1)
+    snapshots.take(node, 2, 1)
+    snapshots.touch(node.snapshots[1])
+    snapshots.take(node, 3, 1)
+    assert [snapshot.offset for snapshot in evicted] == [2]
     assert sorted(node.snapshots) == [1, 3]
     assert snapshots.num_kept == 2
 
 
-def test_without_slots_nothing_is_kept(node):
-    assert Snapshots(()).add(node, 1) is None
+def test_without_slots_nothing_is_kept(make, node):
+    make(0, {1: "state"}).take(node, 1, 1)
     assert node.snapshots == {}
 
 

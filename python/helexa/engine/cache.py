@@ -71,12 +71,12 @@ def plan_capacity(
 
 
 def plan_snapshots(*, slot_bytes: int, budget_bytes: int | None, free_bytes: int) -> int:
-    """How many snapshots to have slots for. Raises OutOfMemory if a budget that was asked for is not there."""
+    """How many snapshots to have slots for. Raises OutOfMemory if there is no memory for what was asked."""
     if budget_bytes is None:
         return min(SNAPSHOTS, int(free_bytes * SNAPSHOT_SHARE) // slot_bytes)
     if budget_bytes > free_bytes:
         raise OutOfMemory(
-            f"{budget_bytes} bytes of snapshots were asked for, but only {free_bytes} bytes of memory are free",
+            f"snapshots may take {budget_bytes} bytes, but only {free_bytes} bytes of memory are free",
             needed_bytes=budget_bytes,
             free_bytes=free_bytes,
         )

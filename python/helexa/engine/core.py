@@ -102,8 +102,6 @@ class EngineCore:
         started_s = time.perf_counter()
         for copy in plan.copies:
             self.runner.cache.copy(copy.source, copy.target, copy.num_tokens)
-        for state in plan.state_copies:
-            self.runner.states.copy(state.source, state.target)
         self.scheduler.copied(plan)
         run, rate = (
             (self._prefill, self.prefill_rate) if plan.is_prefill else (self._decode, self.decode_rate)

@@ -337,7 +337,7 @@ class Engine:
         prefix = None
         if options.prefix_cache and (num_snapshots or not states):
             slots = range(num_slots, num_slots + num_snapshots)
-            prefix = PrefixCache(pool, Snapshots(slots) if states else None)
+            prefix = PrefixCache(pool, Snapshots(slots, state_cache.copy) if states else None)
         scheduler = Scheduler(
             pool,
             prefix,

@@ -20,7 +20,7 @@ from operator import attrgetter
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import Match, Node, PrefixCache
 from helexa.engine.sequence import Sequence
-from helexa.engine.snapshots import GAP, INTERVAL, StateCopy, cuts
+from helexa.engine.snapshots import GAP, INTERVAL, cuts
 from helexa.errors import ContextTooLong
 
 
@@ -41,7 +41,6 @@ class Plan:
     num_tokens: int
     is_prefill: bool
     copies: list[PageCopy] = field(default_factory=list)
-    state_copies: list[StateCopy] = field(default_factory=list)  # in this order, before the step
 
 
 _rank = attrgetter("rank")
@@ -83,7 +82,6 @@ class Scheduler:
         self._prefilled_last = False
         self._is_blocked = False  # the head of the queue did not fit, and no page was released since
         self._copies: list[PageCopy] = []
-        self._state_copies: list[StateCopy] = []
         self._unfinished: Plan | None = None  # which is being run
         self._free_slots = list(range(max_sequences, 0, -1))
 
@@ -130,7 +128,6 @@ class Scheduler:
 
     def _with_copies(self, plan: Plan) -> Plan:
         plan.copies, self._copies = self._copies, []
-        plan.state_copies, self._state_copies = self._state_copies, []
         self._unfinished = plan
         return plan
 
@@ -216,8 +213,8 @@ class Scheduler:
         if match.partial is not None:
             page = sequence.pages[sequence.depth]
             self._copies.append(PageCopy(match.partial.page, page, match.num_partial))
-        if match.snapshot is not None:
-            self._state_copies.append(StateCopy(match.snapshot.slot, sequence.slot))
+        if self._snapshots is not None and match.snapshot is not None:
+            self._snapshots.restore(match.snapshot, sequence.slot)
         self._count_cached(sequence, num_tokens - sequence.num_computed)
         sequence.num_computed = sequence.snapshot_position = num_tokens
 
@@ -333,8 +330,7 @@ class Scheduler:
             offset = len(run)
         if with_state and self._snapshots is not None and node is not self._prefix.root:
             sequence.snapshot_position = sequence.num_computed
-            if (snapshot := self._snapshots.add(node, offset)) is not None:
-                self._state_copies.append(StateCopy(sequence.slot, snapshot.slot))
+            self._snapshots.take(node, offset, sequence.slot)
 
     def _share(self, sequence: Sequence, node: Node) -> None:
         """Steps down to `node`; a page of the same content that the sequence held itself is given back."""

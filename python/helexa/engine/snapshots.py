@@ -6,7 +6,7 @@ path to that node and the first `offset` tokens of the node itself.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,18 +26,13 @@ class Snapshot:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class StateCopy:
-    """Copy one slot of the StateCache to another; such copies are made in the order of their lists."""
-
-    source: int
-    target: int
-
-
 class Snapshots:
     """A fixed number of slots; the snapshot that was not used for longest gives way to a new one."""
 
-    def __init__(self, slots: Iterable[int]):
+    def __init__(self, slots: Iterable[int], copy: Callable[[int, int], None]):
+        """copy: copies the state in one slot to another."""
+        self.on_evict: Callable[[Snapshot], None] | None = None
+        self._copy = copy
         self._free = sorted(slots, reverse=True)
         self._kept: OrderedDict[int, Snapshot] = OrderedDict()  # by slot, the least recently used first
 
@@ -45,18 +40,24 @@ class Snapshots:
     def num_kept(self) -> int:
         return len(self._kept)
 
-    def add(self, node: "Node", offset: int) -> Snapshot | None:
-        """A new snapshot, whose slot is to be filled; None if there is one, or no room for any."""
+    def take(self, node: "Node", offset: int, slot: int) -> None:
+        """Keeps the state in `slot`, which is that after `offset` tokens of the node."""
         if (known := node.snapshots.get(offset)) is not None:
             self.touch(known)
-            return None
-        if not self._free and not self._kept:
-            return None
-        if not self._free:
-            self.drop(next(iter(self._kept.values())))
-        snapshot = Snapshot(node, offset, self._free.pop())
-        node.snapshots[offset] = self._kept[snapshot.slot] = snapshot
-        return snapshot
+            return
+        if not self._free and self._kept:
+            oldest = next(iter(self._kept.values()))
+            if self.on_evict is not None:
+                self.on_evict(oldest)
+            self.drop(oldest)
+        if self._free:
+            snapshot = Snapshot(node, offset, self._free.pop())
+            node.snapshots[offset] = self._kept[snapshot.slot] = snapshot
+            self._copy(slot, snapshot.slot)
+
+    def restore(self, snapshot: Snapshot, slot: int) -> None:
+        """Brings the state back, to `slot`."""
+        self._copy(snapshot.slot, slot)
 
     def touch(self, snapshot: Snapshot) -> None:
         """It is used, so it stays for longer."""
