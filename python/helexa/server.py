@@ -15,6 +15,7 @@ from aiohttp import web
 from hypercorn.config import Config
 
 from helexa.errors import BadRequest
+from helexa.log import fields
 from helexa.wire.errors import error_bytes, internal_error
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 SERVER = "helexa"
 MAX_LINE_BYTES = 64 * 1024  # of the request line, and of one header
+UNREAD_S = 300.0  # in which a client must read some of what waits for it
 
 
 async def serve(app: Any, settings: Config, shutdown_trigger: Callable[[], Awaitable[object]]) -> None:
@@ -60,7 +62,7 @@ class _Server(web.Server):
     def __call__(self) -> "_Connection":
         return _Connection(
             self,
-            first_within_s=self._keep_alive_s,
+            patience_s=self._keep_alive_s,
             loop=asyncio.get_running_loop(),
             keepalive_timeout=self._keep_alive_s,
             access_log=None,
@@ -72,22 +74,27 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """The protocol of one connection. It remembers whether its client is there, and waits for it to ask.
+    """The protocol of one connection. It knows whether its client is there, and waits for it to ask and read.
 
-    aiohttp itself waits for ever for the first request.
+    aiohttp itself waits for ever for both, while an answer that nobody reads has a seat at a neuron.
     """
 
-    __slots__ = ("_first_within_s", "_waiting", "gone")
+    __slots__ = ("_patience_s", "_reading", "_waiting", "gone")
 
-    def __init__(self, manager: web.Server, *, first_within_s: float, **more: Any):
+    def __init__(self, manager: web.Server, *, patience_s: float, **more: Any):
         super().__init__(manager, **more)
-        self._first_within_s = first_within_s
+        self._patience_s = patience_s
+        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
-        self._waiting = loop.call_later(self._first_within_s, self.force_close)
+        self._waiting = self.close_unless_heard_of()
         super().connection_made(transport)
+
+    def close_unless_heard_of(self) -> asyncio.TimerHandle:
+        """Closes the connection after a while, unless it is cancelled."""
+        return asyncio.get_running_loop().call_later(self._patience_s, self.force_close)
 
     def has_asked(self) -> None:
         """A request has come."""
@@ -95,9 +102,34 @@ class _Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._waiting.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
         if not self.gone.done():
             self.gone.set_result(None)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        """Looks after a while whether the client has read anything, and cuts the connection if not."""
+        assert self.transport is not None
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport is not None and self.transport.get_write_buffer_size() >= unread:
+                logger.info("client_reads_nothing", extra=fields(seconds=UNREAD_S))
+                self.transport.abort()
+            elif self.transport is not None:
+                self._expect_reading()
+
+        self._reading = asyncio.get_running_loop().call_later(UNREAD_S, look)
 
     def handle_error(
         self,
@@ -155,7 +187,10 @@ class _Exchange:
         }
 
     async def receive(self) -> Message:
-        """The next block of the body; after its end, that the client has left."""
+        """The next block of the body; after its end, that the client has left.
+
+        So does one that sends nothing for as long as an idle connection may stay open.
+        """
         protocol, content = self._request.protocol, self._request.content
         assert isinstance(protocol, _Connection)
         if self._is_read:
@@ -165,11 +200,14 @@ class _Exchange:
             self._expects = False
             if self._request.transport is not None:
                 self._request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        waiting = protocol.close_unless_heard_of()
         try:
             block = await content.readany()
         except (ConnectionError, web.RequestPayloadError):
             self._is_read = True
             return {"type": "http.disconnect"}
+        finally:
+            waiting.cancel()
         self._is_read = content.at_eof()
         return {"type": "http.request", "body": block, "more_body": not self._is_read}
 
