@@ -1,11 +1,7 @@
 """Golden parity with transformers, and the same numbers from every way to run a sequence."""
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -14,110 +10,11 @@ import torch
 from torch import Tensor
 
 from helexa import ops
-from helexa.layers.step import PAGE_TOKENS, Step
-from helexa.models import (
-    Model,
-    ModelConfig,
-    build_model,
-    config_from_gguf,
-    kv_cache_shapes,
-    state_shapes,
-)
+from helexa.layers.step import PAGE_TOKENS
+from helexa.models import build_model
 from helexa.quant import FORMATS
-from helexa.weights.gguf import open_gguf
 from helexa.weights.load import GGUFWeights
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = sorted(json.loads((GOLDEN / "manifest.json").read_text())["cases"])
-TOLERANCE = 1e-4  # of the root mean square; transformers and these kernels differ by about 1e-6
-
-
-@dataclass
-class Golden:
-    """A tiny model's file and what transformers computed with it."""
-
-    config: ModelConfig
-    weights: GGUFWeights
-    token_ids: Tensor  # [T] int32
-    hidden: Tensor  # [layers, T, hidden_size], the output of each layer
-    logits: Tensor  # [T, vocab_size]
-
-    def build(self, **changes: Any) -> Model:
-        """The model, with changes to its configuration."""
-        return build_model(replace(self.config, **changes), self.weights)
-
-
-class Caches:
-    """KV caches of a few sequences on scattered pages.  All starts as NaN, so that reading too far shows."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_sequences: int = 1,
-        pages_each: int = 2,
-        dtype: torch.dtype = torch.float32,
-    ):
-        num_pages = num_sequences * pages_each + 1  # the first page belongs to nobody
-        shapes = kv_cache_shapes(config, num_pages)
-        self.k = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
-        self.v = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
-        order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1)) + 1
-        self.pages = order.to(torch.int32).reshape(num_sequences, pages_each)
-        self.lengths = [0] * num_sequences
-        states = state_shapes(config, num_sequences + 1)  # the last slot belongs to nobody
-        self.conv_states = [torch.full(conv, float("nan")) for conv, _ in states]
-        self.states = [torch.full(state, float("nan")) for _, state in states]
-
-    def step(self, parts: dict[int, Tensor], logits_rows: slice | None = None) -> Step:
-        """The step that appends `parts`, sequence -> token ids; by default all rows want logits."""
-        token_ids, positions, slots, starts = [], [], [], [0]
-        for sequence, tokens in parts.items():
-            position = torch.arange(len(tokens), dtype=torch.int32) + self.lengths[sequence]
-            page = self.pages[sequence][(position // PAGE_TOKENS).long()]
-            token_ids.append(tokens.to(torch.int32))
-            positions.append(position)
-            slots.append(page * PAGE_TOKENS + position % PAGE_TOKENS)
-            starts.append(starts[-1] + len(tokens))
-            self.lengths[sequence] += len(tokens)
-        return Step(
-            token_ids=torch.cat(token_ids),
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            kv_lengths=torch.tensor([self.lengths[sequence] for sequence in parts], dtype=torch.int32),
-            page_table=self.pages[list(parts)].contiguous(),
-            k_cache=self.k,
-            v_cache=self.v,
-            logits_rows=slice(0, starts[-1]) if logits_rows is None else logits_rows,
-            state_slots=torch.tensor(list(parts), dtype=torch.int32),
-            conv_states=self.conv_states,
-            states=self.states,
-        )
-
-
-def run(model: Model, token_ids: Tensor, chunk: int | None = None) -> Tensor:
-    """Logits [T, vocab_size] of one sequence, in one step or in steps of `chunk` tokens."""
-    caches = Caches(model.config)
-    return torch.cat([model(caches.step({0: part})) for part in token_ids.split(chunk or len(token_ids))])
-
-
-def error_ratio(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`; NaN and infinities count as infinite."""
-    difference = (found.double() - expected.double()).square().mean().sqrt()
-    ratio = float(difference / expected.double().square().mean().sqrt())
-    return ratio if np.isfinite(ratio) else float("inf")
-
-
-def load(path: Path) -> tuple[ModelConfig, GGUFWeights]:
-    file = open_gguf(path)
-    return config_from_gguf(file.metadata, file.tensors), GGUFWeights(file)
-
-
-@cache
-def golden(case: str) -> Golden:
-    arrays = np.load(GOLDEN / f"{case}.npz")
-    config, weights = load(GOLDEN / f"{case}.gguf")
-    return Golden(config, weights, **{name: torch.from_numpy(arrays[name]) for name in arrays})
+from support.model_runs import CASES, TOLERANCE, Caches, error_ratio, golden, load, run, with_recorders
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,26 +23,13 @@ def closed_files():
     golden.cache_clear()
 
 
-class Recorder:
-    """Stands in for a layer and keeps what the layer returned."""
-
-    def __init__(self, layer: Callable[..., tuple[Tensor, Tensor]]):
-        self.layer = layer
-        self.output: Tensor | None = None
-
-    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        hidden, residual = self.layer(*args)
-        self.output = hidden + residual
-        return hidden, residual
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_hidden_states_of_every_layer_and_logits_are_those_of_transformers(case):
     expected = golden(case)
     model = expected.build()
-    model.model.layers = [Recorder(layer) for layer in model.model.layers]
+    layers = with_recorders(model)
     logits = run(model, expected.token_ids)
-    for layer, hidden in zip(model.model.layers, expected.hidden, strict=True):
+    for layer, hidden in zip(layers, expected.hidden, strict=True):
         assert error_ratio(layer.output, hidden) < TOLERANCE
     assert error_ratio(logits, expected.logits) < TOLERANCE
     assert expected.weights.unused() == []
