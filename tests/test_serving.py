@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -168,3 +169,15 @@ def test_a_secret_is_long_and_fits_a_header(secret: str) -> None:
         check_secret("auth.secret", secret)
     check_secret("auth.secret", "a" * 16)
     check_secret("auth.secret", None)
+
+
+def test_the_system_notices_clients_that_vanish_without_a_word() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            silent_s = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            silent_s += 3 * accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            assert silent_s <= 120
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000

@@ -17,6 +17,7 @@ import hypercorn.config
 from helexa.errors import ConfigError
 
 BACKLOG = 1024
+_VANISHED_S = 120
 _PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
 
 
@@ -60,7 +61,19 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     made.setblocking(False)
+    _notice_vanished_clients(made)
     return made
+
+
+def _notice_vanished_clients(listener: socket.socket) -> None:
+    """Connections end when their other side has not been heard of for a while: a machine that lost its power."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        *(("TCP_KEEPIDLE", _VANISHED_S // 4), ("TCP_KEEPINTVL", _VANISHED_S // 4), ("TCP_KEEPCNT", 3)),
+        ("TCP_USER_TIMEOUT", _VANISHED_S * 1000),  # the same while there is something to send
+    ):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def url_of(listener: socket.socket, tls: TlsConfig | None = None) -> str:

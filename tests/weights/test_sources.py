@@ -450,3 +450,9 @@ def test_a_file_larger_than_the_disk_is_refused_before_the_download(cache, fake_
 
 class _Usage:
     free = 10
+
+
+@pytest.mark.parametrize("name", ["/" + "x" * 5000, "/x" * 5000, "/a\0b", "~nobody/x", "x" * 5000 + ".gguf"])
+def test_what_can_be_no_name_of_a_file_is_none(name):
+    with pytest.raises(SourceError, match="there is no file"):
+        resolve(name)

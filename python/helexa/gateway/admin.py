@@ -14,7 +14,7 @@ from helexa.gateway.gateway import Gateway
 from helexa.gateway.router import is_feasible
 from helexa.log import fields
 from helexa.wire.body import decode
-from helexa.wire.control import LoadOptions, LoadRequest, UnloadRequest
+from helexa.wire.control import LoadOptions, LoadRequest, ModelId, Source, UnloadRequest
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +25,15 @@ Reload = Callable[[], Awaitable[dict[str, object]]]
 class _Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a neuron's own route takes, and the neuron."""
 
-    model_id: str
+    model_id: ModelId
     node: str | None = None
-    source: str | None = None
+    source: Source | None = None
     options: LoadOptions = LoadOptions()
     wait: bool = False
 
 
 class _Unload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    model_id: str
+    model_id: ModelId
     node: str | None = None
     drain_s: float | None = None
 

@@ -40,6 +40,8 @@ class Gateway:
     ):
         self.fleet = Fleet(_nodes(config, {}))
         self.metrics = Metrics(self.fleet)
+        loop = asyncio.get_running_loop()
+        self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
         self.relays = Relays()
         self.keys = Keys(config)
         self.ledger = Ledger()

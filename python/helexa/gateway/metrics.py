@@ -4,7 +4,7 @@ import re
 import time
 from collections import deque
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from helexa.gateway.fleet import Fleet
 from helexa.gateway.fleet_metrics import FleetCollector
@@ -78,6 +78,7 @@ class Metrics:
         self.model_wait = histogram(
             "model_wait_seconds", "Of requests that waited for a load or for their model's turn", _DURATIONS
         )
+        self.tasks = Gauge("helexa_tasks", "Tasks of the gateway's event loop", registry=self.registry)
         self.registry.register(FleetCollector(fleet))
 
 

@@ -86,6 +86,8 @@ class Neuron:
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
         background = [
             asyncio.create_task(self.control.watch_devices(), name="devices"),
             asyncio.create_task(self.registry.activate(), name="default models"),

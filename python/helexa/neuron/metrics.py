@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -65,6 +65,7 @@ class Metrics:
     def __init__(self, read_loads: Callable[[], Iterable[ModelLoad]] = list):
         self._registry = CollectorRegistry()
         self._registry.register(_LoadCollector(read_loads))
+        self.tasks = Gauge("helexa_neuron_tasks", "Tasks of the event loop.", registry=self._registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"helexa_neuron_{name}", text, ["model", *labels], registry=self._registry)

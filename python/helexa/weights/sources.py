@@ -92,7 +92,7 @@ def _find(name: str) -> Path | None:
     """The file if it is here."""
     if _is_path(name) or name.lower().endswith(".gguf"):
         path = Path(name).expanduser()
-        if path.is_file():
+        if os.path.isfile(path):  # which is false too for what can be no name of a file
             return path
     entries = list_models()
     exact = [entry.path for entry in entries if entry.name.lower() == name.lower()]

@@ -4,10 +4,13 @@ Sizes are bytes, times seconds, absent means unknown. Answers may grow fields, s
 not know; requests with unknown fields are refused.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+ModelId = Annotated[str, Meta(max_length=512)]
+Source = Annotated[str, Meta(max_length=4096)]  # path or name
 ModelStatus = Literal["unloaded", "loading", "loaded", "unloading", "failed", "poisoned"]
 
 
@@ -171,8 +174,8 @@ class LoadOptions(Request, frozen=True):
 class LoadRequest(Request, frozen=True):
     """`source` is a path or name to resolve; without one, the configured model of that id or the id."""
 
-    model_id: str
-    source: str | None = None
+    model_id: ModelId
+    source: Source | None = None
     options: LoadOptions = LoadOptions()
     wait: bool = False  # answer when the load has ended (200) instead of at once (202)
 
@@ -180,7 +183,7 @@ class LoadRequest(Request, frozen=True):
 class UnloadRequest(Request, frozen=True):
     """Requests in flight may finish for `drain_s`; then they are ended with an error."""
 
-    model_id: str
+    model_id: ModelId
     drain_s: float | None = None
 
 
