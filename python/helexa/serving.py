@@ -66,7 +66,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _notice_vanished_clients(listener: socket.socket) -> None:
-    """Connections end when their other side has not been heard of for a while: a machine that lost its power."""
+    """Connections end when nothing is heard of their other side for long, as of a machine without power."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         *(("TCP_KEEPIDLE", _VANISHED_S // 4), ("TCP_KEEPINTVL", _VANISHED_S // 4), ("TCP_KEEPCNT", 3)),
