@@ -93,6 +93,7 @@ class Unauthorized(HelexaError):
 
     status = 401
     code = "invalid_api_key"
+    type = "invalid_request_error"
 
 
 class Forbidden(HelexaError):

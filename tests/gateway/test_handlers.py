@@ -161,3 +161,32 @@ async def test_each_request_is_a_line_of_the_log_with_its_id(make_site, neuron, 
     assert record.fields["path"] == CHAT
     assert logged.items() <= record.fields.items()
     assert record.fields["total_ms"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "level"),
+    [
+        ("GET", "/health", 200, "DEBUG"),
+        ("GET", "/v1/models/nothing", 404, "INFO"),
+        ("POST", "/models/unload", 404, "INFO"),
+        ("GET", "/nowhere", 404, "INFO"),
+    ],
+)
+async def test_other_routes_have_an_id_and_a_line_of_the_log_too(
+    make_site, neuron, caplog, method, path, status, level
+):
+    caplog.set_level("DEBUG", "helexa.gateway.handlers")
+    site = await make_site(neuron)
+    asked = {"json": {"model_id": "nothing"}} if method == "POST" else {}
+    async with site.client.request(
+        method, site.url + path, headers={"x-request-id": "mine"}, **asked
+    ) as response:
+        assert (response.status, response.headers.getall("x-request-id")) == (status, ["mine"])
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert record.levelname == level
+    assert {
+        "method": method,
+        "path": path,
+        "request": "mine",
+        "status": status,
+    }.items() <= record.fields.items()

@@ -50,7 +50,10 @@ class ClientGone(Exception):
 
 
 class Generating:
-    """The ASGI application: POST to a generating route is answered by its endpoint, all else by `app`."""
+    """The ASGI application: POST to a generating route is answered by its endpoint, all else by `app`.
+
+    What `app` answers gets the request's id, and its line of the log where something was done or refused.
+    """
 
     def __init__(self, app: App, endpoints: Mapping[str, "Inference"]):
         self._app = app
@@ -58,7 +61,35 @@ class Generating:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (endpoint or self._app)(scope, receive, send)
+        if endpoint is not None:
+            await endpoint(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id, started, status = request_id_of(scope, headers), time.perf_counter(), 0
+
+        async def tagged(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                others = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
+                message["headers"] = [*others, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        finally:
+            is_a_look = scope["method"] in ("GET", "HEAD") and 200 <= status < 400
+            logger.log(
+                logging.DEBUG if is_a_look else logging.INFO,
+                "request",
+                extra=fields(
+                    method=scope["method"],
+                    path=scope["path"][:200],
+                    request=request_id,
+                    status=status or None,
+                    total_ms=round((time.perf_counter() - started) * 1e3, 1),
+                ),
+            )
 
 
 class Inference:
