@@ -74,7 +74,7 @@ def test_without_a_budget_and_a_grammar_nothing_is_forced(writer):
     text = "hm\n</think>\n\nYes</think>"
     made = writer(Thinking(open=True)).write(text)
     assert made.text == text
-    assert made.thoughts == "hm\n</think>"
+    assert made.thoughts == "hm\n</think>\n\n"
 
 
 def test_a_spent_budget_ends_the_block_and_the_answer_begins(writer):
@@ -100,6 +100,25 @@ def test_a_budget_of_nothing_closes_an_open_block_at_once(writer):
 def test_a_block_that_the_model_opens_itself_is_bounded_too(writer, blanks):
     made = writer(Thinking(open=False, budget=2)).write(f"{blanks}<think>abcd")
     assert made.text == f"{blanks}<think>ab\n</think>\n\ncd"
+
+
+def test_a_second_block_is_on_the_same_budget(writer):
+    made = writer(Thinking(open=True, budget=5)).write("ab</think>\n<think>cdefgh")
+    assert made.text == "ab</think>\n<think>cde\n</think>\n\nfgh"
+    assert made.thoughts == "ab</think>\n<think>cde\n</think>\n\n"
+
+
+def test_a_block_that_has_spent_the_budget_is_not_opened_again(writer):
+    made = writer(Thinking(open=True, budget=2)).write("ab").yield_to_forced()
+    assert not made.may("<think>")
+    assert made.may("\n")
+    assert made.write("c").may("<think>")
+    assert writer(Thinking(open=False, budget=0)).may("<think>")
+
+
+def test_a_marker_of_many_tokens_that_opens_a_spent_block_again_is_closed_at_once(plain):
+    made = Writer(plain, Thinking(open=True, budget=2)).write("ab<think>Yes")
+    assert made.text == "ab\n</think>\n\n<think>\n</think>\n\nYes"
 
 
 def test_an_answer_without_a_block_is_left_alone_even_if_it_speaks_of_one_later(writer):

@@ -42,7 +42,7 @@ class Thinking:
 
 
 class _Phase(Enum):
-    START = auto()  # nothing was written yet, or the beginning of a start marker
+    START = auto()  # nothing was written yet, or nothing since the last block, or the beginning of a marker
     INSIDE = auto()
     ANSWER = auto()
 
@@ -60,6 +60,7 @@ class Guide:
         self._then = _Phase.ANSWER  # what follows the forced tokens
         self._seen = b""  # the end of the text, as far as a marker may begin in it
         self._num_thought = 0
+        self._is_behind_block = False
         self._phase = _Phase.ANSWER
         if thinking is not None:
             self._enter(_Phase.INSIDE if thinking.open else _Phase.START)
@@ -68,7 +69,9 @@ class Guide:
         """The token that must come next, or which ones may, or None if any may."""
         if self._forced:
             return self._forced[0]
-        if self._matcher is None or self._phase is _Phase.INSIDE:
+        if self._matcher is None:
+            return self._unopened() if self._phase is _Phase.START else None
+        if self._phase is _Phase.INSIDE:
             return None
         allowed = self._matcher.allowed()
         if self._phase is _Phase.START and (opening := self._opening()):
@@ -130,7 +133,10 @@ class Guide:
             self._num_thought += 1
             self._check_budget()
         elif self._matcher is None:
-            self._phase = _Phase.ANSWER
+            self._seen = seen[place + len(end) :].lstrip()
+            is_open = self._thinking.start.encode().startswith(self._seen)
+            self._enter(_Phase.START if is_open else _Phase.ANSWER)
+            self._is_behind_block = True
         else:
             # What the model puts between block and answer is no part of the grammar's text.
             between = self._thinking.closing.partition(self._thinking.end)[2]
@@ -150,19 +156,38 @@ class Guide:
         assert self._thinking is not None
         return [] if self._thinking.budget == 0 else self._tokenizer.encode(self._thinking.start)
 
+    def _unopened(self) -> BoolArray | None:
+        """All tokens but the one that would open the next block, where the last one has spent the budget."""
+        if not (self._is_behind_block and self._is_spent):
+            return None
+        assert self._thinking is not None
+        opening = self._tokenizer.encode(self._thinking.start)
+        if len(opening) > 1:  # other texts begin like it; should it be one, it is closed at once
+            return None
+        allowed = np.ones(self._tokenizer.vocab_size, np.bool_)
+        allowed[opening] = False
+        return allowed
+
+    @property
+    def _is_spent(self) -> bool:
+        assert self._thinking is not None
+        return self._thinking.budget is not None and self._num_thought >= self._thinking.budget
+
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         if phase is _Phase.INSIDE:
             self._check_budget()
 
     def _check_budget(self) -> None:
-        assert self._thinking is not None
-        if self._thinking.budget is not None and self._num_thought >= self._thinking.budget:
+        if self._is_spent:
             self._close()
 
     def _close(self) -> None:
         assert self._thinking is not None
-        self._force(self._tokenizer.encode(self._thinking.closing), _Phase.ANSWER)
+        self._seen = b""
+        self._is_behind_block = True
+        then = _Phase.START if self._matcher is None else _Phase.ANSWER
+        self._force(self._tokenizer.encode(self._thinking.closing), then)
 
     def _force(self, token_ids: list[int], then: _Phase) -> None:
         self._forced.extend(token_ids)
