@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from helexa import __version__
-from helexa.cli import bench, chat, keys, load, models, perplexity, pull, reload, status, up
+from helexa.cli import bench, chat, keys, load, models, perplexity, pull, quantize, reload, status, up
 from helexa.cli.terminal import command_line, run_app
 
 app = command_line("Serve open-weight language models on your own machines.")
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
     "bench": bench.bench,
     "perplexity": perplexity.perplexity,
+    "quantize": quantize.quantize,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

@@ -39,8 +39,9 @@ from helexa.engine.memory import allocation_errors, available_bytes
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
 from helexa.engine.pages import PagePool
-from helexa.engine.parts import Progress, pooling_of, read_model, read_text_parts
+from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, read_text_parts
 from helexa.engine.prefix_cache import PrefixCache
+from helexa.engine.preflight import check_memory
 from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
@@ -113,10 +114,11 @@ class Engine:
         file = open_model(path)
         try:
             config = config_from_gguf(file.metadata, file.tensors)
+            check_memory(planned_tensors(file, engine_options), config, engine_options)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
                 text = pool.submit(read_text_parts, file)
                 engine = cls(
-                    partial(read_model, file, config, progress),
+                    partial(read_model, file, config, engine_options, progress),
                     config,
                     engine_options,
                     name=str(file.metadata.get("general.name") or Path(path).stem),

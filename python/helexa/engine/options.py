@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from helexa.errors import InvalidParameter
+from helexa.weights.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class EngineOptions:
     prefill_chunk: int = 512
     prefix_cache: bool = True
     snapshot_bytes: int | None = None  # of memory for states of recurrent layers; None: by what is free
+    quant: str | None = None  # a recipe, by which a model in F32, F16 or BF16 is quantized while it loads
+    quant_cache: bool = True  # keep the result on disk
     reserved_bytes: int = 0  # of the free memory, promised to others in this process
     capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
 
@@ -32,6 +35,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
+        if self.quant is not None:
+            find_recipe(self.quant)
 
 
 @dataclass(frozen=True, slots=True)

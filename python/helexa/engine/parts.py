@@ -1,17 +1,22 @@
 """What an engine takes from a model's file: weights, and all that has to do with text."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Pooling
 from helexa.engine.grammar import GrammarCompiler
+from helexa.engine.options import EngineOptions
 from helexa.engine.tokenizer import Tokenizer
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model
-from helexa.weights.load import GGUFWeights, LoadProgress
+from helexa.weights.gguf import TensorInfo
+from helexa.weights.load import GGUFWeights, LoadProgress, TensorFile
 from helexa.weights.model_file import ModelFile
+from helexa.weights.quantize import QuantizedFile, plan, quantized
+from helexa.weights.recipes import find_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +32,34 @@ class TextParts:
     grammars: GrammarCompiler | None = None
 
 
-def read_model(file: ModelFile, config: ModelConfig, progress: Progress) -> Model:
+def planned_tensors(file: ModelFile, options: EngineOptions) -> Mapping[str, TensorInfo]:
+    """The tensors as they will be loaded. Raises InvalidParameter for a `quant` that the file cannot have."""
+    if options.quant is None:
+        return file.tensors
+    return QuantizedFile(file, plan(file, find_recipe(options.quant))).tensors
+
+
+def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, progress: Progress) -> Model:
     """The model with the weights of the file. Raises InvalidFile."""
-    weights = GGUFWeights(file, progress=progress)
-    model = build_model(config, weights)
+    with _weights(file, options, progress) as tensors:
+        weights = GGUFWeights(tensors, progress=progress)
+        model = build_model(config, weights)
     if unused := weights.unused():
         logger.warning("unused_tensors", extra=fields(model=file.path.name, tensors=",".join(unused)))
     return model
+
+
+def _weights(
+    file: ModelFile, options: EngineOptions, progress: Progress
+) -> AbstractContextManager[TensorFile]:
+    if options.quant is None:
+        return nullcontext(file)
+    return quantized(
+        file,
+        find_recipe(options.quant),
+        cache=options.quant_cache,
+        progress=lambda done, total: progress(LoadProgress("quantize", 100 * done / total)),
+    )
 
 
 def read_text_parts(file: ModelFile) -> TextParts:

@@ -1,0 +1,63 @@
+"""What loading a model will need, checked against what there is before any weight is read."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from helexa import ops
+from helexa.engine.cache import KEPT_FREE, kv_dtype, page_nbytes, state_nbytes
+from helexa.engine.memory import available_bytes
+from helexa.engine.options import EngineOptions
+from helexa.errors import OutOfMemory
+from helexa.layers.step import PAGE_TOKENS
+from helexa.models import ModelConfig, kv_cache_shapes, state_shapes
+
+
+class HasLayout(Protocol):
+    """What is needed of a tensor's header: weights.gguf.TensorInfo."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+
+def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions) -> None:
+    """Raises OutOfMemory, with the bytes that are missing, if weights, states and cache cannot all fit.
+
+    tensors: as they will be loaded, after quantization.
+    """
+    weights = weight_nbytes(tensors)
+    states = state_nbytes(state_shapes(config, options.max_sequences + 1))
+    page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype))
+    free = available_bytes() - options.reserved_bytes
+    left = free - weights - states
+    asked = max(options.kv_cache_tokens or 0, min(options.max_context or 0, config.max_position_embeddings))
+    needed = (-(-max(asked, 1) // PAGE_TOKENS) + 1) * page
+    missing = -(-needed * 100 // round(100 * (1 - KEPT_FREE))) - left
+    if missing <= 0:
+        return
+    fitting = min((int(left * (1 - KEPT_FREE)) // page - 1) * PAGE_TOKENS, config.max_position_embeddings)
+    what = f"a KV cache of {asked} tokens" if asked else "the smallest KV cache"
+    advice = f"a context of {fitting} tokens fits" if fitting > 0 else "no context fits"
+    state_words = f" and {states} bytes of states" if states else ""
+    raise OutOfMemory(
+        f"{weights} bytes of weights{state_words} with {what}, {needed} bytes, need {missing} bytes more "
+        f"than the {max(free, 0)} bytes of memory that are free; {advice}",
+        needed_bytes=weights + states + needed,
+        free_bytes=max(free, 0),
+        missing_bytes=missing,
+    )
+
+
+def weight_nbytes(tensors: Mapping[str, HasLayout]) -> int:
+    """Bytes of the tensors in memory: matrices packed, vectors float32."""
+    return sum(
+        ops.packed_nbytes(info.format, info.num_rows, info.shape[-1])
+        if len(info.shape) > 1
+        else 4 * info.shape[0]
+        for info in tensors.values()
+    )
