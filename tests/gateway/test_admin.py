@@ -1,5 +1,7 @@
 """The admin routes: to whom they answer, which neuron they mean, and what they pass on."""
 
+import asyncio
+
 import pytest
 
 from helexa.gateway.catalogue import ModelEntry
@@ -58,7 +60,7 @@ async def test_among_several_neurons_the_one_that_has_most_room_or_is_named_load
         ("/models/load", {}, 400, "invalid_parameter"),
         ("/models/load", {"model_id": "a", "nod": "n0"}, 400, "invalid_parameter"),
         ("/models/load", {"model_id": "a", "node": "attic"}, 400, "invalid_request"),
-        ("/models/load", {"model_id": "a" * 70_000}, 400, "invalid_request"),
+        ("/models/load", {"model_id": "a" * 70_000}, 413, "payload_too_large"),
         ("/models/unload", {"model_id": "a"}, 404, "model_not_found"),
         ("/reload", {}, 400, "invalid_request"),
     ],
@@ -95,3 +97,20 @@ async def test_who_may_administrate(make_site, neuron, auth, listen, key, status
     site = await make_site(neuron, config=GatewayConfig(auth=auth), listen=listen)
     assert (await post(site, "/models/unload", {"model_id": "nowhere"}, key))[0] == status
     assert (await post(site, "/reload", {}, key))[0] == (400 if status == 404 else status)
+
+
+async def test_a_body_that_is_too_large_is_413_and_a_client_that_leaves_no_fault(
+    make_site, neuron, caplog, eventually
+):
+    site = await make_site(neuron)
+    async with site.client.post(site.url + "/models/load", data=b"x" * 70_000) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (413, "payload_too_large")
+    host, port = site.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    caplog.set_level("INFO", "helexa.gateway.handlers")
+    writer.write(b"POST /models/load HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    writer.close()
+    await eventually(lambda: any(getattr(r, "fields", {}).get("status") == 499 for r in caplog.records))
+    assert not any(record.exc_info for record in caplog.records)

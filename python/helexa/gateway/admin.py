@@ -11,6 +11,7 @@ from starlette.routing import Route
 from helexa.errors import BadRequest, Unavailable, UnknownModel
 from helexa.gateway.fleet import Node
 from helexa.gateway.gateway import Gateway
+from helexa.gateway.handlers import read_body
 from helexa.gateway.router import is_feasible
 from helexa.log import fields
 from helexa.wire.body import decode
@@ -77,12 +78,7 @@ class Admin:
 
     async def _body(self, request: Request) -> bytes:
         self._gateway.keys.check(request.headers).require_admin()
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > _MAX_BODY_BYTES:
-                raise BadRequest(f"the body is larger than {_MAX_BODY_BYTES} bytes")
-        return body
+        return await read_body(request.receive, request.headers, _MAX_BODY_BYTES)
 
     async def _carry_out(self, node: Node, path: str, asked: msgspec.Struct) -> Response:
         """The neuron's answer with its name; what the gateway knows of it is up to date then."""
