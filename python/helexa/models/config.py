@@ -104,6 +104,8 @@ class ModelConfig:
     linear_attention: LinearAttentionConfig | None = None
     # Where attention is full; the other layers are linear_attention.  Empty: everywhere.
     full_attention_layers: tuple[int, ...] = ()
+    # Layers behind the others that predict a token further; they are no part of the model proper.
+    num_mtp_layers: int = 0
 
     def is_full_attention(self, layer: int) -> bool:
         return self.linear_attention is None or layer in self.full_attention_layers
@@ -148,7 +150,10 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
         )
 
     flags = dict(ARCHITECTURES[architecture])
-    num_layers = keys.integer("block_count") - keys.count("nextn_predict_layers")
+    num_mtp_layers = keys.count("nextn_predict_layers")
+    num_layers = keys.integer("block_count") - num_mtp_layers
+    if num_layers < 1:
+        raise keys.invalid("nextn_predict_layers", num_mtp_layers, "fewer than block_count")
     moe = _moe(keys) if architecture in MOE else None
     linear = None
     full_layers: tuple[int, ...] = ()
@@ -178,6 +183,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
         moe=moe,
         linear_attention=linear,
         full_attention_layers=full_layers,
+        num_mtp_layers=num_mtp_layers,
         **flags,
     )
 

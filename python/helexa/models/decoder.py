@@ -8,92 +8,14 @@ Follows `modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling
 
 from torch import Tensor
 
-from helexa.layers.attention import Attention
 from helexa.layers.embedding import Embedding
-from helexa.layers.gated_delta_net import GatedDeltaNet
 from helexa.layers.linear import Linear, Scope, TensorSource
-from helexa.layers.mlp import MLP
-from helexa.layers.moe import SparseMoE
 from helexa.layers.norm import RMSNorm
 from helexa.layers.rotary import RotaryEmbedding
 from helexa.layers.step import Step
 from helexa.models.config import ModelConfig
-
-
-class DecoderLayer:
-    """A token mixer and a feed-forward block, each after a norm, which first adds what came before."""
-
-    def __init__(self, config: ModelConfig, scope: Scope, layer_index: int):
-        hidden_size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm.load(scope / "input_layernorm", hidden_size, eps)
-        self.mixer = _mixer(config, scope, layer_index)
-        self.post_attention_layernorm = RMSNorm.load(scope / "post_attention_layernorm", hidden_size, eps)
-        self.mlp = _feed_forward(config, scope / "mlp")
-
-    def __call__(
-        self, hidden: Tensor | None, residual: Tensor, rope: Tensor, step: Step, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """(MLP output, residual) of the given rows; their sum is the layer's output.
-
-        hidden, residual: [T, hidden_size], the same of the layer before; hidden is None for the first layer.
-        Changes residual in place.
-        """
-        hidden = self.input_layernorm(residual) if hidden is None else self.input_layernorm(hidden, residual)
-        if isinstance(self.mixer, GatedDeltaNet):
-            hidden = self.mixer(hidden, step, rows)  # [R, hidden_size]
-        else:
-            hidden = self.mixer(hidden, rope, step, rows)
-        residual = residual[rows]
-        hidden = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
-
-
-def _mixer(config: ModelConfig, scope: Scope, layer: int) -> Attention | GatedDeltaNet:
-    """Attention or Gated DeltaNet, each counted by itself: their caches and states are lists of their own."""
-    full = [config.is_full_attention(index) for index in range(layer + 1)]
-    linear = config.linear_attention
-    if linear is not None and not full[layer]:
-        return GatedDeltaNet(
-            scope / "linear_attn",
-            full.count(False) - 1,
-            hidden_size=config.hidden_size,
-            num_key_heads=linear.num_key_heads,
-            num_value_heads=linear.num_value_heads,
-            key_head_dim=linear.key_head_dim,
-            value_head_dim=linear.value_head_dim,
-            num_taps=linear.conv_kernel,
-            eps=config.rms_norm_eps,
-            tiled=linear.heads_tiled,
-            fused_gates=linear.gates_fused,
-        )
-    return Attention(
-        scope / "self_attn",
-        full.count(True) - 1,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        scale=config.attention_scale,
-        rope_interleaved=config.rope_interleaved,
-        bias=config.attention_bias,
-        qk_norm=config.qk_norm,
-        eps=config.rms_norm_eps,
-        output_gate=config.attn_output_gate,
-    )
-
-
-def _feed_forward(config: ModelConfig, scope: Scope) -> MLP | SparseMoE:
-    if config.moe is None:
-        return MLP(scope, config.hidden_size, config.intermediate_size)
-    return SparseMoE(
-        scope,
-        config.hidden_size,
-        num_experts=config.moe.num_experts,
-        top_k=config.moe.num_experts_per_tok,
-        intermediate_size=config.moe.intermediate_size,
-        shared_intermediate_size=config.moe.shared_intermediate_size,
-        normalize=config.moe.norm_topk_prob,
-    )
+from helexa.models.decoder_layer import DecoderLayer, make_mixer
+from helexa.models.mtp import MTP_NAMES, MTPHead
 
 
 class Decoder:
@@ -105,7 +27,11 @@ class Decoder:
         self.rotary_emb = RotaryEmbedding.load(
             scope, config.rotary_dim, config.rope_theta, config.rope_scaling
         )
-        self.layers = [DecoderLayer(config, scope / "layers" / i, i) for i in range(config.num_hidden_layers)]
+        layers = [scope / "layers" / index for index in range(config.num_hidden_layers)]
+        self.layers = [
+            DecoderLayer(config, layer, make_mixer(config, layer, index))
+            for index, layer in enumerate(layers)
+        ]
         self.norm = RMSNorm.load(scope / "norm", size, config.rms_norm_eps)
 
     def __call__(self, step: Step) -> Tensor:
@@ -123,13 +49,17 @@ class DecoderForCausalLM:
 
     def __init__(self, config: ModelConfig, source: TensorSource):
         names = GGUF_NAMES | HYBRID_NAMES if config.linear_attention else GGUF_NAMES
-        scope = Scope(source, names)
+        scope = Scope(source, names | MTP_NAMES)
         self.config = config
         self.model = Decoder(config, scope / "model")
         if config.tie_word_embeddings:
             self.lm_head = Linear([self.model.embed_tokens.weight])
         else:
             self.lm_head = Linear.load(scope, config.hidden_size, {"lm_head": config.vocab_size})
+        self.mtp = None
+        if config.num_mtp_layers:
+            layer = scope / "model" / "layers" / config.num_hidden_layers
+            self.mtp = MTPHead(config, layer, self.model, self.lm_head)
 
     def __call__(self, step: Step) -> Tensor:
         return self.lm_head(self.model(step))
