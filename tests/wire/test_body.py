@@ -36,7 +36,17 @@ def chat(**fields: object) -> ChatRequest:
         (
             {"messages": [{"role": "king"}]},
             "messages[0].role",
-            "'messages[0].role' is \"king\"; invalid enum value",
+            '\'messages[0].role\' is "king"; expected "assistant", "developer", "system", "tool" or "user"',
+        ),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            'expected "grammar", "json_object", "json_schema", "regex" or "text"',
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"type": "x", "function": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0].type",
+            '"x"; expected "function"',
         ),
         (
             {"messages": [{"role": "user", "content": [{"text": "x"}]}]},

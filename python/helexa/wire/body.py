@@ -6,6 +6,7 @@ import re
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from helexa.errors import InvalidParameter, MalformedJson, MissingModel
 
@@ -62,7 +63,7 @@ def _describe(error: msgspec.ValidationError, body: Any, kind: type) -> InvalidP
         param = f"{path}.{name[1]}".lstrip(".")
         hint = _nearest(name[1], kind) if not path else ""
         return InvalidParameter(f"unknown field '{param}'{hint}", param=param)
-    expectation = _readable(text)
+    expectation = _one_of(_options(kind, path)) if text.startswith("Invalid enum value") else _readable(text)
     if not path:
         return InvalidParameter(f"the body is wrong: {expectation}")
     param = path.replace("[...]", "")
@@ -73,6 +74,31 @@ def _nearest(name: str, kind: type) -> str:
     known = getattr(kind, "__struct_fields__", ())
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _options(kind: type, path: str) -> list[Any]:
+    """The values that may stand at msgspec's `path`."""
+    found = _alternatives(inspect.type_info(kind))
+    for name, index in _STEP.findall("." + path if path[:1] != "[" else path):
+        inner: list[inspect.Type] = []
+        for one in found:
+            if isinstance(one, inspect.StructType):
+                inner += (field.type for field in one.fields if field.encode_name == name)
+            elif isinstance(one, inspect.ListType) and index:
+                inner.append(one.item_type)
+            elif isinstance(one, inspect.DictType) and index:
+                inner.append(one.value_type)
+        found = [alternative for one in inner for alternative in _alternatives(one)]
+    return [value for one in found if isinstance(one, inspect.LiteralType) for value in one.values]
+
+
+def _alternatives(one: inspect.Type) -> list[inspect.Type]:
+    return list(one.types) if isinstance(one, inspect.UnionType) else [one]
+
+
+def _one_of(values: list[Any]) -> str:
+    *others, last = [msgspec.json.encode(value).decode() for value in values] or ["another value"]
+    return f"expected {', '.join(others)} or {last}" if others else f"expected {last}"
 
 
 def _readable(text: str) -> str:
