@@ -7,14 +7,17 @@ each event loop.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from helexa.engine.archive import Archive
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampled
 from helexa.engine.scheduler import Plan, Scheduler
 from helexa.engine.sequence import Finished, Mailbox, Receiver, Sequence
+from helexa.engine.state_store import Stored
 from helexa.errors import HelexaError, ShuttingDown
 
 
@@ -46,6 +49,7 @@ class EngineCore:
         pool: PagePool,
         prefix: PrefixCache | None,
         post: Callable[[Callable[[], object]], None],
+        archive: Archive | None = None,
     ):
         self.runner: Runner | None = runner
         self.scheduler = scheduler
@@ -54,7 +58,9 @@ class EngineCore:
         self.prefill_rate = Rate()
         self.decode_rate = Rate()
         self._post = post
+        self.archive = archive
         self._is_stepping = False
+        self._is_saving = False
         self._closed: HelexaError | None = None
         self._outbox: dict[Mailbox, list[tuple[Receiver, Sampled | Finished]]] = {}
 
@@ -88,21 +94,32 @@ class EngineCore:
         for sequence in sequences:
             self.scheduler.remove(sequence)
 
+    def stop(self) -> None:
+        """Ends what still runs."""
+        self.fail_all(ShuttingDown("the model is being unloaded"))
+
     def close(self) -> None:
         """Ends what still runs and lets go of model and caches."""
-        self.fail_all(ShuttingDown("the model is being unloaded"))
+        self.stop()
         self.runner = None
+        if self.archive is not None:
+            self.archive.close()
 
     def step(self) -> None:
         """Runs one plan and queues the next step, or rests if there is none."""
         plan = self.scheduler.next()
         if plan is None or self.runner is None:
             self._is_stepping = False
+            self._save_next()
             return
         started_s = time.perf_counter()
         for copy in plan.copies:
             self.runner.cache.copy(copy.source, copy.target, copy.num_tokens)
         self.scheduler.copied(plan)
+        if plan.stored is not None:
+            self._fetch(plan, plan.stored)
+            self._post(self.step)
+            return
         run, rate = (
             (self._prefill, self.prefill_rate) if plan.is_prefill else (self._decode, self.decode_rate)
         )
@@ -115,6 +132,11 @@ class EngineCore:
         self._send()
         self._post(self.step)
 
+    def save(self, deadline_s: float) -> None:
+        """Saves what the caches hold until a time of the monotonic clock."""
+        if self.archive is not None:
+            self.archive.save_all(deadline_s)
+
     @property
     def is_busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -123,6 +145,29 @@ class EngineCore:
         if not self._is_stepping and self._closed is None:
             self._is_stepping = True
             self._post(self.step)
+
+    def _fetch(self, plan: Plan, stored: Stored) -> None:
+        assert self.archive is not None
+        (sequence,) = plan.sequences
+        self._report(sequence)
+        if self.archive.fetch(stored, sequence.pages[sequence.depth], sequence.slot):
+            self.scheduler.complete(plan)
+        else:
+            self.scheduler.fetch_failed(plan)
+        self._report(sequence)
+
+    def _save_next(self) -> None:
+        """Has one more entry saved as long as there is nothing else to do."""
+        if self.archive is not None and self.runner is not None and not self.is_busy and not self._is_saving:
+            self._is_saving = self.archive.save_next(self._saved)
+
+    def _saved(self) -> None:
+        def go_on() -> None:
+            self._is_saving = False
+            self._save_next()
+
+        with suppress(HelexaError):  # closed in the meantime
+            self._post(go_on)
 
     def _decode(self, runner: Runner, plan: Plan) -> None:
         rows = runner.decode(plan.sequences)

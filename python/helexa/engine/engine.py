@@ -21,46 +21,36 @@ import numpy.typing as npt
 import torch
 
 from helexa import ops
-from helexa.engine.cache import (
-    KVCache,
-    StateCache,
-    kv_dtype,
-    page_nbytes,
-    plan_capacity,
-    plan_snapshots,
-    state_nbytes,
-)
+from helexa.engine.build import build_core
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
-from helexa.engine.memory import allocation_errors, available_bytes
+from helexa.engine.memory import allocation_errors
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
-from helexa.engine.pages import PagePool
 from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, read_text_parts
-from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.preflight import check_memory
-from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
-from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
-from helexa.engine.snapshots import Snapshots, borders
+from helexa.engine.snapshots import borders
+from helexa.engine.state_store import StateStore
 from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
-from helexa.layers.step import PAGE_TOKENS
 from helexa.log import fields
-from helexa.models import Model, ModelConfig, config_from_gguf, kv_cache_shapes, state_shapes
+from helexa.models import Model, ModelConfig, config_from_gguf
 from helexa.weights.load import LoadProgress
 from helexa.weights.model_file import open_model
+from helexa.weights.quantize import fingerprint
 
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 10.0  # how long closing waits for the step under way
+SAVE_S = 30.0  # and how long it may take to save what the caches hold
 
 
 class Engine:
@@ -77,8 +67,13 @@ class Engine:
         chat_template: ChatTemplate | None = None,
         generation_defaults: SamplingDefaults | None = None,
         pooling: Pooling | None = "last",
+        store: StateStore | None = None,
+        model_key: str = "",
     ):
-        """Calls `build` on the device thread and returns when the model is ready."""
+        """Calls `build` on the device thread and returns when the model is ready.
+
+        store: keeps what the caches hold beyond this engine, for others with the same `model_key`.
+        """
         self.config = config
         self.name = name
         self.options = options
@@ -87,6 +82,7 @@ class Engine:
         self.generation_defaults = generation_defaults or SamplingDefaults()
         self.pooling = pooling  # of embeddings, unless a request says; None: one that is not implemented
         self.max_context = config.max_position_embeddings
+        self.weight_bytes = 0  # of a model that was loaded from files
         self.cache_bytes = 0  # reserved for keys and values, committed as they are written
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
@@ -95,18 +91,25 @@ class Engine:
         self._core: EngineCore | None = None
         self._worker = DeviceWorker(f"{options.device}-0", self._on_fault)
         try:
-            self._core = self._worker.call(partial(self._start, build)).result()
+            self._core = self._worker.call(partial(self._start, build, store, model_key)).result()
         except BaseException:
             self._worker.close()
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        store: StateStore | None = None,
+        **options: Any,
+    ) -> Self:
         """The model of a GGUF file or of a directory with safetensors; `options` are those of EngineOptions.
 
         progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a
-        vocabulary has no tokenizer and serves token ids. Raises InvalidFile, UnsupportedModel,
-        InvalidParameter or OutOfMemory.
+        vocabulary has no tokenizer and serves token ids. `store` keeps prompts when the model is unloaded.
+        Raises InvalidFile, UnsupportedModel, InvalidParameter or OutOfMemory.
         """
         started_s = time.perf_counter()
         progress = progress or (lambda progress: None)
@@ -114,7 +117,7 @@ class Engine:
         file = open_model(path)
         try:
             config = config_from_gguf(file.metadata, file.tensors)
-            check_memory(planned_tensors(file, engine_options), config, engine_options)
+            weight_bytes = check_memory(planned_tensors(file, engine_options), config, engine_options)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
                 text = pool.submit(read_text_parts, file)
                 engine = cls(
@@ -124,12 +127,15 @@ class Engine:
                     name=str(file.metadata.get("general.name") or Path(path).stem),
                     generation_defaults=SamplingDefaults.from_gguf(file.metadata),
                     pooling=pooling_of(file.metadata.get(f"{config.model_type}.pooling_type")),
+                    store=store,
+                    model_key="" if store is None else f"{fingerprint(file)} {engine_options.quant}",
                 )
                 try:
                     parts = text.result()
                 except BaseException:
                     engine.close()
                     raise
+                engine.weight_bytes = weight_bytes
                 engine.tokenizer, engine.chat_template = parts.tokenizer, parts.chat_template
                 engine._grammars = parts.grammars
         finally:
@@ -282,6 +288,9 @@ class Engine:
         if core is not None:
             # Closed before or poisoned, nothing runs any more; a step that hangs must not hold up the exit.
             with contextlib.suppress(HelexaError, TimeoutError):
+                self._worker.call(core.stop).result(CLOSE_S)
+                self._worker.call(partial(core.save, time.monotonic() + SAVE_S)).result(SAVE_S + CLOSE_S)
+            with contextlib.suppress(HelexaError, TimeoutError):
                 self._worker.call(core.close).result(CLOSE_S)
         self._worker.close(CLOSE_S)
         if core is not None:
@@ -294,7 +303,7 @@ class Engine:
         self.close()
 
     @allocation_errors()
-    def _start(self, build: Callable[[], Model]) -> EngineCore:
+    def _start(self, build: Callable[[], Model], store: StateStore | None, model_key: str) -> EngineCore:
         options = self.options
         torch.set_grad_enabled(False)
         # The kernels bring their own threads; torch's few small operations run faster without waking others.
@@ -303,51 +312,11 @@ class Engine:
         # glibc keeps free memory up to the size of the largest block that it saw freed, within 32 MB.
         # Sampling takes and frees a few megabytes a token; new pages each time would double what it costs.
         np.empty(30 << 20, np.uint8)
-        dtype = kv_dtype(options.kv_dtype)
-        model = build()
-        slot_bytes = state_nbytes(state_shapes(self.config, 1))
-        num_slots = options.max_sequences + 1
-        num_snapshots = 0
-        if slot_bytes and options.prefix_cache:
-            num_snapshots = plan_snapshots(
-                slot_bytes=slot_bytes,
-                budget_bytes=options.snapshot_bytes,
-                free_bytes=available_bytes() - options.reserved_bytes,
-            )
-        states = state_shapes(self.config, num_slots + num_snapshots)
-        num_pages, self.max_context = plan_capacity(
-            page_bytes=page_nbytes(kv_cache_shapes(self.config, 1), dtype),
-            page_tokens=PAGE_TOKENS,
-            model_context=self.config.max_position_embeddings,
-            max_context=options.max_context,
-            max_sequences=options.max_sequences,
-            kv_cache_tokens=options.kv_cache_tokens,
-            free_bytes=available_bytes() - options.reserved_bytes - state_nbytes(states),
-        )
-        cache = KVCache(kv_cache_shapes(self.config, num_pages + 1), dtype)
-        state_cache = StateCache(states)
-        self.cache_bytes = cache.nbytes + state_cache.nbytes
-        runner = Runner(
-            model,
-            cache,
-            state_cache,
-            max_sequences=options.max_sequences,
-            max_context=self.max_context,
-            capture=options.capture,
-        )
-        pool = PagePool(num_pages, cache.page_tokens)
-        prefix = None
-        if options.prefix_cache and (num_snapshots or not states):
-            slots = range(num_slots, num_slots + num_snapshots)
-            prefix = PrefixCache(pool, Snapshots(slots, state_cache.copy) if states else None)
-        scheduler = Scheduler(
-            pool,
-            prefix,
-            max_context=self.max_context,
-            max_sequences=options.max_sequences,
-            prefill_chunk=options.prefill_chunk,
-        )
-        return EngineCore(runner, scheduler, pool, prefix, self._worker.post)
+        core = build_core(build(), self.config, options, self._worker.post, store, model_key)
+        assert core.runner is not None
+        self.max_context = core.scheduler.max_context
+        self.cache_bytes = core.runner.cache.nbytes + core.runner.states.nbytes
+        return core
 
     def _checked(self, token_ids: Iterable[int]) -> list[int]:
         """The token ids as a list; raises InvalidParameter for none or one beyond the vocabulary."""

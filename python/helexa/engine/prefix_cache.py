@@ -8,7 +8,7 @@ the nodes, and prefixes reach only as far as these.
 """
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -27,6 +27,14 @@ class Node:
     children: dict[Hashable, "list[Node]"] = field(default_factory=dict)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by how many of the tokens they follow
     last_used: int = 0
+    name: str = ""  # in the state store, if the page is full; made when needed
+    num_saved: int = 0  # tokens that the state store has been given
+
+    @property
+    def namespace(self) -> str:
+        """Of a page that begins a prefix."""
+        assert isinstance(self.key, tuple)
+        return str(self.key[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,10 @@ class Match:
     partial: Node | None = None
     num_partial: int = 0
     snapshot: Snapshot | None = None  # of the state after all of them
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(node.token_ids) for node in self.nodes) + self.num_partial
 
     @property
     def pages(self) -> list[int]:
@@ -54,14 +66,19 @@ class PrefixCache:
     def __init__(self, pool: PagePool, snapshots: Snapshots | None = None):
         """With `snapshots`, what is cached is of use only where there is one."""
         self.snapshots = snapshots
+        self.on_evict: Callable[[Node], None] | None = None
         self._pool = pool
         self._clock = 0
         self.root = Node((), SCRATCH_PAGE, None, None)
 
     def match(self, token_ids: Sequence[int], limit: int, namespace: str = "") -> Match:
-        """The longest prefix of token_ids[:limit] that is cached in the namespace."""
+        """The longest prefix of token_ids[:limit] that can be continued in the namespace."""
         if self.snapshots is not None:
             return self._match_state(token_ids, limit, namespace)
+        return self.match_pages(token_ids, limit, namespace)
+
+    def match_pages(self, token_ids: Sequence[int], limit: int, namespace: str = "") -> Match:
+        """The longest prefix whose keys and values are cached, with or without a state."""
         page_tokens = self._pool.page_tokens
         self._clock += 1
         nodes: list[Node] = []
@@ -159,6 +176,8 @@ class PrefixCache:
         freed = 0
         while heap and freed < num_pages:
             node = heapq.heappop(heap)[2]
+            if self.on_evict is not None:
+                self.on_evict(node)
             self._pool.drop(node.page)
             freed += 1
             parent = self._detach(node)

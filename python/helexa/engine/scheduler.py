@@ -16,11 +16,13 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Protocol
 
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import Match, Node, PrefixCache
 from helexa.engine.sequence import Sequence
 from helexa.engine.snapshots import GAP, INTERVAL, cuts
+from helexa.engine.state_store import Stored
 from helexa.errors import ContextTooLong
 
 
@@ -41,6 +43,13 @@ class Plan:
     num_tokens: int
     is_prefill: bool
     copies: list[PageCopy] = field(default_factory=list)
+    stored: Stored | None = None  # fetch these tokens instead of computing them
+
+
+class Archive(Protocol):
+    """Knows what can be fetched of a prompt that is not cached."""
+
+    def find(self, token_ids: list[int], limit: int, namespace: str, known: int) -> list[Stored]: ...
 
 
 _rank = attrgetter("rank")
@@ -63,6 +72,7 @@ class Scheduler:
         prefill_chunk: int = 512,
         snapshot_interval: int = INTERVAL,
         snapshot_gap: int = GAP,
+        archive: Archive | None = None,
     ):
         assert max_context <= pool.num_pages * pool.page_tokens, "one sequence must always fit"
         self.max_context = max_context
@@ -77,6 +87,7 @@ class Scheduler:
         self.num_cached_tokens = 0  # that the prefix cache has spared
         self._pool = pool
         self._prefix = prefix
+        self._archive = archive
         self._snapshots = None if prefix is None else prefix.snapshots
         self._turn = 0
         self._prefilled_last = False
@@ -141,6 +152,9 @@ class Scheduler:
         """Notes that the plan has run: its tokens are computed, and full pages become visible to others."""
         page_tokens = self._pool.page_tokens
         self._unfinished = None
+        if plan.stored is not None:
+            self._complete_fetch(plan.sequences[0])
+            return
         for sequence in plan.sequences:
             # The last token of a prompt that is cached otherwise is computed by a decode step.
             if plan.is_prefill or sequence.num_computed < sequence.num_prompt_tokens:
@@ -170,6 +184,11 @@ class Scheduler:
     def _take_pages(self, sequence: Sequence) -> bool:
         """Gives the sequence pages for all its tokens, shared where possible; False if there are too few."""
         match = self._match(sequence)
+        sequence.stored = self._stored(sequence, match.num_tokens)
+        if sequence.stored:
+            assert self._prefix is not None
+            start = sequence.stored[-1].start
+            match = Match(self._prefix.match_pages(sequence.token_ids, start, sequence.namespace).nodes)
         if not self._hold(match, sequence):
             # The page to copy takes room beside its copy.
             match = match.without_partial()
@@ -184,10 +203,11 @@ class Scheduler:
         if self._prefix is not None:
             sequence.node = match.nodes[-1] if match.nodes else self._prefix.root
         self._continue(sequence, match)
+        sequence.stored = [stored for stored in sequence.stored if stored.end > sequence.num_computed]
         if self._snapshots is not None and sequence.shares_pages:
             sequence.cuts = cuts(
                 sequence.snapshot_at,
-                sequence.num_computed,
+                sequence.stored[-1].end if sequence.stored else sequence.num_computed,
                 len(sequence.token_ids),
                 interval=self.snapshot_interval,
                 gap=self.snapshot_gap,
@@ -209,7 +229,7 @@ class Scheduler:
 
     def _continue(self, sequence: Sequence, match: Match) -> None:
         """Notes that the sequence, which has the shared pages of the match, begins after all of it."""
-        num_tokens = len(match.nodes) * self._pool.page_tokens + match.num_partial
+        num_tokens = match.num_tokens
         if match.partial is not None:
             page = sequence.pages[sequence.depth]
             self._copies.append(PageCopy(match.partial.page, page, match.num_partial))
@@ -266,6 +286,9 @@ class Scheduler:
         sequence = min(prefilling, key=lambda sequence: (sequence.last_turn, *sequence.rank))
         self._turn += 1
         sequence.last_turn = self._turn
+        if sequence.stored:
+            stored = sequence.stored[0]
+            return Plan([sequence], stored.end - stored.start, is_prefill=True, stored=stored)
         if sequence.shares_pages and self._prefix is not None and not self._copies:
             if self._snapshots is None:
                 self._skip_shared(sequence)
@@ -273,6 +296,36 @@ class Scheduler:
                 self._skip_to_snapshot(sequence)
         end = sequence.cuts[-1] if sequence.cuts else len(sequence.token_ids)
         return Plan([sequence], min(chunk, end - sequence.num_computed), is_prefill=True)
+
+    def fetch_failed(self, plan: Plan) -> None:
+        """Notes that what the plan was to fetch is lost; the sequence begins again with what is left."""
+        (sequence,) = plan.sequences
+        self.running.remove(sequence)
+        self._release(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.cached_tokens = 0
+        self._enqueue(sequence)
+
+    def _complete_fetch(self, sequence: Sequence) -> None:
+        stored = sequence.stored.pop(0)
+        self._count_cached(sequence, stored.end - sequence.num_computed)
+        sequence.num_computed = stored.end
+        self._publish_pages(sequence)
+        node, length = sequence.node, stored.end - stored.start
+        if stored.is_tail:
+            node = self._publish_tail(sequence, with_state=True)
+        assert node is not None
+        if stored.is_tail and self._snapshots is not None:
+            if (snapshot := node.snapshots.get(length)) is not None:
+                snapshot.is_saved = True
+        else:
+            node.num_saved = max(node.num_saved, length)
+
+    def _stored(self, sequence: Sequence, known: int) -> list[Stored]:
+        if self._archive is None or self._prefix is None or not sequence.shares_pages:
+            return []
+        limit = len(sequence.token_ids) - 1
+        return self._archive.find(sequence.token_ids, limit, sequence.namespace, known)
 
     def _skip_shared(self, sequence: Sequence) -> None:
         """Takes over pages that another sequence has completed since this one was admitted."""
@@ -292,7 +345,7 @@ class Scheduler:
         """Goes on from a snapshot that another sequence has had taken since this one was admitted."""
         match = self._match(sequence)
         start = sequence.num_computed
-        if len(match.nodes) * self._pool.page_tokens + match.num_partial <= start:
+        if match.num_tokens <= start:
             return
         for node in match.nodes[sequence.depth :]:
             self._share(sequence, node)
@@ -317,10 +370,10 @@ class Scheduler:
             page = sequence.pages[sequence.depth]
             self._share(sequence, self._prefix.insert(sequence.node, run, page, sequence.namespace))
 
-    def _publish_tail(self, sequence: Sequence, *, with_state: bool = False) -> None:
+    def _publish_tail(self, sequence: Sequence, *, with_state: bool = False) -> Node | None:
         """Puts the computed part of the last page into the cache; the sequence may append to it still."""
         if self._prefix is None or not sequence.shares_pages:
-            return
+            return None
         assert sequence.node is not None
         start = sequence.depth * self._pool.page_tokens
         node, offset = sequence.node, self._pool.page_tokens
@@ -331,6 +384,7 @@ class Scheduler:
         if with_state and self._snapshots is not None and node is not self._prefix.root:
             sequence.snapshot_position = sequence.num_computed
             self._snapshots.take(node, offset, sequence.slot)
+        return node
 
     def _share(self, sequence: Sequence, node: Node) -> None:
         """Steps down to `node`; a page of the same content that the sequence held itself is given back."""
@@ -348,6 +402,7 @@ class Scheduler:
         """Frees the pages; what they hold stays in the prefix cache for as long as there is room."""
         # A step that failed has left the state somewhere within it.
         is_whole = self._unfinished is None or sequence not in self._unfinished.sequences
+        is_whole = is_whole and not sequence.stored
         is_further = sequence.num_computed > sequence.snapshot_position
         self._publish_tail(sequence, with_state=is_whole and is_further)
         for page in reversed(sequence.pages):
@@ -358,7 +413,7 @@ class Scheduler:
         sequence.node = None
         sequence.depth = 0
         sequence.num_computed = sequence.snapshot_position = 0
-        sequence.cuts = []
+        sequence.cuts, sequence.stored = [], []
         self._is_blocked = False
 
 

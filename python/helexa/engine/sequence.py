@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from helexa.engine.prefix_cache import Node
     from helexa.engine.sampler import Sampled
+    from helexa.engine.state_store import Stored
     from helexa.errors import HelexaError
 
 _numbers = itertools.count()
@@ -86,6 +87,7 @@ class Sequence:
     slot: int = 0  # of the recurrent states, while the sequence runs
     node: "Node | None" = None  # the deepest full page of this sequence in the prefix cache
     cuts: list[int] = field(default_factory=list)  # where snapshots are taken of its prompt, the last first
+    stored: "list[Stored]" = field(default_factory=list)  # to be fetched before anything is computed
     snapshot_position: int = 0  # where it was continued, or a snapshot taken
     depth: int = 0  # how many pages lie on the path to `node`
     cached_tokens: int = 0  # prompt tokens that the prefix cache spared

@@ -24,6 +24,7 @@ class Snapshot:
     node: "Node"
     offset: int
     slot: int
+    is_saved: bool = False  # given to the state store
 
 
 class Snapshots:
