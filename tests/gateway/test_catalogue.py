@@ -55,6 +55,11 @@ def test_what_a_neuron_is_told_to_load(entry, source):
     assert (request.model_id, request.source, request.wait) == (entry.id, source, True)
 
 
+def test_what_is_at_a_path_is_quantized_while_it_loads():
+    request = ModelEntry("m", path="/models/m", quant="q4_k_m").load_request()
+    assert (request.source, request.options.quant) == ("/models/m", "q4_k_m")
+
+
 @pytest.mark.parametrize(
     ("entry", "rank"),
     [
@@ -76,7 +81,7 @@ def test_a_pinned_model_is_of_a_high_class_unless_told_otherwise(entry, rank):
         ("[[models]]\nquant = 'q8_0'", "missing key id"),
         (2 * "[[models]]\nid = 'm'\n", "'m' is listed twice"),
         ("[[models]]\nid = 'm'\nvram = 1", "unknown key 'models.vram'; did you mean 'vram_mb'"),
-        ("[[models]]\nid = 'm'\npath = 'x'\nquant = 'q8_0'", "path excludes name, source and quant"),
+        ("[[models]]\nid = 'm'\npath = 'x'\nname = 'y'", "path excludes name and source"),
         ("[[models]]\nid = 'm'\nmin_devices = 0", "min_devices must be at least 1"),
         ("[[models]]\nid = 'm'\n[aliases]\nm = 'x'", "aliases.m: a model has this id"),
         ("[aliases]\na = 'b'\nb = 'c'", "aliases.a: 'b' is an alias itself"),

@@ -77,12 +77,16 @@ def load(
         int | None, typer.Option(min=1, help="sequences decoded at the same time")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="quantize a model in F32, F16 or BF16 while it loads: q4_k_m, q8_0, ..."),
+    ] = None,
     url: Url = GATEWAY_URL,
     key: Key = None,
     node: Node = None,
 ) -> None:
     """Load a model into a neuron; loading a loaded model again is fine."""
-    options = {"device": device, "max_context": max_context, "max_sequences": max_sequences}
+    options = {"device": device, "max_context": max_context, "max_sequences": max_sequences, "quant": quant}
     given = {name: value for name, value in options.items() if value is not None}
     body = {"model_id": model, "source": source, "options": given, "node": node}
 

@@ -1,5 +1,6 @@
 """What loading a model will need, checked against what there is before any weight is read."""
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -25,10 +26,11 @@ class HasLayout(Protocol):
     def num_rows(self) -> int: ...
 
 
-def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions) -> None:
-    """Raises OutOfMemory, with the bytes that are missing, if weights, states and cache cannot all fit.
+def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions) -> int:
+    """Bytes of the weights; raises OutOfMemory if they, states and cache cannot all fit.
 
-    tensors: as they will be loaded, after quantization.
+    tensors: as they will be loaded, after quantization. The error says how many bytes are missing, and which
+    context fits.
     """
     weights = weight_nbytes(tensors)
     states = state_nbytes(state_shapes(config, options.max_sequences + 1))
@@ -37,9 +39,9 @@ def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options:
     left = free - weights - states
     asked = max(options.kv_cache_tokens or 0, min(options.max_context or 0, config.max_position_embeddings))
     needed = (-(-max(asked, 1) // PAGE_TOKENS) + 1) * page
-    missing = -(-needed * 100 // round(100 * (1 - KEPT_FREE))) - left
+    missing = math.ceil(needed / (1 - KEPT_FREE)) - left
     if missing <= 0:
-        return
+        return weights
     fitting = min((int(left * (1 - KEPT_FREE)) // page - 1) * PAGE_TOKENS, config.max_position_embeddings)
     what = f"a KV cache of {asked} tokens" if asked else "the smallest KV cache"
     advice = f"a context of {fitting} tokens fits" if fitting > 0 else "no context fits"

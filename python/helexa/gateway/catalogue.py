@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helexa.errors import ConfigError
 from helexa.settings import load_settings
-from helexa.wire.control import LoadRequest
+from helexa.wire.control import LoadOptions, LoadRequest
 
 DEFAULT_RANK = 100
 PINNED_RANK = 1000
@@ -39,7 +39,9 @@ class ModelEntry:
     path: str | None = None  # of a file or folder on the neuron's host
     name: str | None = None  # what the neuron fetches: starter, org/repo, org/repo:quant
     source: str | None = None  # scheme put before name or id: source:org/repo
-    quant: str | None = None  # put behind name or id: org/repo:quant
+    quant: str | None = (
+        None  # put behind name or id: org/repo:quant; of a path, how to quantize what is there
+    )
     vram_mb: int = 0  # MiB needed in all; 0 is unknown
     min_devices: int = 1
     min_device_vram_mb: int = 0
@@ -53,8 +55,8 @@ class ModelEntry:
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("a model's id must not be empty")
-        if self.path and (self.name or self.source or self.quant):
-            raise ValueError(f"model {self.id!r}: path excludes name, source and quant")
+        if self.path and (self.name or self.source):
+            raise ValueError(f"model {self.id!r}: path excludes name and source")
         if self.min_devices < 1 or self.vram_mb < 0 or self.min_device_vram_mb < 0:
             raise ValueError(f"model {self.id!r}: min_devices must be at least 1, sizes at least 0")
         if self.idle_ttl_s is not None and self.idle_ttl_s < 0:
@@ -74,7 +76,8 @@ class ModelEntry:
     def load_request(self) -> LoadRequest:
         """What a neuron is told to load this model, which it registers under `id` wherever it comes from."""
         if self.path:
-            return LoadRequest(model_id=self.id, source=self.path, wait=True)
+            options = LoadOptions(quant=self.quant)
+            return LoadRequest(model_id=self.id, source=self.path, options=options, wait=True)
         if not (self.name or self.source or self.quant):
             return LoadRequest(model_id=self.id, wait=True)
         parts = (self.source, self.name or self.id, self.quant)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from helexa.errors import InvalidParameter
 from helexa.serving import TlsConfig, check_secret, is_loopback
 from helexa.settings import LogConfig
+from helexa.weights.recipes import find_recipe
 from helexa.wire.control import LoadOptions
 
 
@@ -80,12 +82,16 @@ class EngineSection:
     num_threads: int | None = None
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
+    quant: str | None = None  # by which models in F32, F16 or BF16 are quantized while they load
+    quant_cache: bool | None = None  # whether the result is kept on disk
 
     def __post_init__(self) -> None:
         for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.quant is not None:
+            _check_quant(self.quant)
 
     @property
     def options(self) -> LoadOptions:
@@ -129,6 +135,13 @@ class NeuronConfig:
                 f"neuron.host is {self.neuron.host}, which other machines can reach: set auth.secret, which "
                 "the gateway must know too, or tls.client_ca, or auth.open = true on a network that you trust"
             )
+
+
+def _check_quant(name: str) -> None:
+    try:
+        find_recipe(name)
+    except InvalidParameter as error:
+        raise ValueError(error.message) from None
 
 
 def merge_options(*layers: LoadOptions) -> dict[str, object]:

@@ -162,7 +162,7 @@ class LoadedModel:
 
     def serve(self, engine: Engine, admission: Admission, path: Path, grown_bytes: int) -> None:
         """Is loaded from now on. grown_bytes: by which loading it has made the process larger."""
-        size = path.stat().st_size if path.is_file() else 0
+        size = engine.weight_bytes or (path.stat().st_size if path.is_file() else 0)
         self.engine, self.admission = engine, admission
         self.memory_bytes = size + engine.cache_bytes or None
         # The cache grows into its memory, and vocabularies are no part of either.

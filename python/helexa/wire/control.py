@@ -126,7 +126,7 @@ class Limit(Answer, frozen=True):
 
 
 class Progress(Answer, frozen=True):
-    phase: str  # queued, resolve, header, weights, ready
+    phase: str  # queued, resolve, quantize, header, weights, ready
     percent: float
     remaining_s: float | None = None  # an estimate
 
@@ -169,6 +169,8 @@ class LoadOptions(Request, frozen=True):
     num_threads: int | None = None
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
+    quant: str | None = None
+    quant_cache: bool | None = None
 
 
 class LoadRequest(Request, frozen=True):
