@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa.engine import sampler as sampler_module
@@ -68,6 +68,7 @@ def test_an_absurd_recommendation_of_a_file_is_refused_by_name():
         ("min_p", 2),
         ("typical_p", 0),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-300),
         ("presence_penalty", 2.1),
         ("frequency_penalty", -2.1),
         ("logit_bias", {-1: 0.0}),
@@ -408,3 +409,32 @@ def test_the_fewest_are_those_of_a_full_sort(rows, share):
     order = np.lexsort((np.arange(len(rows)), keys))
     count = min(int(np.searchsorted(masses[order].cumsum(), target)) + 1, len(rows))
     assert sampler_module.fewest(keys, masses, target).tolist() == sorted(order[:count].tolist())
+
+
+@settings(max_examples=300)
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32) | st.just(-math.inf), min_size=1, max_size=20).filter(
+        lambda row: max(row) > -math.inf
+    ),
+    params=st.fixed_dictionaries(
+        {"seed": st.integers(0, 99)},
+        optional={
+            "temperature": st.floats(0, 100),
+            "top_p": st.floats(0, 1),
+            "min_p": st.floats(0, 1),
+            "typical_p": st.floats(0, 1, exclude_min=True),
+            "top_k": st.integers(-1, 30),
+            "repetition_penalty": st.floats(0.01, 100),
+            "presence_penalty": st.floats(-2, 2),
+            "frequency_penalty": st.floats(-2, 2),
+            "logprobs": st.integers(0, 20),
+        },
+    ),
+)
+def test_whatever_the_parameters_a_possible_token_is_chosen(logits, params):
+    row = _row(logits)
+    sampler = _sampler(range(len(logits)), **params)
+    for position in range(3):
+        sampled = sampler.sample(row, position)
+        assert logits[sampled.token_id] > -math.inf
+        assert sampled.logprob is None or sampled.logprob <= 0

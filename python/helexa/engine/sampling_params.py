@@ -37,7 +37,7 @@ def _check_distribution(params: Any) -> None:
         ("top_p", 0.0, 1.0, False),
         ("min_p", 0.0, 1.0, False),
         ("typical_p", 0.0, 1.0, True),
-        ("repetition_penalty", 0.0, 100.0, True),
+        ("repetition_penalty", 0.01, 100.0, False),  # beyond, scores would overflow
         ("presence_penalty", -2.0, 2.0, False),
         ("frequency_penalty", -2.0, 2.0, False),
     ):
