@@ -12,7 +12,7 @@ import torch
 from helexa.models import build_model
 from helexa.weights import hf_tensors, regions
 from helexa.weights.model_file import open_model
-from support.hf_checkpoint import Layout, golden_config, write_golden
+from support.hf_checkpoint import Layout, golden_config, write_as_gguf, write_golden
 from support.model_runs import CASES, TOLERANCE, error_ratio, golden, load, run, with_recorders
 
 MOE_CASES = ["qwen3moe", "qwen3next", "qwen35moe"]
@@ -30,6 +30,16 @@ def test_hidden_states_of_every_layer_and_logits_are_those_of_transformers(case,
         assert error_ratio(layer.output, hidden) < TOLERANCE
     assert error_ratio(logits, expected.logits) < TOLERANCE
     assert weights.unused() == weights.file.unread == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gguf_file_of_the_same_weights_gives_the_same_logits(case, tmp_path):
+    directory = write_golden(case, tmp_path / "model")
+    token_ids = golden(case).token_ids
+    logits = run(build_model(*load(directory)), token_ids)
+    config, weights = load(write_as_gguf(directory, tmp_path / "model.gguf"))
+    exact = replace(config, rms_norm_eps=load(directory)[0].rms_norm_eps)  # a GGUF file has it in float32
+    assert error_ratio(run(build_model(exact, weights), token_ids), logits) < 1e-6
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,7 @@ import numpy as np
 
 from helexa.quant import FORMATS
 from helexa.weights.gguf import open_gguf
+from helexa.weights.model_file import open_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL_TYPES = {
@@ -146,6 +147,24 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Array], layout: Layout = 
         write_safetensors(path / file, part)
         weight_map |= dict.fromkeys(part, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def write_as_gguf(directory: Path, path: Path) -> Path:
+    """What a directory of single precision is seen as, written down by the `gguf` package."""
+    with open_model(directory) as file:
+        writer = gguf.GGUFWriter(path, file.architecture)
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add |= {bool: writer.add_bool, list: writer.add_array}
+        for key, value in file.metadata.items():
+            if key != "general.architecture":
+                add[type(value)](key, value)
+        for name, info in file.tensors.items():
+            writer.add_tensor(name, np.frombuffer(file.data(name), np.float32).reshape(info.shape))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
 
 
 def hf_tensors(case: str, config: Mapping[str, Any], *, fused_experts: bool) -> dict[str, Array]:
