@@ -44,6 +44,8 @@ def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, pro
     with _weights(file, options, progress) as tensors:
         weights = GGUFWeights(tensors, progress=progress)
         model = build_model(config, weights)
+    if config.num_mtp_layers:
+        logger.info("mtp_loaded", extra=fields(model=file.path.name, layers=config.num_mtp_layers))
     if unused := weights.unused():
         logger.warning("unused_tensors", extra=fields(model=file.path.name, tensors=",".join(unused)))
     return model
