@@ -61,6 +61,24 @@ async def test_a_terminal_also_sees_tokens_and_time(serve) -> None:
     assert "9 prompt tokens (5 cached), 2 generated" in screen.getvalue()
 
 
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "hmm\n\nhi\n"), (False, "hi\n")])
+async def test_thoughts_are_for_the_terminal_alone_and_no_part_of_the_answer(
+    serve, is_terminal, shown
+) -> None:
+    async def thinking(_: web.Request) -> web.Response:
+        deltas = ({"reasoning_content": "h"}, {"reasoning_content": "mm"}, {"content": "hi"})
+        text = "".join(f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas)
+        return web.Response(text=text + "data: [DONE]\n\n", content_type="text/event-stream")
+
+    screen = io.StringIO()
+    async with Client(await serve({"POST /v1/chat/completions": thinking})) as client:
+        console = Console(file=screen, force_terminal=is_terminal, color_system=None, width=100)
+        talk = Conversation(client, {"model": "m"}, None, console)
+        assert await talk.ask("?") == "hi"
+    assert screen.getvalue() == shown
+    assert talk.messages[-1] == {"role": "assistant", "content": "hi"}
+
+
 async def test_a_question_that_failed_is_taken_back(serve) -> None:
     async def refuse(_: web.Request) -> web.Response:
         return web.json_response({"error": {"message": "overloaded"}}, status=503)

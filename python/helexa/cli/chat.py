@@ -25,6 +25,7 @@ class Conversation:
         self._options = options
         self._opening = [{"role": "system", "content": system}] if system else []
         self._console = console
+        self._has_thought = False  # of which something stands at the end of the screen
         self.messages: list[dict[str, str]] = list(self._opening)
 
     def forget(self) -> None:
@@ -43,11 +44,11 @@ class Conversation:
                 async for event in events:
                     usage = event.get("usage") or usage
                     for choice in event.get("choices", ()):
-                        text = choice["delta"].get("content") or ""
-                        pieces.append(text)
-                        self._console.out(text, end="", highlight=False)
-                        self._console.file.flush()
+                        delta = choice["delta"]
+                        self._show_thought(delta.get("reasoning_content") or "")
+                        self._show(delta.get("content") or "", pieces)
         finally:
+            self._has_thought = False
             self._console.out("")
             if answer := "".join(pieces):
                 self.messages.append({"role": "assistant", "content": answer})
@@ -63,6 +64,21 @@ class Conversation:
                 highlight=False,
             )
         return answer
+
+    def _show_thought(self, text: str) -> None:
+        """On a terminal; elsewhere the answer stands alone."""
+        if text and self._console.is_terminal:
+            self._console.out(text, style="dim", end="", highlight=False)
+            self._console.file.flush()
+            self._has_thought = True
+
+    def _show(self, text: str, pieces: list[str]) -> None:
+        if text and self._has_thought:
+            self._console.out("\n")
+            self._has_thought = False
+        pieces.append(text)
+        self._console.out(text, end="", highlight=False)
+        self._console.file.flush()
 
 
 async def choose_model(client: Client, wanted: str | None) -> str:

@@ -84,12 +84,13 @@ async def first_answer(client: Client, model: str) -> str:
         "messages": [{"role": "user", "content": QUESTION}],
         "max_tokens": 32,
         "temperature": 0,
+        "reasoning_effort": "none",
     }
     deadline = asyncio.get_running_loop().time() + START_S
     while True:
         try:
             answer = await client.post("/v1/chat/completions", body)
-            return str(answer["choices"][0]["message"]["content"]).strip()
+            return str(answer["choices"][0]["message"]["content"] or "").strip()
         except HelexaError as error:
             if error.status not in (404, 503) or asyncio.get_running_loop().time() > deadline:
                 raise
