@@ -132,6 +132,14 @@ def test_a_tool_may_declare_little(tool_calls):
 
 
 @_BOTH
+def test_a_schema_that_requires_what_it_does_not_declare_is_no_obstacle(tool_calls):
+    spec = _grammar(tool_calls, [function("f", {"a": {"type": "string"}}, ["a", "b"])])
+    assert _admits(
+        spec, _WRITTEN[tool_calls]("f", {"a": "x", "b": 1} if tool_calls == "hermes" else {"a": "x"})
+    )
+
+
+@_BOTH
 def test_references_to_definitions_are_followed(tool_calls):
     step = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     tool = function(

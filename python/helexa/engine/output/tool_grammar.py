@@ -70,7 +70,8 @@ def _chosen(tools: Tools, choice: str) -> list[Tool]:
 
 def _hermes(number: int, tool: Tool) -> Iterable[str]:
     schema = {**_without_look_around(tool.parameters), "type": "object"}
-    if "properties" in schema:  # what is not declared would be made up
+    # What is not declared would be made up, unless the schema itself asks for it.
+    if "properties" in schema and set(tool.required) <= set(tool.properties):
         schema.setdefault("additionalProperties", False)
     head = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
     yield f'tool_{number}: {_quoted(head)} arguments_{number} "}}"'
