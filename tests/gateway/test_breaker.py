@@ -94,6 +94,7 @@ async def test_requests_stay_away_from_a_node_that_answers_polls_but_not_them(ma
         assert (await site.chat())[0] == 200
     assert (len(bad.requests), len(good.requests)) == (3, 10)
     assert site.gateway.fleet.nodes["n0"].tripped
+    assert [node["state"] for node in (await site.get("/fleet"))["nodes"]] == ["tripped", "up"]
 
 
 async def test_a_node_that_alone_has_the_model_goes_on_being_asked(make_site, make_neuron):

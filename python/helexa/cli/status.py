@@ -22,6 +22,7 @@ _COLOURS = {
     "waiting": "cyan",
     "draining": "yellow",
     "suspect": "yellow",
+    "tripped": "yellow",
     "impaired": "yellow",
 }
 

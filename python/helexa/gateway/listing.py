@@ -163,7 +163,8 @@ def _limits(infos: list[ModelInfo], entry: ModelEntry | None) -> dict[str, Any]:
 def _state(node: Node) -> str:
     if not node.healthy:
         return "down" if node.failures or node.discovery else "unknown"
-    return "suspect" if node.suspect else "draining" if node.draining else "up"
+    states = {"suspect": node.suspect, "draining": node.draining, "tripped": node.tripped, "up": True}
+    return next(name for name, holds in states.items() if holds)
 
 
 def _reason(node: Node, info: ModelInfo) -> str | None:
