@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import resource
 import socket
 import struct
 import threading
@@ -9,14 +11,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from support.stack import Stack, get, running_stack, wait_for
+from support.stack import Daemon, Stack, get, running_stack, wait_for
 
 pytestmark = pytest.mark.model
 
@@ -33,12 +36,28 @@ GATEWAY = """
 [gateway]
 poll_interval_s = 0.5
 idle_timeout_s = 5
+
+[store]
+path = "responses.sqlite"
 """
 QUESTION = [{"role": "user", "content": "What is the capital of England?"}]
+STORY = [{"role": "user", "content": "Write a long story about the sea and all its ships."}]
 LONG = [
     {"role": "user", "content": "Tell me all about the rain in every county. " * 700}
 ]  # some 7,000 tokens
-FILES = 4  # that may be open more or less: connections that are kept alive for the next request
+KEPT = 4  # connections, and tasks with them, that are kept alive for the next request
+# A process in whose folder of modules this lies has a clock that is wrong by the seconds in a file.
+WRONG_CLOCK = """
+import os, time
+
+right = time.time
+
+def wrong():
+    with open(os.environ["CLOCK_SHIFT"]) as file:
+        return right() + float(file.read() or 0)
+
+time.time = wrong
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +70,24 @@ def stack(tmp_path_factory: pytest.TempPathFactory, starter_model: Path) -> Iter
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test on the shared stack: at rest, no more files than before, and it answers."""
+    """After each test on the shared stack: at rest, no more files and tasks than before, and it answers."""
     if "stack" not in request.fixturenames:
         yield
         return
     stack: Stack = request.getfixturevalue("stack")
-    before = stack.gateway.num_files(), stack.neuron.num_files()
-    pids = stack.gateway.running.pid, stack.neuron.running.pid
+    daemons = stack.gateway, stack.neuron
+    before = [(daemon.running.pid, daemon.num_files(), stack.num_tasks(daemon)) for daemon in daemons]
     yield
     wait_for(stack.is_loaded, "the model being there again")
     wait_for(stack.is_at_rest, "rest")
     assert "London" in stack.ask().choices[0].message.content
-    for daemon, files, pid in zip((stack.gateway, stack.neuron), before, pids, strict=True):
+    for daemon, (pid, files, tasks) in zip(daemons, before, strict=True):
         if daemon.running.pid == pid:
-            wait_for(
-                lambda daemon=daemon, files=files: daemon.num_files() <= files + FILES,
-                f"{daemon.name}'s files",
-            )
+            wait_for(partial(has_no_more, stack, daemon, files, tasks), f"{daemon.name}'s files and tasks")
+
+
+def has_no_more(stack: Stack, daemon: Daemon, files: int, tasks: int) -> bool:
+    return daemon.num_files() <= files + KEPT and stack.num_tasks(daemon) <= tasks + KEPT
 
 
 def body(messages: Any = QUESTION, **more: Any) -> bytes:
@@ -76,17 +96,30 @@ def body(messages: Any = QUESTION, **more: Any) -> bytes:
 
 
 def raw_stream(stack: Stack, messages: Any = QUESTION, receive_buffer: int = 0, **more: Any) -> socket.socket:
-    """A connection on which a streamed request has been sent and nothing read."""
+    """A connection on which a streamed chat request has been sent and nothing read."""
+    return raw_post(stack, "/v1/chat/completions", body(messages, stream=True, **more), receive_buffer)
+
+
+def raw_post(stack: Stack, path: str, payload: bytes, receive_buffer: int = 0) -> socket.socket:
     host, port = stack.url.removeprefix("http://").split(":")
     made = socket.socket()
     if receive_buffer:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     made.settimeout(60)
     made.connect((host, int(port)))
-    payload = body(messages, stream=True, **more)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: {len(payload)}\r\n\r\n"
+    )
     made.sendall(head.encode() + payload)
     return made
+
+
+def rest_of(connection: socket.socket, most: int = 65536) -> bytes:
+    """What comes until the end, at most so many bytes at a time."""
+    received = b""
+    while piece := connection.recv(most):
+        received += piece
+    return received
 
 
 def is_busy(stack: Stack) -> bool:
@@ -138,6 +171,96 @@ def test_a_neuron_killed_within_a_stream_ends_it_with_an_error(stack: Stack) -> 
     restart(stack)
 
 
+@pytest.mark.parametrize("moment", ["prefill", "stream"])
+def test_streams_of_every_api_end_with_its_error_when_the_neuron_dies(stack: Stack, moment: str) -> None:
+    messages = LONG if moment == "prefill" else STORY
+    asked = {"model": "starter", "stream": True, "temperature": 0}
+    apis = {
+        "/v1/chat/completions": ({"messages": messages, "max_tokens": 400}, b"data: [DONE]"),
+        "/v1/responses": ({"input": messages, "max_output_tokens": 400}, b"event: response.failed"),
+        "/v1/messages": ({"messages": messages, "max_tokens": 400}, b"event: error"),
+    }
+    with ExitStack() as opened:
+        streams = {
+            path: opened.enter_context(closing(raw_post(stack, path, json.dumps(asked | more).encode())))
+            for path, (more, _) in apis.items()
+        }
+        wait_for(lambda: stack.load().get("in_flight") == len(apis), "all at work")
+        for stream in streams.values():  # a comment, or some of the answer
+            assert b"200 OK" in stream.recv(65536)
+        stack.neuron.kill()
+        for path, (_, end) in apis.items():
+            received = rest_of(streams[path])
+            assert end in received, received[-500:]
+            assert b"error" in received
+    restart(stack)
+
+
+def test_a_load_that_the_gateway_asked_for_may_be_interrupted(stack: Stack) -> None:
+    assert post(f"{stack.url}/models/unload", {"model_id": "starter"})["node"] == "local"
+    stack.neuron.freeze()  # so that the load takes as long as it has to
+    with closing(raw_stream(stack, max_tokens=4)) as waiting:
+        assert b"200 OK" in waiting.recv(65536)  # comments while it waits
+        stack.neuron.kill()
+        stack.neuron.start()
+        received = rest_of(waiting)
+        assert b"data: [DONE]" in received  # an error or, the neuron being back in time, the answer
+    wait_for(stack.is_loaded, "the model being there again")
+
+
+def test_a_full_disk_costs_no_answer_and_what_was_not_written_is_as_soon_as_there_is_room(
+    stack: Stack,
+) -> None:
+    def respond(previous: Any = None) -> Any:
+        more = {"previous_response_id": previous.id} if previous else {}
+        question = "What is the capital of England?"
+        return stack.client.responses.create(
+            model="starter", input=question, max_output_tokens=8, temperature=0, **more
+        )
+
+    made = [respond()]
+    pid = stack.gateway.running.pid
+    limit = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limit[1]))  # no file grows any more
+    try:
+        made.append(respond(made[-1]))
+        made.append(respond(made[-1]))
+        for response in made:
+            assert stack.client.responses.retrieve(response.id).output_text == response.output_text
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limit)
+    made.append(respond(made[-1]))
+    assert stack.gateway.stop() == 0
+    stack.gateway.start()
+    wait_for(stack.is_loaded, "the gateway's return")
+    for response in made:
+        assert stack.client.responses.retrieve(response.id).output_text == response.output_text
+
+
+def test_a_clock_that_jumps_disturbs_nobody(tmp_path: Path, starter_model: Path) -> None:
+    shift, modules = tmp_path / "shift", tmp_path / "modules"
+    modules.mkdir()
+    (modules / "sitecustomize.py").write_text(WRONG_CLOCK)
+    shift.write_text("0")
+    path = os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH"))))
+    environ = {"PYTHONPATH": path, "CLOCK_SHIFT": str(shift)}
+    with running_stack(tmp_path, starter_model, neuron=NEURON, gateway=GATEWAY, environ=environ) as stack:
+        kept = stack.client.responses.create(model="starter", input="Hello", max_output_tokens=4)
+        for jump_s in (3 * 86400, -86400, 0):
+            with endless(stack) as stream:
+                next(stream)
+                shift.write_text(str(jump_s))
+                for _ in range(10):
+                    assert next(stream).choices
+            wait_for(stack.is_at_rest, "rest")
+            answer = stack.ask()
+            assert "London" in answer.choices[0].message.content
+            assert abs(answer.created - time.time() - jump_s) < 60
+            assert stack.client.responses.retrieve(kept.id).id == kept.id
+            time.sleep(1.2)  # two polls
+            assert get(f"{stack.url}/health")["nodes"]["healthy"] == 1
+
+
 def test_a_neuron_killed_while_it_loads_is_an_error_and_loads_again_when_it_is_back(stack: Stack) -> None:
     answer = post(f"{stack.neuron_url}/models/unload", {"model_id": "starter"})
     assert answer["status"] == "unloaded"
@@ -172,11 +295,7 @@ def test_a_client_that_reads_slowly_holds_up_nobody_and_gets_everything(stack: S
     with closing(raw_stream(stack, receive_buffer=2048, max_tokens=400, ignore_eos=True)) as slow:
         wait_for(lambda: is_busy(stack), "the slow client's turn")
         assert "London" in stack.ask().choices[0].message.content  # beside it
-        received = b""
-        while not received.endswith(b"0\r\n\r\n"):
-            piece = slow.recv(1500)
-            assert piece, received[-300:]
-            received += piece
+        received = rest_of(slow, 1500)
         assert b"data: [DONE]" in received
         assert received.count(b'"content":') > 100
 
@@ -227,6 +346,26 @@ def test_half_a_request_is_no_request(stack: Stack) -> None:
         with closing(socket.create_connection((host, int(port)), 10)) as made:
             made.sendall(head)
     assert stack.is_at_rest()
+
+
+def test_connections_that_are_left_open_take_nothing_from_others(stack: Stack) -> None:
+    sent = (
+        b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{",
+        b"GET / HT",
+    )
+    with ExitStack() as opened:
+        for url in (stack.url, stack.neuron_url) * 40:
+            host, port = url.removeprefix("http://").split(":")
+            made = opened.enter_context(closing(socket.create_connection((host, int(port)), 10)))
+            made.sendall(sent[made.fileno() % len(sent)])
+        assert stack.is_at_rest()
+        assert "London" in stack.ask().choices[0].message.content
+
+
+def test_short_connections_leave_nothing_behind(stack: Stack) -> None:
+    for url in (stack.url, stack.neuron_url) * 200:
+        assert get(f"{url}/health")["status"] == "ok"
 
 
 def test_two_hundred_requests_for_four_seats_are_all_answered(stack: Stack) -> None:

@@ -153,6 +153,14 @@ class Stack:
             load.get(name, 0) for name in ("in_flight", "queue_depth", "kv_tokens_used")
         )
 
+    def num_tasks(self, daemon: Daemon) -> int:
+        """Of its event loop, as its metrics tell."""
+        is_gateway = daemon is self.gateway
+        text = get_text(self.metrics_url if is_gateway else f"{self.neuron_url}/metrics")
+        found = re.search(rf"^helexa_{'' if is_gateway else 'neuron_'}tasks (\S+)$", text, re.MULTILINE)
+        assert found is not None
+        return int(float(found[1]))
+
     def ask(self, text: str = "What is the capital of England?", **options: Any) -> Any:
         """A whole answer through the gateway."""
         asked: dict[str, Any] = {"model": self.model, "temperature": 0, "max_tokens": 12, **options}
@@ -161,17 +169,26 @@ class Stack:
 
 @contextmanager
 def running_stack(
-    folder: Path, model: Path, *, neuron: str = "", gateway: str = "", wait: bool = True
+    folder: Path,
+    model: Path,
+    *,
+    neuron: str = "",
+    gateway: str = "",
+    wait: bool = True,
+    environ: dict[str, str] | None = None,
 ) -> Iterator[Stack]:
-    """A stack with the model; `neuron` and `gateway` are further lines of their configuration files."""
+    """A stack with the model; `neuron` and `gateway` are further lines of their configuration files.
+
+    environ: of both processes, beside that of the tests.
+    """
     port, metrics_port, neuron_port = free_port(), free_port(), free_port()
     write_configuration(folder, "starter", str(model), port, metrics_port, neuron_port)
     for name, lines in (("neuron", neuron), ("gateway", gateway)):
         path = folder / f"{name}.toml"
         path.write_text(_merged(path.read_text("utf-8"), lines), "utf-8")
     stack = Stack(
-        Daemon("gateway", folder, f"http://127.0.0.1:{port}"),
-        Daemon("neuron", folder, f"http://127.0.0.1:{neuron_port}"),
+        Daemon("gateway", folder, f"http://127.0.0.1:{port}", environ or {}),
+        Daemon("neuron", folder, f"http://127.0.0.1:{neuron_port}", environ or {}),
         f"http://127.0.0.1:{metrics_port}/metrics",
         "starter",
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0),
