@@ -456,3 +456,71 @@ class _Usage:
 def test_what_can_be_no_name_of_a_file_is_none(name):
     with pytest.raises(SourceError, match="there is no file"):
         resolve(name)
+
+
+# Checkpoints
+
+
+CHECKPOINT = {
+    "config.json": b'{"model_type": "qwen3"}',
+    "model-00001-of-00002.safetensors": CONTENT,
+    "model-00002-of-00002.safetensors": CONTENT[::-1],
+    "model.safetensors.index.json": b"{}",
+    "tokenizer.json": b"{ }",
+    "README.md": b"hello",
+    "original/consolidated.safetensors": b"no",
+}
+TAKEN = sorted(name for name in CHECKPOINT if name not in ("README.md", "original/consolidated.safetensors"))
+
+
+def _offer(fake_hub, files):
+    fake_hub.files = files
+    fake_hub.hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def test_a_checkpoint_of_the_hub_is_fetched_as_a_folder(cache, fake_hub):
+    _offer(fake_hub, CHECKPOINT)
+    seen = []
+    path = pull("org/repo", lambda phase, done, total: seen.append((phase, done, total)))
+    assert path == resolve("org/repo") == resolve("ORG/repo:safetensors") == cache / "org/repo"
+    assert _visible(cache) == [f"org/repo/{name}" for name in TAKEN]
+    assert all((path / name).read_bytes() == CHECKPOINT[name] for name in TAKEN)
+    total = sum(len(CHECKPOINT[name]) for name in TAKEN)
+    downloaded = [done for phase, done, _ in seen if phase == "downloading"]
+    assert downloaded == sorted(downloaded)
+    assert downloaded[-1] == total
+    assert {entry for _, _, entry in seen} == {total}
+    assert [(entry.name, entry.path, entry.size_bytes) for entry in list_models()] == [
+        ("org/repo", path, 2 * len(CONTENT))
+    ]
+    fake_hub.status = 500
+    assert pull("org/repo") == path
+
+
+def test_a_gguf_file_is_preferred_to_a_checkpoint_unless_that_is_wanted(cache, fake_hub):
+    _offer(fake_hub, CHECKPOINT | {"Tiny-Q8_0.gguf": CONTENT})
+    assert pull("org/repo").name == "Tiny-Q8_0.gguf"
+    assert pull("org/repo:safetensors") == cache / "org/repo"
+    assert [entry.name for entry in list_models()] == ["org/repo", "org/repo:Q8_0"]
+    assert resolve("org/repo:Q8_0") == cache / "org/repo/Tiny-Q8_0.gguf"
+
+
+def test_an_interrupted_checkpoint_is_no_model_and_goes_on_with_what_is_missing(cache, fake_hub):
+    _offer(fake_hub, CHECKPOINT | {"model-00002-of-00002.safetensors": CONTENT * 2})
+    fake_hub.cut_after = len(CONTENT) + 1000
+    with pytest.raises(SourceError, match="the next pull goes on"):
+        pull("org/repo")
+    assert list_models() == []
+    with pytest.raises(SourceError, match="'org/repo' is not in the cache"):
+        resolve("org/repo")
+    fake_hub.cut_after, fake_hub.served = None, 0
+    assert (pull("org/repo") / "model-00002-of-00002.safetensors").read_bytes() == CONTENT * 2
+    assert fake_hub.served < 2 * len(CONTENT)
+
+
+def test_a_directory_is_itself(tmp_path, monkeypatch):
+    path = _put(tmp_path, "own/model/config.json", b"{}").parent
+    monkeypatch.chdir(tmp_path)
+    assert resolve(str(path)) == pull(str(path)) == resolve(str(path / "config.json")) == path
+    assert resolve("own/model").samefile(path)
+    assert resolve("./own/model/config.json").samefile(path)

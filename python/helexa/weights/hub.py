@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub  # loads its parts, which take half a second, when they are first used
 
 from helexa.errors import SourceError
-from helexa.weights.names import pick
+from helexa.weights.names import checkpoint_files, pick
 
 _CHUNK_BYTES = 1 << 22
 _TIMEOUT_S = 30.0
@@ -35,8 +35,11 @@ class RemoteFile:
     sha256: str | None
 
 
-def find(repo: str, wanted: str | None) -> RemoteFile:
-    """The file of `repo` that is meant. Raises SourceError, which says what is there if nothing fits."""
+def find(repo: str, wanted: str | None) -> list[RemoteFile]:
+    """The files of `repo` that are meant: a GGUF file, or those of a checkpoint, its config.json last.
+
+    Raises SourceError, which says what is there if nothing fits.
+    """
     try:
         api = huggingface_hub.HfApi(endpoint=_endpoint(), library_name="helexa")
         info = api.model_info(repo, files_metadata=True, timeout=_TIMEOUT_S)
@@ -45,13 +48,17 @@ def find(repo: str, wanted: str | None) -> RemoteFile:
     siblings = {
         sibling.rfilename: sibling for sibling in info.siblings or [] if _is_inside(sibling.rfilename)
     }
-    chosen = siblings[pick(repo, list(siblings), wanted)]
-    commit, sha256 = info.sha or "main", chosen.lfs.sha256 if chosen.lfs else None
+    names = checkpoint_files(list(siblings), wanted) or [pick(repo, list(siblings), wanted)]
+    return [_remote(repo, info.sha or "main", siblings[name]) for name in names]
+
+
+def _remote(repo: str, commit: str, sibling: Any) -> RemoteFile:
+    sha256 = sibling.lfs.sha256 if sibling.lfs else None
     if not (commit.isalnum() and (sha256 is None or sha256.isalnum())):
         raise SourceError(
             f"the hub gives {repo} the commit {commit!r} and the hash {sha256!r}: neither is a name"
         )
-    return RemoteFile(repo, chosen.rfilename, commit, chosen.size or 0, sha256)
+    return RemoteFile(repo, sibling.rfilename, commit, sibling.size or 0, sha256)
 
 
 def _is_inside(name: str) -> bool:
@@ -110,16 +117,28 @@ def _check_space(remote: RemoteFile, have: int, scratch: Path) -> None:
         raise SourceError(f"{need}, and the disk of {scratch} has {free / 1e9:.1f} GB free")
 
 
-def _check_hash(remote: RemoteFile, path: Path, report: Report) -> None:
+def is_at(path: Path, remote: RemoteFile, report: Report) -> bool:
+    """Whether the file at `path` is that of the hub, as far as its hash tells; False if the hub has none."""
+    if remote.sha256 is None or not path.is_file():
+        return False
+    return _digest(remote, path, report) == remote.sha256
+
+
+def _digest(remote: RemoteFile, path: Path, report: Report) -> str:
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while remote.sha256 and (chunk := file.read(_CHUNK_BYTES)):
+        while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             done += len(chunk)
             report("checking", done, remote.size_bytes)
-    if remote.sha256 and digest.hexdigest() != remote.sha256:
+    return digest.hexdigest()
+
+
+def _check_hash(remote: RemoteFile, path: Path, report: Report) -> None:
+    found_hash = _digest(remote, path, report) if remote.sha256 else None
+    if found_hash != remote.sha256:
         path.unlink()
-        found = f"has SHA-256 {digest.hexdigest()}, expected {remote.sha256}"
+        found = f"has SHA-256 {found_hash}, expected {remote.sha256}"
         raise SourceError(f"{remote.file} of {remote.repo} {found}; nothing was kept")
 
 

@@ -15,6 +15,21 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})$")
 _PREFERRED = ("Q4_K_M", "Q8_0", "Q5_K_M", "Q6_K", "Q4_K_S", "Q4_0", "Q4_1", "Q5_0", "BF16", "F16", "F32")
 
 
+# What a checkpoint has besides its weights and config.json.
+_CHECKPOINT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+    "model.safetensors.index.json",
+    "1_Pooling/config.json",
+)
+CONFIG = "config.json"
+CHECKPOINT = "safetensors"  # what a name may want instead of a quantization
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` has the form ORG/REPO or ORG/REPO:QUANT-OR-FILE."""
     match = _HUB_NAME.fullmatch(name)
@@ -31,6 +46,18 @@ def quantization_of(file: str) -> str | None:
     """The quantization that a file's name gives, in capitals: Q4_K_M, UD-Q4_K_XL, BF16."""
     match = _QUANTIZATION.search(_PART.sub("", file.removesuffix(".gguf")))
     return match[1].upper() if match else None
+
+
+def checkpoint_files(files: Sequence[str], wanted: str | None) -> list[str]:
+    """The files of a checkpoint, config.json last; none if a GGUF file is wanted or there is none."""
+    has_gguf = any(file.endswith(".gguf") for file in files)
+    if wanted != CHECKPOINT and (wanted is not None or has_gguf):
+        return []
+    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    whole = [file for file in weights if file == "model.safetensors" or _PART.search(file[:-12])]
+    if not weights or CONFIG not in files:
+        return []
+    return [*(whole or weights), *(file for file in _CHECKPOINT_FILES if file in files), CONFIG]
 
 
 def pick(repo: str, files: Sequence[str], wanted: str | None) -> str:

@@ -1,7 +1,8 @@
 """Where models come from: the starter model, the HuggingFace hub, and files of one's own.
 
 Fetched models lie in one cache folder, $HELEXA_CACHE/models or else $XDG_CACHE_HOME/helexa/models, as
-`starter/FILE` and `ORG/REPO/FILE`. What is there is whole and checked: downloads grow in a hidden folder
+`starter/FILE` and `ORG/REPO/FILE`; a checkpoint is the folder `ORG/REPO`, once its config.json is there.
+What is there is whole and checked: downloads grow in a hidden folder
 beside and are moved into place as the last step. This module needs the base installation only.
 """
 
@@ -15,14 +16,14 @@ from pathlib import Path
 
 from helexa.errors import SourceError
 from helexa.weights import hub, starter
-from helexa.weights.names import is_hub_name, pick, quantization_of, split_hub_name
+from helexa.weights.names import CHECKPOINT, CONFIG, is_hub_name, pick, quantization_of, split_hub_name
 
 Report = Callable[[str, int, int], None]  # phase, bytes done, bytes in all (0 while unknown)
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model in the cache. name: what `resolve` takes."""
+    """A model in the cache. name: what `resolve` takes.   path: a GGUF file, or a checkpoint's folder."""
 
     name: str
     path: Path
@@ -41,15 +42,20 @@ def list_models() -> list[ModelEntry]:
     """The models in the cache, by name."""
     folder = models_folder()
     entries = []
-    for path in folder.rglob("*.gguf"):
+    for path in (*folder.rglob("*.gguf"), *folder.glob(f"*/*/{CONFIG}")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not parts[0].startswith("."):
+        if not path.is_file() or parts[0].startswith("."):
+            continue
+        if path.name == CONFIG:
+            size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+            entries.append(ModelEntry("/".join(parts[:-1]), path.parent, size))
+        else:
             entries.append(ModelEntry(_entry_name(folder, parts), path, path.stat().st_size))
     return sorted(entries, key=lambda entry: entry.name.lower())
 
 
 def resolve(name: str) -> Path:
-    """The file that `name` stands for, without the network: a path, or a model in the cache.
+    """The file or directory that `name` stands for, without the network: a path, or a model in the cache.
 
     Raises SourceError, which says what the cache has.
     """
@@ -63,7 +69,7 @@ def resolve(name: str) -> Path:
 
 
 def pull(name: str, report: Report = lambda phase, done, total: None) -> Path:
-    """The file that `name` stands for, fetched first if it is neither a file nor in the cache.
+    """The file or directory that `name` stands for, fetched first if it is neither here nor in the cache.
 
     report: called with what goes on and how far it is, from any thread. Of several processes that fetch the
     same model one does and the others wait. Raises SourceError, and leaves nothing half-done where models
@@ -78,29 +84,59 @@ def pull(name: str, report: Report = lambda phase, done, total: None) -> Path:
         if _is_path(name):
             raise SourceError(f"there is no file {name}")
         raise SourceError(
-            f"'{name}' is no model; expected 'starter', ORG/REPO, ORG/REPO:QUANT or a GGUF file"
+            f"'{name}' is no model; expected 'starter', ORG/REPO, ORG/REPO:QUANT, a GGUF file or a directory"
         )
     repo, wanted = split_hub_name(name)
-    remote = hub.find(repo, wanted)
-    target = models_folder() / repo / remote.file
+    remotes = hub.find(repo, wanted)
+    folder, last = models_folder() / repo, remotes[-1]
+    if last.file == CONFIG:
+        _fetch(
+            f"{repo}:{CHECKPOINT}",
+            folder / CONFIG,
+            lambda scratch: _download_all(remotes, scratch, folder, report),
+            report,
+        )
+        return folder
     return _fetch(
-        f"{repo}:{remote.file}", target, lambda scratch: hub.download(remote, scratch, report), report
+        f"{repo}:{last.file}", folder / last.file, lambda scratch: hub.download(last, scratch, report), report
     )
 
 
+def _download_all(remotes: list[hub.RemoteFile], scratch: Path, folder: Path, report: Report) -> Path:
+    """Puts all files but the last where they belong and returns the last one, in `scratch`."""
+    total, before = sum(remote.size_bytes for remote in remotes), 0
+
+    def fetch(remote: hub.RemoteFile) -> Path:
+        own = scratch / remote.file.replace("/", "--")
+        own.mkdir(exist_ok=True)
+        return hub.download(remote, own, report_more)
+
+    def report_more(phase: str, done: int, _: int) -> None:
+        report(phase, before + done, total)
+
+    for remote in remotes[:-1]:
+        if not hub.is_at(folder / remote.file, remote, report_more):  # of a fetch that was interrupted
+            _move_durably(fetch(remote), folder / remote.file)
+        before += remote.size_bytes
+    return fetch(remotes[-1])
+
+
 def _find(name: str) -> Path | None:
-    """The file if it is here."""
-    if _is_path(name) or name.lower().endswith(".gguf"):
-        path = Path(name).expanduser()
-        if os.path.isfile(path):  # which is false too for what can be no name of a file
-            return path
+    """The file or directory if it is here."""
+    path = Path(name).expanduser()
+    if name and os.path.isfile(path / CONFIG):  # false too for what can be no name of a file
+        return path
+    if (_is_path(name) or name.lower().endswith((".gguf", CONFIG))) and os.path.isfile(path):
+        return path.parent if path.name == CONFIG else path
     entries = list_models()
-    exact = [entry.path for entry in entries if entry.name.lower() == name.lower()]
+    wanted_name = name.lower().removesuffix(f":{CHECKPOINT}")
+    exact = [entry.path for entry in entries if entry.name.lower() == wanted_name]
     if exact or not is_hub_name(name):
         return exact[0] if exact else None
     repo, wanted = split_hub_name(name)
     folder = models_folder() / repo
-    files = [str(entry.path.relative_to(folder)) for entry in entries if entry.path.is_relative_to(folder)]
+    paths = [entry.path for entry in entries if folder in entry.path.parents]
+    files = [str(path.relative_to(folder)) for path in paths]
     try:
         return folder / pick(repo, files, wanted) if files else None
     except SourceError:
