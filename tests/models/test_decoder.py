@@ -233,7 +233,16 @@ def test_attention_to_what_comes_later_is_noticed():
 
 # Quantized weights: the same model with each format, against float32 weights of the same values.
 
-K_SCALES = {"q4_k": (2.4e-4, 1.8e-3), "q5_k": (1.2e-4, 1.8e-3), "q6_k": (4.8e-5,)}  # values of spread 1/16
+# Float16 fields of formats without an encoder in gguf, and their place: for values of spread 1/16.
+HALVES = {
+    "q4_k": (0, (2.4e-4, 1.8e-3)),
+    "q5_k": (0, (1.2e-4, 1.8e-3)),
+    "q6_k": (208, (4.8e-5,)),
+    "q2_k": (80, (4.5e-3, 6.8e-3)),
+    "q3_k": (108, (1.4e-3,)),
+    "iq4_nl": (0, (9e-4,)),
+    "iq4_xs": (0, (5e-5,)),
+}
 COMPANION = {
     "q4_k": "q6_k",
     "f32": "bf16",
@@ -245,14 +254,15 @@ SIZE = 256
 
 def encode(format: str, values: np.ndarray) -> np.ndarray:
     """Rows in a format: those given or, where gguf has no encoder, random blocks of about the same spread."""
-    if format not in K_SCALES:
+    if format not in HALVES:
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[format.upper()])
     block = FORMATS[format]
     seed = int(np.abs(values[0, 0]) * 1e6)
-    blocks = np.random.default_rng(seed).integers(0, 256, (values.size // SIZE, block.block_bytes), np.uint8)
-    scales = np.array(K_SCALES[format], np.float16).view(np.uint8)
-    at = slice(0, len(scales)) if len(scales) == 4 else slice(208, 210)
-    blocks[:, at] = scales
+    blocks = np.random.default_rng(seed).integers(
+        0, 256, (values.size // block.block_size, block.block_bytes), np.uint8
+    )
+    offset, halves = HALVES[format]
+    blocks[:, offset : offset + 2 * len(halves)] = np.array(halves, np.float16).view(np.uint8)
     return blocks.reshape(len(values), -1)
 
 

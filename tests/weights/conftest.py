@@ -11,6 +11,12 @@ import pytest
 
 from helexa.quant import FORMATS
 
+# Where the float16 fields of a block are, if there is not only one at its start.
+HALF_OFFSETS = {
+    "q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+    "q2_k": (80, 82), "q3_k": (108,),
+}  # fmt: skip
+
 WriteGguf = Callable[..., Path]
 
 
@@ -26,9 +32,7 @@ def raw_matrix(format: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
             .reshape(rows, -1)
         )
     blocks = rng.integers(0, 256, (rows * cols // fmt.block_size, fmt.block_bytes), np.uint8)
-    for offset in {"q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}.get(
-        format, (0,)
-    ):
+    for offset in HALF_OFFSETS.get(format, (0,)):
         scales = rng.uniform(-1, 1, len(blocks)).astype("<f2")
         blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)

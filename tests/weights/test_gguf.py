@@ -344,8 +344,8 @@ def test_a_broken_rule_is_refused_with_place_finding_and_expectation(raw_file, o
             "found a big-endian GGUF file, expected a little-endian one",
         ),
         (
-            lambda f: f.add_tensor(kind=10),
-            r"found tensor 't' of type 10 \(q2_k\), expected one of f32, f16, bf16, ",
+            lambda f: f.add_tensor(kind=16),
+            r"found tensor 't' of type 16 \(iq2_xxs\), expected one of f32, f16, bf16, ",
         ),
         (
             lambda f: f.add_tensor(kind=4),

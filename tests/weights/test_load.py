@@ -127,9 +127,9 @@ def test_source_pages_leave_the_process_while_loading(write_gguf, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "name", "message"),
     [
-        ("linear", "x", "found no tensor 'x' among 4, expected one"),
-        ("vector", "x", "found no tensor 'x' among 4, expected one"),
-        ("linear", "v", "found tensor 'v', f32 [3], expected a matrix"),
+        ("linear", "x", "found no tensor 'x' among 5, expected one"),
+        ("vector", "x", "found no tensor 'x' among 5, expected one"),
+        ("linear", "d", "found tensor 'd', f32 [1, 2, 1, 4], expected a matrix"),
         ("vector", "e", "found tensor 'e', f32 [2, 3, 4], expected a vector"),
         ("vector", "m", "found tensor 'm', q8_0 [2, 32], expected one of f32, f16, bf16"),
         ("vector", "q", "found tensor 'q', q8_0 [64], expected one of f32, f16, bf16"),
@@ -137,10 +137,18 @@ def test_source_pages_leave_the_process_while_loading(write_gguf, monkeypatch):
 )
 def test_a_tensor_that_does_not_fit_is_refused_by_name(write_gguf, method, name, message):
     tensors = {"m": ("q8_0", (2, 32)), "v": ("f32", (3,)), "e": ("f32", (2, 3, 4)), "q": ("q8_0", (64,))}
+    tensors["d"] = ("f32", (1, 2, 1, 4))
     weights = GGUFWeights(open_gguf(write_gguf(tensors)))
     with pytest.raises(InvalidFile, match=re.escape(f"tiny.gguf: {message}")):
         getattr(weights, method)(name)
     assert weights.unused() == list(tensors)
+
+
+def test_a_vector_is_a_matrix_of_one_row(write_gguf):
+    weights = GGUFWeights(open_gguf(write_gguf({"v": ("f32", (64,))})))
+    matrix = weights.linear("v")
+    assert (matrix.rows, matrix.cols) == (1, 64)
+    assert torch.equal(matrix.dequantize()[0], weights.vector("v"))
 
 
 def test_too_little_memory_is_an_error_with_the_tensor_and_the_bytes(write_gguf, monkeypatch):

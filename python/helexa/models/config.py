@@ -82,7 +82,7 @@ class ModelConfig:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # 0 if every layer has experts instead
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -168,7 +168,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, HasShape
         model_type=architecture,
         vocab_size=_vocab_size(keys, tensors),
         hidden_size=hidden_size,
-        intermediate_size=keys.integer("feed_forward_length", 1 if moe else None),
+        intermediate_size=(keys.count if moe else keys.integer)("feed_forward_length"),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,

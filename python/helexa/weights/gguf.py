@@ -25,9 +25,9 @@ from helexa.weights.mapped import MappedFile
 
 _FORMAT_OF_TYPE = {fmt.ggml_type: fmt for fmt in FORMATS.values()}
 _OTHER_TYPES = {  # named when a well-formed file is refused
-    9: "q8_1", 10: "q2_k", 11: "q3_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
-    20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64",
-    28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+    9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 21: "iq3_s", 22: "iq2_s",
+    24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0",
+    39: "mxfp4", 40: "nvfp4",
 }  # fmt: skip
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9

@@ -75,19 +75,19 @@ class GGUFWeights:
         return name in self.file.tensors
 
     def linear(self, name: str, blocks: RowBlocks | None = None) -> ops.PackedWeight:
-        """The matrix `name`, packed; a stack of matrices is one matrix with all their rows.
+        """The matrix `name`, packed; a stack of matrices is one matrix with all their rows, a vector one row.
 
         With blocks, the rows first … end of each block, one after the other.  Raises InvalidFile if it is
         missing, no matrix or has fewer rows, OutOfMemory if it does not fit.
         """
         if (name, blocks) not in self._matrices:
-            self._matrices[name, blocks] = self._pack(self._find(name, 2, 3), blocks)
+            self._matrices[name, blocks] = self._pack(self._find(name, "a matrix", 1, 2, 3), blocks)
         return self._matrices[name, blocks]
 
     def vector(self, name: str) -> torch.Tensor:
         """The small tensor `name`, float32; InvalidFile if missing, too deep or not of a float format."""
         if name not in self._vectors:
-            info = self._find(name, 1, 2)
+            info = self._find(name, "a vector", 1, 2)
             if info.format not in _FLOATS:
                 raise self._misfit(info, f"one of {', '.join(_FLOATS)}")
             values = FORMATS[info.format].dequantize(self.file.data(name))
@@ -100,13 +100,13 @@ class GGUFWeights:
         used = {name for name, _ in self._matrices} | self._vectors.keys()
         return [name for name in self.file.tensors if name not in used]
 
-    def _find(self, name: str, *num_dimensions: int) -> TensorInfo:
+    def _find(self, name: str, expected: str, *num_dimensions: int) -> TensorInfo:
         info = self.file.tensors.get(name)
         if info is None:
             found = f"no tensor {name!r} among {len(self.file.tensors)}"
             raise InvalidFile(f"{self.file.path.name}: found {found}, expected one")
         if len(info.shape) not in num_dimensions:
-            raise self._misfit(info, "a vector" if 1 in num_dimensions else "a matrix")
+            raise self._misfit(info, expected)
         return info
 
     def _misfit(self, info: TensorInfo, expected: str) -> InvalidFile:
