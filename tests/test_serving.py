@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from helexa.errors import ConfigError
+from helexa.gateway.poller import reason
 from helexa.server import serve
 from helexa.serving import (
     TlsConfig,
@@ -97,8 +98,9 @@ async def test_a_client_believes_only_whom_its_authority_has_signed(certificates
         assert url.startswith("https://127.0.0.1:")
         assert await ask(url, client_tls(certificates("ca.pem"), None, None)) == b"hello"
         for context in (client_tls(certificates("other.pem"), None, None), client_tls(None, None, None)):
-            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            with pytest.raises(aiohttp.ClientConnectorCertificateError) as failed:
                 await ask(url, context)
+            assert reason(failed.value).startswith("its certificate is not trusted: ")
         with pytest.raises(
             aiohttp.ClientConnectorCertificateError, match=r"IP address mismatch|Hostname mismatch"
         ):

@@ -25,7 +25,7 @@ from helexa.gateway.cors import Origins
 from helexa.gateway.dialects import Dialects, Refusal, openai
 from helexa.gateway.dialects import refuse as openai_refusal
 from helexa.gateway.gateway import Gateway, running
-from helexa.gateway.handlers import Generating, Inference, Scope, request_id_of
+from helexa.gateway.handlers import ClientGone, Generating, Inference, Scope, request_id_of
 from helexa.gateway.reload import Read, Reloader, watch_keys
 from helexa.gateway.responses import responses
 from helexa.log import fields
@@ -89,7 +89,10 @@ def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
         Route("/health", health),
         Route("/", root),
     ]
-    handlers = {HelexaError: _render, HTTPException: _render_http, 500: _render_bug}
+    handlers = {
+        **{HelexaError: _render, HTTPException: _render_http, 500: _render_bug},
+        ClientGone: _render_nothing,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.dialects = dialects
@@ -132,6 +135,10 @@ async def _render_http(request: Request, error: Exception) -> Response:
 
 async def _render_bug(request: Request, _: Exception) -> Response:
     return await _render(request, internal_error())
+
+
+async def _render_nothing(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # goes nowhere; the log has it
 
 
 async def serve(

@@ -45,14 +45,8 @@ _PRIVATE_HEADERS = frozenset(
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
-class ClientGone(HelexaError):
+class ClientGone(Exception):
     """The client has closed its connection; there is nobody to answer."""
-
-    status = 499
-    code = CLIENT_CLOSED
-
-    def __init__(self) -> None:
-        super().__init__("the client has closed its connection")
 
 
 class Generating:

@@ -42,6 +42,8 @@ _LISTED = msgspec.json.Decoder(_List)
 
 def reason(error: Exception) -> str:
     """What went wrong on the way to a neuron, in a few words."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not trusted: {error.certificate_error}"
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
         return f"cannot connect: {os.strerror(error.os_error.errno).lower()}"
     if isinstance(error, aiohttp.ClientResponseError) and error.status == 401:
