@@ -242,6 +242,7 @@ def test_what_differs_in_meaning_differs_in_key():
     messages = [
         Message("user", "hi"),
         Message("user", "Hi"),
+        Message("user", "hi", name="Ada"),
         Message("assistant", "hi"),
         Message("assistant", "hi", tool_calls=[call("{}")]),
         Message("assistant", "hi", tool_calls=[call('{"a": 1}')]),
@@ -284,6 +285,31 @@ def test_a_turn_larger_than_the_store_is_not_kept():
     store = TurnStore(1000)
     store.keep(b"a", None, [1] * 1000)
     assert (len(store), store.nbytes) == (0, 0)
+
+
+def test_turns_that_were_replaced_take_room_while_others_go_on_from_them():
+    store = TurnStore(1_000_000)
+    for number in range(5):
+        store.keep(b"first", None, [number] * 1000)
+        store.keep(bytes([number]), store.find([b"first"]), [number])
+    held = {turn for number in range(5) for turn in store.find([bytes([number])]).line()}
+    assert len(held) == 10
+    assert store.nbytes == sum(turn.nbytes for turn in held)
+    store.max_bytes = 5000
+    store.keep(b"last", None, [1])
+    assert store.nbytes <= 5000
+    assert store.find([bytes([0])]) is None
+
+
+def test_a_turn_that_was_forgotten_takes_room_again_with_one_that_goes_on_from_it():
+    store = TurnStore(3000)
+    store.keep(b"a", None, [1] * 300)
+    parent = store.find([b"a"])
+    store.keep(b"b", None, [2] * 500)
+    assert store.find([b"a"]) is None
+    store.keep(b"c", parent, [3])
+    assert store.find([b"c"]).token_ids == [1] * 300 + [3]
+    assert store.nbytes == sum(turn.nbytes for turn in store.find([b"c"]).line())
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.integers(0, 60)), max_size=60))

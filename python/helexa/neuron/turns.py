@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,7 @@ class TurnStore:
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()
+        self._holders: Counter[Turn] = Counter()  # the store itself, and turns that go on from there
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -72,16 +73,29 @@ class TurnStore:
         """Adds a turn, or replaces the one of that key, whose tokens are less likely to be cached."""
         turn = Turn(key, parent, array("i", own))
         with self._lock:
+            self._hold(turn)
             self._drop(key)
             self._turns[key] = turn
-            self.nbytes += turn.nbytes
             self._touch(turn)
             while self.nbytes > self.max_bytes:
                 self._drop(next(iter(self._turns)))
 
+    def _hold(self, turn: Turn) -> None:
+        for one in turn.line():
+            self._holders[one] += 1
+            if self._holders[one] > 1:
+                return
+            self.nbytes += one.nbytes
+
     def _drop(self, key: bytes) -> None:
-        if turn := self._turns.pop(key, None):
-            self.nbytes -= turn.nbytes
+        """Forgets a turn. It takes room for as long as another goes on from it."""
+        turn = self._turns.pop(key, None)
+        for one in turn.line() if turn else ():
+            self._holders[one] -= 1
+            if self._holders[one]:
+                return
+            del self._holders[one]
+            self.nbytes -= one.nbytes
 
     def _touch(self, turn: Turn) -> None:
         """Ancestors last, so that none of them goes before a turn that needs it."""
@@ -103,7 +117,8 @@ def conversation_keys(root: object, messages: Sequence[Message]) -> list[bytes]:
 def next_key(key: bytes, message: Message | AnswerMessage) -> bytes:
     """The key of a conversation that `message` continues; reasoning and the ids of calls do not count."""
     calls = [_canonical_call(call) for call in message.tool_calls or ()]
-    return _hash(key, [message.role, _text(message.content).strip(), calls])
+    name = message.name if isinstance(message, Message) else None
+    return _hash(key, [message.role, name, _text(message.content).strip(), calls])
 
 
 def _text(content: Any) -> str:
