@@ -166,7 +166,8 @@ def _refuse(keys: _Keys) -> None:
     if slides and isinstance(kinds, list):
         slides = "sliding_attention" in kinds
     elif slides:
-        slides = keys.integer("max_window_layers", 28) < keys.integer("num_hidden_layers")
+        first = keys.get("max_window_layers", 28)
+        slides = type(first) is not int or first < keys.integer("num_hidden_layers")
     if slides and keys.integer("sliding_window") < keys.integer("max_position_embeddings"):
         raise keys.unsupported("sliding_window", "a window of at least max_position_embeddings")
 
@@ -222,6 +223,8 @@ def _rope(keys: _Keys, architecture: str, head_dim: int) -> tuple[dict[str, Any]
     found: dict[str, Any] = {"rope.freq_base": theta, "rope.dimension_count": rotary_dim}
     if architecture in ("qwen35", "qwen35moe"):
         sections = rope.get("mrope_section", [11, 11, 10])
+        if not isinstance(sections, list) or any(type(size) is not int for size in sections):
+            raise rope.invalid("mrope_section", sections, "a list of sizes")
         found["rope.dimension_sections"] = [*sections, 0][:4]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "linear":
@@ -254,8 +257,8 @@ def _yarn(rope: _Keys, keys: _Keys) -> dict[str, Any]:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": original,
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
+        "rope.scaling.yarn_beta_fast": rope.number("beta_fast", 32.0) if rope.get("beta_fast") else 32.0,
+        "rope.scaling.yarn_beta_slow": rope.number("beta_slow", 1.0) if rope.get("beta_slow") else 1.0,
     }
     if rope.get("attention_factor") is not None:
         found["rope.scaling.yarn_attn_factor"] = rope.number("attention_factor")
