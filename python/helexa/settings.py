@@ -75,6 +75,18 @@ def user_folder(environ: Mapping[str, str] | None = None) -> Path:
     return Path(environment.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "helexa"
 
 
+def private_folder(key: str, path: str) -> Path:
+    """The folder that the setting `key` names, made for its owner alone if need be. Raises ConfigError."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {folder} cannot be written to")
+    return folder
+
+
 def log_settings(settings: Any) -> None:
     """Writes the configuration as one log line; fields with metadata {"secret": True} are masked."""
     flat = {".".join(key): _shown(value, is_secret) for key, value, is_secret in _values(settings)}

@@ -100,15 +100,23 @@ class FakeEngine:
         self.running = 0
         self.cancelled = 0
         self.params: list[SamplingParams] = []
+        self.namespaces: list[str] = []
         self.is_closed = False
 
     async def generate(
-        self, token_ids: list[int], params: SamplingParams, *, priority: int, progress: GenerationProgress
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        namespace: str,
+        priority: int,
+        progress: GenerationProgress,
     ) -> AsyncIterator[Delta]:
         if self.is_closed:
             raise ShuttingDown("closed")
         self.running += 1
         self.params.append(params)
+        self.namespaces.append(namespace)
         is_done = False
         try:
             if self.script.hold:
@@ -180,10 +188,16 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
             raise SourceError("no model is named 'nowhere'")
         return Path("/models") / source
 
-    def make(*models: str, admission: AdmissionSection | None = None, **section: Any) -> Neuron:
+    def make(
+        *models: str,
+        admission: AdmissionSection | None = None,
+        state_cache: StateCacheSection | None = None,
+        **section: Any,
+    ) -> Neuron:
         config = NeuronConfig(
             neuron=replace(NeuronSection(keep_alive_s=0.05, shutdown_grace_s=0.2), **section),
             admission=admission or AdmissionSection(),
+            state_cache=state_cache or StateCacheSection(),
             models=tuple(ModelEntry(id=model) for model in models),
         )
         return Neuron(config, load=load, fetch=fetch)  # type: ignore[arg-type]

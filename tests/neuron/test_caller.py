@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from helexa.errors import ConfigError
 from helexa.neuron.caller import caller_of
-from helexa.neuron.config import AdmissionSection
+from helexa.neuron.config import AdmissionSection, StateCacheSection
 
 
 class Request:
@@ -69,3 +70,24 @@ async def test_the_share_of_a_key_is_its_own(make_neuron, serve_neuron, script, 
         assert health["rejected_per_principal"] == 1
         script.hold.set()
         assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
+
+
+@pytest.mark.parametrize(("isolate", "expected"), [(False, ["", ""]), (True, ["ada", "bob"])])
+async def test_keys_share_computed_prompts_unless_they_are_isolated(
+    make_neuron, serve_neuron, eventually, isolate, expected
+):
+    neuron = make_neuron("m", state_cache=StateCacheSection(isolate_keys=isolate))
+    async with serve_neuron(neuron) as client:
+        await eventually(lambda: neuron.registry.activation().state == "ready")
+        (model,) = neuron.registry
+        for name in ("ada", "bob"):
+            body = {"model": "m", "prompt": "hi"}
+            headers = {"x-helexa-principal": name}
+            assert (await client.post("/v1/completions", json=body, headers=headers)).status_code == 200
+        assert model.engine.namespaces == expected
+
+
+async def test_a_folder_for_states_that_cannot_be_one_ends_the_start(make_neuron, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"state_cache\.path"):
+        make_neuron("m", state_cache=StateCacheSection(path=str(tmp_path / "file")))

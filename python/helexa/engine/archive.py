@@ -117,7 +117,7 @@ class Archive:
         self._writer.shutdown()
 
     def _unsaved(self) -> Iterator[_Item]:
-        """The deepest first: what is written last is kept longest, and the rest is no use without the root."""
+        """The deepest first: what is written last is kept longest, and nothing is of use without the root."""
         for node in reversed(list(self._prefix.nodes())):
             yield from self._items(node)
 

@@ -7,6 +7,7 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -19,10 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helexa import server
 from helexa.engine.engine import Engine
+from helexa.engine.state_store import StateStore
 from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
 from helexa.neuron.chat_prompt import ChatPrompts
-from helexa.neuron.config import NeuronConfig
+from helexa.neuron.config import NeuronConfig, StateCacheSection
 from helexa.neuron.embeddings import Embeddings
 from helexa.neuron.guard import Guard
 from helexa.neuron.handlers import Control
@@ -33,7 +35,7 @@ from helexa.neuron.text_work import TextWork
 from helexa.neuron.texts import TextRoutes
 from helexa.neuron.turns import TurnStore
 from helexa.serving import is_loopback, listen, server_settings, url_of
-from helexa.settings import log_settings
+from helexa.settings import log_settings, private_folder
 from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
 
@@ -43,6 +45,13 @@ _LAST_CONNECTIONS_S = 3.0  # for answers that are written when everything has be
 
 def _fetch(source: str, report: Report) -> Path:
     return pull(source, lambda phase, done, total: report(phase, 100 * done / total if total else 0.0))
+
+
+def _state_store(section: StateCacheSection) -> StateStore | None:
+    if not section.is_on:
+        return None
+    path = None if section.path is None else private_folder("state_cache.path", section.path)
+    return StateStore(host_bytes=section.host_bytes, path=path, max_bytes=section.max_bytes)
 
 
 class Neuron:
@@ -57,6 +66,9 @@ class Neuron:
     ):
         self.config = config
         self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
+        store = _state_store(config.state_cache)
+        if store is not None:
+            load = partial(load, store=store)
         self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
         self.text_work = TextWork()
         self.control = Control(config, self.registry, self.metrics)

@@ -70,6 +70,25 @@ class PromptSection:
             raise ValueError(f"turn_store_bytes must not be negative, not {self.turn_store_bytes}")
 
 
+@dataclass(frozen=True)
+class StateCacheSection:
+    """[state_cache]: what outlives the caches of a loaded model, if there is a path or memory for it."""
+
+    host_bytes: int = 0  # of main memory, where they outlive the model
+    path: str | None = None  # of a folder, where they outlive the process
+    max_bytes: int = 32 * 2**30  # of that folder
+    isolate_keys: bool = False  # whether prompts are shared within one API key only, in the caches too
+
+    def __post_init__(self) -> None:
+        for name in ("host_bytes", "max_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+
+    @property
+    def is_on(self) -> bool:
+        return self.path is not None or self.host_bytes > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
     """[engine]: how models run unless their own entry or the load request says otherwise."""
@@ -82,6 +101,7 @@ class EngineSection:
     num_threads: int | None = None
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
+    snapshot_bytes: int | None = None
     quant: str | None = None  # by which models in F32, F16 or BF16 are quantized while they load
     quant_cache: bool | None = None  # whether the result is kept on disk
 
@@ -121,6 +141,7 @@ class NeuronConfig:
     tls: TlsConfig = field(default_factory=TlsConfig)
     admission: AdmissionSection = AdmissionSection()
     prompt: PromptSection = PromptSection()
+    state_cache: StateCacheSection = StateCacheSection()
     engine: EngineSection = EngineSection()
     log: LogConfig = field(default_factory=LogConfig)
     models: tuple[ModelEntry, ...] = ()

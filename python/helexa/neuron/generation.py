@@ -25,6 +25,7 @@ class Job:
     params: SamplingParams | None  # None: nothing is generated
     prompt: int = 0
     priority: int = 0
+    namespace: str = ""
     progress: GenerationProgress = field(default_factory=GenerationProgress)
 
 
@@ -116,7 +117,13 @@ async def _one(engine: Engine, job: Job) -> AsyncGenerator[tuple[int, Delta], No
 def _generate(engine: Engine, job: Job) -> AsyncGenerator[Delta, None]:
     if job.params is None:
         return _nothing(len(job.token_ids))
-    return engine.generate(job.token_ids, job.params, priority=job.priority, progress=job.progress)
+    return engine.generate(
+        job.token_ids,
+        job.params,
+        namespace=job.namespace,
+        priority=job.priority,
+        progress=job.progress,
+    )
 
 
 async def _nothing(num_tokens: int) -> AsyncGenerator[Delta, None]:

@@ -184,6 +184,7 @@ class ChatInference(Inference[ChatRequest]):
                 prompt.token_ids,
                 sampling_params(request, choice, grammar=grammar, thinking=thinking),
                 priority=caller.priority,
+                namespace=self._registry.namespace(caller.principal),
             )
             for choice in range(request.num_choices)
         ]
@@ -216,6 +217,7 @@ class CompletionInference(Inference[CompletionRequest]):
                 None if request.max_tokens == 0 else sampling_params(request, choice),
                 prompt,
                 caller.priority,
+                self._registry.namespace(caller.principal),
             )
             for prompt, token_ids in enumerate(prompts)
             for choice in range(request.num_choices)

@@ -112,6 +112,10 @@ class Registry:
         model.require_ready()
         return model
 
+    def namespace(self, principal: str) -> str:
+        """Within which the prompts of whoever asks share what was computed."""
+        return principal if self._config.state_cache.isolate_keys else ""
+
     def start_load(self, request: LoadRequest) -> LoadedModel:
         """The model that `request` asks for, being loaded from now on unless it was already."""
         if self._closing:

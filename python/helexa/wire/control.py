@@ -169,6 +169,7 @@ class LoadOptions(Request, frozen=True):
     num_threads: int | None = None
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
+    snapshot_bytes: int | None = None
     quant: str | None = None
     quant_cache: bool | None = None
 
