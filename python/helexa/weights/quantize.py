@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from helexa import ops
 from helexa.errors import HelexaError, InvalidFile, InvalidParameter
@@ -33,6 +34,7 @@ Progress = Callable[[int, int], None]
 _AHEAD_BYTES = 32 << 20
 _ENCODERS = 1  # raised when an encoder finds other codes, so that results kept on disk are made anew
 _SAMPLES, _SAMPLE_BYTES, _HEADER_BYTES = 256, 4096, 1 << 20
+_TOKENIZER = "tokenizer.ggml.model"
 _OWN_KEYS = ("general.file_type", "general.quantization_version", "general.alignment")
 
 
@@ -101,9 +103,12 @@ def plan(file: ModelFile, recipe: Recipe) -> dict[str, str]:
 def write_quantized(
     file: ModelFile, path: Path, recipe: Recipe, progress: Progress = lambda done, total: None
 ) -> None:
-    """Writes the model, quantized, as a GGUF file. Raises what `plan` and `write_gguf` raise."""
-    formats = plan(file, recipe)
-    write_gguf(path, _entries(file, recipe), QuantizedFile(file, formats), progress)
+    """Writes the model, quantized, as a GGUF file, with its tokenizer if it has one.
+
+    Raises what `plan` and `write_gguf` raise, and InvalidFile for a tokenizer that cannot be read.
+    """
+    formats, metadata = plan(file, recipe), file.text_metadata()
+    write_gguf(path, _entries(file, metadata, recipe), QuantizedFile(file, formats), progress)
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def _kept(file: ModelFile, view: QuantizedFile, recipe: Recipe, progress: Progre
                 "quantized_not_kept", extra=fields(path=path, needed_bytes=needed, free_bytes=free)
             )
             return None
-        write_gguf(path, _entries(file, recipe), view, progress)
+        write_gguf(path, _entries(file, file.metadata, recipe), view, progress)
         for old in path.parent.glob(f"{_family(file, recipe)}*.gguf"):
             if old != path:  # of the same model before it changed
                 old.unlink(missing_ok=True)
@@ -204,9 +209,11 @@ def _family(file: ModelFile, recipe: Recipe) -> str:
     return f"{file.path.stem[:80]}-{recipe.name}-{place}-"
 
 
-def _entries(file: ModelFile, recipe: Recipe) -> Iterator[bytes]:
+def _entries(file: ModelFile, metadata: Mapping[str, Any], recipe: Recipe) -> Iterator[bytes]:
     """The metadata of the quantized file."""
-    for key, value in file.metadata.items():
+    if _TOKENIZER not in metadata:
+        yield encode_entry(_TOKENIZER, "no_vocab")
+    for key, value in metadata.items():
         if key not in _OWN_KEYS:
             yield file.entry(key) if isinstance(file, GGUFFile) else encode_entry(key, value)
     yield encode_entry("general.quantization_version", 2)
