@@ -22,7 +22,14 @@ from helexa.engine.sequence import GenerationProgress
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, InvalidParameter, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
-from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, NeuronSection, PromptSection
+from helexa.neuron.config import (
+    AdmissionSection,
+    ModelEntry,
+    NeuronConfig,
+    NeuronSection,
+    PromptSection,
+    StateCacheSection,
+)
 from helexa.server import serve
 from helexa.serving import listen, server_settings, url_of
 from helexa.weights.load import LoadProgress
