@@ -102,6 +102,11 @@ def test_a_block_that_the_model_opens_itself_is_bounded_too(writer, blanks):
     assert made.text == f"{blanks}<think>ab\n</think>\n\ncd"
 
 
+def test_what_only_begins_like_a_block_belongs_to_the_answer(plain):
+    made = Writer(plain, Thinking(open=True)).write("hm</think>\n\n<this>")
+    assert made.thoughts == "hm</think>\n\n"
+
+
 def test_a_second_block_is_on_the_same_budget(writer):
     made = writer(Thinking(open=True, budget=5)).write("ab</think>\n<think>cdefgh")
     assert made.text == "ab</think>\n<think>cde\n</think>\n\nfgh"

@@ -114,9 +114,8 @@ class GrammarCompiler:
         self._vocabulary = _Vocabulary(tokenizer)
         self._compiled: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        self._compiling = (
-            threading.Lock()
-        )  # one at a time: it may take seconds, and the engine needs the cores
+        # One at a time: it may take seconds, and the engine needs the cores.
+        self._compiling = threading.Lock()
 
     def compile(self, spec: GrammarSpec) -> Matcher:
         """A matcher at the start of the grammar.

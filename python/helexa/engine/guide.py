@@ -115,8 +115,10 @@ class Guide:
             self._seen = self._seen[len(start) :]
             self.is_thinking = True
             self._enter(_Phase.INSIDE)
-        elif not start.startswith(self._seen):
-            self._phase = _Phase.ANSWER
+        else:
+            self.is_thinking = self.is_thinking and not self._seen  # blank lines belong to the block
+            if not start.startswith(self._seen):
+                self._phase = _Phase.ANSWER
         return self._phase is _Phase.ANSWER
 
     def _think(self, token_id: int) -> int:
