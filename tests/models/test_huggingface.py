@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from helexa.errors import InvalidFile
 from helexa.models import build_model
 from helexa.weights import hf_tensors, regions
 from helexa.weights.model_file import open_model
-from support.hf_checkpoint import Layout, golden_config, write_as_gguf, write_golden
+from support.hf_checkpoint import (
+    Layout,
+    golden_config,
+    golden_tensors,
+    write_as_gguf,
+    write_golden,
+    write_safetensors,
+)
 from support.model_runs import CASES, TOLERANCE, error_ratio, golden, load, run, with_recorders
 
 MOE_CASES = ["qwen3moe", "qwen3next", "qwen35moe"]
@@ -166,3 +174,53 @@ def test_a_model_outlives_its_directory(tmp_path):
     (directory / "model.safetensors").unlink()
     assert error_ratio(run(model, expected.token_ids), expected.logits) < TOLERANCE
     assert torch.isfinite(run(model, expected.token_ids)).all()
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 24]}
+
+
+def write_fp8(case, directory, single):
+    """A directory whose projections are float8 with a scale a block, and one of the values that they mean."""
+    config = golden_config(case) | {"quantization_config": FP8}
+    stored, meant = {}, {}
+    for name, data in golden_tensors(case, config, fused_experts=False).items():
+        stored[name], meant[name] = ("F32", data), data
+        if not name.endswith("_proj.weight"):
+            continue
+        rows, cols = (-(-size // block) for size, block in zip(data.shape, (16, 24), strict=True))
+        scales = np.exp2(np.arange(rows * cols) % 5 - 9).astype(np.float32).reshape(rows, cols) * 1.125
+        every = scales.repeat(16, 0).repeat(24, 1)[: data.shape[0], : data.shape[1]]
+        codes = torch.from_numpy(data / every).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored[name] = ("F8_E4M3", codes.view(torch.uint8).numpy())
+        stored[name + "_scale_inv"] = ("F32", scales)
+        meant[name] = (codes.float() * torch.from_numpy(every)).to(torch.bfloat16).float().numpy()
+    for path, tensors in ((directory, stored), (single, {n: ("F32", data) for n, data in meant.items()})):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        write_safetensors(path / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3moe", "qwen35_tied"])
+def test_float8_with_scales_of_blocks_computes_what_its_values_compute(case, tmp_path):
+    write_fp8(case, tmp_path / "fp8", tmp_path / "single")
+    token_ids = golden(case).token_ids
+    config, weights = load(tmp_path / "fp8")
+    logits = run(build_model(config, weights), token_ids)
+    assert error_ratio(logits, run(build_model(*load(tmp_path / "single")), token_ids)) < TOLERANCE
+    assert weights.unused() == weights.file.unread == []
+
+
+def test_all_codes_of_float8_mean_what_torch_takes_them_for():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(regions._E4M3, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", [{"weight_block_size": [16, 16]}, None])
+def test_float8_without_fitting_scales_is_refused_by_name(change, tmp_path):
+    write_fp8("llama", tmp_path / "fp8", tmp_path / "single")
+    quantization = None if change is None else FP8 | change
+    config = golden_config("llama") | {"quantization_config": quantization}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidFile, match=r"found tensor 'model\.layers\.0\..*_proj\.weight"):
+        load(tmp_path / "fp8")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helexa.models import build_model
-from support.hf_checkpoint import golden_config, hf_tensors, write_as_gguf, write_checkpoint
+from support.hf_checkpoint import golden_config, golden_tensors, write_as_gguf, write_checkpoint
 from support.model_runs import TOLERANCE, Caches, error_ratio, golden, load, run
 
 CASES = ["qwen35_tied", "qwen35moe", "qwen3next"]
@@ -19,7 +19,7 @@ BESIDE = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shar
 def head_tensors(case: str) -> dict[str, np.ndarray]:
     """Tensors of a head for a golden model: a layer like its attention layers, and what is around it."""
     config, rng = golden_config(case), np.random.default_rng(4)
-    tensors = hf_tensors(case, config, fused_experts=False)
+    tensors = golden_tensors(case, config, fused_experts=False)
     full = next(name.split(".")[2] for name in tensors if name.endswith("self_attn.q_proj.weight"))
     size = config["hidden_size"]
     shapes = {
@@ -45,7 +45,7 @@ def case(request):
 def directory(case, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     config = golden_config(case)
-    write_checkpoint(path, hf_tensors(case, config, fused_experts=False) | head_tensors(case))
+    write_checkpoint(path, golden_tensors(case, config, fused_experts=False) | head_tensors(case))
     (path / "config.json").write_text(json.dumps(config))
     return path
 

@@ -117,7 +117,7 @@ def write_golden(case: str, path: Path, layout: Layout = Layout(), **changes: An
     """The golden model as a directory; `changes` go into its config.json. Returns the directory."""
     config = golden_config(case) | changes
     path.mkdir(exist_ok=True)
-    tensors = hf_tensors(case, config, fused_experts=layout.fused_experts)
+    tensors = golden_tensors(case, config, fused_experts=layout.fused_experts)
     named = {
         name if name.startswith("lm_head") else layout.prefix + name.removeprefix("model."): data
         for name, data in tensors.items()
@@ -167,7 +167,7 @@ def write_as_gguf(directory: Path, path: Path) -> Path:
     return path
 
 
-def hf_tensors(case: str, config: Mapping[str, Any], *, fused_experts: bool) -> dict[str, Array]:
+def golden_tensors(case: str, config: Mapping[str, Any], *, fused_experts: bool) -> dict[str, Array]:
     """The tensors of a golden GGUF file as transformers has them."""
     with open_gguf(GOLDEN / f"{case}.gguf") as file:
         architecture = file.architecture
