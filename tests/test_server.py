@@ -237,54 +237,6 @@ async def test_a_client_that_does_not_read_holds_up_its_application_alone(connec
     assert 0 < sent < 500
 
 
-class Flood:
-    """Sends more than a connection holds, and notes how far it came."""
-
-    def __init__(self):
-        self.num_sent = 0
-        self.has_ended = asyncio.Event()
-        self.is_gone = False
-
-    async def __call__(self, scope, receive, send):
-        await receive()
-        gone = asyncio.ensure_future(receive())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        while self.num_sent < 400 and not gone.done():
-            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
-            self.num_sent += 1
-            await asyncio.sleep(0)
-        self.is_gone = gone.done()
-        gone.cancel()
-        await send({"type": "http.response.body"})
-        self.has_ended.set()
-
-
-async def test_a_client_that_reads_nothing_for_long_has_left(connect, monkeypatch):
-    monkeypatch.setattr("helexa.server.UNREAD_S", 0.2)
-    app = Flood()
-    client = await connect(app)
-    client.writer.write(POST)
-    await asyncio.wait_for(app.has_ended.wait(), 5)
-    assert app.is_gone
-
-
-async def test_a_client_that_reads_slowly_gets_everything(start, monkeypatch):
-    monkeypatch.setattr("helexa.server.UNREAD_S", 0.5)
-    app = Flood()
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        client.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(client, await start(app))
-        await loop.sock_sendall(client, POST)
-        received = 0
-        while not app.has_ended.is_set():
-            received += len(await loop.sock_recv(client, 1 << 20))
-            await asyncio.sleep(0.02)
-    assert not app.is_gone
-    assert app.num_sent == 400
-
-
 async def test_an_answer_that_its_application_crashed_on_is_cut_and_not_ended(connect, caplog):
     async def crashing(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})

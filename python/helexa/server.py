@@ -15,7 +15,6 @@ from aiohttp import web
 from hypercorn.config import Config
 
 from helexa.errors import BadRequest
-from helexa.log import fields
 from helexa.wire.errors import error_bytes, internal_error
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 SERVER = "helexa"
 MAX_LINE_BYTES = 64 * 1024  # of the request line, and of one header
-UNREAD_S = 300.0  # in which a client must read some of what waits for it
 
 
 async def serve(app: Any, settings: Config, shutdown_trigger: Callable[[], Awaitable[object]]) -> None:
@@ -74,17 +72,16 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """The protocol of one connection. It knows whether its client is there, and waits for it to ask and read.
+    """The protocol of one connection. It remembers whether its client is there, and waits for it to ask.
 
-    aiohttp itself waits for ever for both, while an answer that nobody reads has a seat at a neuron.
+    aiohttp itself waits for ever for the first request.
     """
 
-    __slots__ = ("_patience_s", "_reading", "_waiting", "gone")
+    __slots__ = ("_patience_s", "_waiting", "gone")
 
     def __init__(self, manager: web.Server, *, patience_s: float, **more: Any):
         super().__init__(manager, **more)
         self._patience_s = patience_s
-        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         loop = asyncio.get_running_loop()
@@ -102,34 +99,9 @@ class _Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._waiting.cancel()
-        if self._reading is not None:
-            self._reading.cancel()
         if not self.gone.done():
             self.gone.set_result(None)
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._expect_reading()
-
-    def resume_writing(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-        super().resume_writing()
-
-    def _expect_reading(self) -> None:
-        """Looks after a while whether the client has read anything, and cuts the connection if not."""
-        assert self.transport is not None
-        unread = self.transport.get_write_buffer_size()
-
-        def look() -> None:
-            if self.transport is not None and self.transport.get_write_buffer_size() >= unread:
-                logger.info("client_reads_nothing", extra=fields(seconds=UNREAD_S))
-                self.transport.abort()
-            elif self.transport is not None:
-                self._expect_reading()
-
-        self._reading = asyncio.get_running_loop().call_later(UNREAD_S, look)
 
     def handle_error(
         self,

@@ -17,7 +17,7 @@ import hypercorn.config
 from helexa.errors import ConfigError
 
 BACKLOG = 1024
-_VANISHED_S = 120
+_GONE_S = 300  # without a word from a client, or without its taking any of what waits for it
 _PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
 
 
@@ -61,19 +61,22 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     made.setblocking(False)
-    _notice_vanished_clients(made)
+    end_when_gone(made, _GONE_S)  # which the connections that it accepts inherit
     return made
 
 
-def _notice_vanished_clients(listener: socket.socket) -> None:
-    """Connections end when nothing is heard of their other side for long, as of a machine without power."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def end_when_gone(connection: socket.socket, after_s: int) -> None:
+    """Has the system end it when nothing is heard of the other side for long, as of a machine without power.
+
+    So it does when the other side is there and takes nothing of what waits for it.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
-        *(("TCP_KEEPIDLE", _VANISHED_S // 4), ("TCP_KEEPINTVL", _VANISHED_S // 4), ("TCP_KEEPCNT", 3)),
-        ("TCP_USER_TIMEOUT", _VANISHED_S * 1000),  # the same while there is something to send
+        *(("TCP_KEEPIDLE", after_s // 4), ("TCP_KEEPINTVL", after_s // 4), ("TCP_KEEPCNT", 3)),
+        ("TCP_USER_TIMEOUT", after_s * 1000),  # the same while there is something to send
     ):
         if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def url_of(listener: socket.socket, tls: TlsConfig | None = None) -> str:

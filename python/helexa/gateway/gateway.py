@@ -23,9 +23,10 @@ from helexa.gateway.proxy import Relays
 from helexa.gateway.quota import Ledger
 from helexa.gateway.store import ResponseStore
 from helexa.gateway.upstream import Dispatcher
-from helexa.serving import client_tls
+from helexa.serving import client_tls, end_when_gone
 
 FIRST_POLL_S = 2.0
+GONE_S = 30  # without a word from the machine of a neuron
 
 
 class Gateway:
@@ -150,10 +151,7 @@ def _connector() -> aiohttp.TCPConnector:
     def socket_of(address: Any) -> socket.socket:
         family, kind, protocol, _, _ = address
         made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, option):
-                made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        end_when_gone(made, GONE_S)
         return made
 
     return aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0, socket_factory=socket_of)
