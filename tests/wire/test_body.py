@@ -39,6 +39,16 @@ def chat(**fields: object) -> ChatRequest:
             '\'messages[0].role\' is "king"; expected "assistant", "developer", "system", "tool" or "user"',
         ),
         (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+            "use 'tool_calls'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]},
+            "messages[0].audio",
+            "only text",
+        ),
+        (
             {"response_format": {"type": "xml"}},
             "response_format.type",
             'expected "grammar", "json_object", "json_schema", "regex" or "text"',

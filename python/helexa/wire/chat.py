@@ -53,7 +53,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Message(msgspec.Struct, omit_defaults=True):
-    """A turn. Members that clients echo from earlier answers (annotations, audio: null, …) are ignored."""
+    """A turn. Members that clients echo from earlier answers (annotations, refusal, …) are ignored."""
 
     role: Role
     content: str | list[ContentPart] | None = None
@@ -61,6 +61,8 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    function_call: Any = None
+    audio: Any = None
 
 
 class Function(msgspec.Struct):
@@ -123,6 +125,8 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
             raise InvalidParameter(
                 "'top_logprobs' is only allowed with 'logprobs': true", param="top_logprobs"
             )
+        for index, message in enumerate(self.messages):
+            _check_message(message, f"messages[{index}]")
         for index, tool in enumerate(self.tools or ()):
             _check_tool(tool, f"tools[{index}]")
         _check_tool_choice(self.tool_choice, [tool.name for tool in self.tools or ()])
@@ -161,6 +165,16 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _check_message(message: Message, param: str) -> None:
+    for name, value, instead in (
+        ("function_call", message.function_call, "use 'tool_calls'"),
+        ("audio", message.audio, "models here read only text"),
+    ):
+        if value is not None:
+            param = f"{param}.{name}"
+            raise InvalidParameter(f"'{param}' is not supported here; {instead}", param=param)
 
 
 def _check_tool(tool: Tool, param: str) -> None:
