@@ -38,6 +38,20 @@ async def test_an_answer_that_makes_no_sense_is_a_failure(make_site, neuron, mon
     assert node.failures == 1
 
 
+async def test_a_list_in_broken_utf_8_is_a_failure(make_site, serving, neuron):
+    async def broken(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"data": [{"id": "\xff"}]}'})
+
+    host, port = await serving(broken)
+    neuron.entry = {"kind": "openai"}
+    site = await make_site(neuron, poll_interval_s=60)
+    node = site.gateway.fleet.nodes["n0"]
+    node.endpoint = f"http://{host}:{port}"
+    assert not await site.gateway.poller.poll(node)
+    assert "decode" in node.error
+
+
 async def test_a_suspect_gets_no_requests_until_a_poll_made_at_once_has_cleared_it(
     make_site, neuron, eventually
 ):

@@ -149,7 +149,7 @@ def revoke_key(path: Path, name: str) -> KeyRecord:
 def _parse(path: Path, number: int, line: bytes) -> KeyRecord:
     try:
         return msgspec.json.decode(line, type=KeyRecord)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: line {number} is no key: {error}") from None
 
 

@@ -103,7 +103,7 @@ class Poller:
                 await self._ask_other(node)
             else:
                 await self._ask_neuron(node)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._failed(node, error)
             return False
         self._succeeded(node)
