@@ -28,6 +28,9 @@ def head_tensors(case: str) -> dict[str, np.ndarray]:
         if name.startswith(f"model.layers.{full}.")
     } | {f"mtp.{name}.weight": (size,) for name in BESIDE.values()}
     shapes["mtp.fc.weight"] = (size, 2 * size)
+    for name, shape in list(shapes.items()):
+        if "self_attn" in name and name.endswith("_proj.weight"):
+            shapes[name.removesuffix("weight") + "bias"] = shape[:1]
     return {
         name: (rng.standard_normal(shape) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)).astype(
             np.float32
@@ -72,16 +75,19 @@ def attention(x: Tensor, weights: dict[str, Tensor], config: dict) -> Tensor:
     heads, kv_heads, dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     rotary_dim = int(dim * config["rope_parameters"]["partial_rotary_factor"])
     at = "self_attn."
-    q, gate = (x @ weights[at + "q_proj.weight"].T).reshape(len(x), heads, 2, dim).unbind(2)
-    k = (x @ weights[at + "k_proj.weight"].T).reshape(len(x), kv_heads, dim)
-    v = (x @ weights[at + "v_proj.weight"].T).reshape(len(x), kv_heads, dim)
+
+    def projected(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{at}{name}_proj.weight"].T + weights[f"{at}{name}_proj.bias"]
+
+    q, gate = projected(x, "q").reshape(len(x), heads, 2, dim).unbind(2)
+    k, v = (projected(x, name).reshape(len(x), kv_heads, dim) for name in "kv")
     q = rotated(norm(q, weights[at + "q_norm.weight"]), rotary_dim)
     k = rotated(norm(k, weights[at + "k_norm.weight"]), rotary_dim)
     k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * dim**-0.5
     scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-    return (out * gate.sigmoid()).flatten(1) @ weights[at + "o_proj.weight"].T
+    return projected((out * gate.sigmoid()).flatten(1), "o")
 
 
 def swiglu(x: Tensor, weights: dict[str, Tensor], at: str) -> Tensor:

@@ -48,7 +48,9 @@ class Attention:
                 for blocks in (q_blocks, gate_blocks)
             )
             kv = Linear.load(scope, hidden_size, kv_rows, bias=bias)
-            self.qkv_proj, self.gate_proj = Linear([q, *kv.weights]), Linear([gate])
+            q_bias, gate_bias = _biases(scope, num_heads, head_dim)
+            self.qkv_proj = Linear([q, *kv.weights], [q_bias, *(kv.biases or [None, None])])
+            self.gate_proj = Linear([gate], [gate_bias])
         else:
             rows = {"q_proj": num_heads * head_dim, **kv_rows}
             self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
@@ -80,3 +82,11 @@ class Attention:
         if self.gate_proj is not None:
             out = ops.sigmoid_mul(out, self.gate_proj(x[rows]))
         return self.o_proj(out)
+
+
+def _biases(scope: Scope, num_heads: int, head_dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """The biases of q and of the gate, which lie as their rows do, if the file has them."""
+    if "q_proj.bias" not in scope:
+        return None, None
+    both = scope.vector("q_proj.bias", num_heads * 2 * head_dim).view(num_heads, 2, head_dim)
+    return both[:, 0].flatten(), both[:, 1].flatten()
