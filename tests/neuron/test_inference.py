@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -277,6 +279,29 @@ async def test_a_client_that_leaves_stops_its_generation(client, script, eventua
     assert engine.cancelled == 1
     health = (await client.get("/health")).json()
     assert health["models"][0].get("in_flight", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"model": "m", "prompt": "x"}),
+        ("/v1/embeddings", {"model": "m", "input": "x"}),
+    ],
+)
+async def test_the_text_of_a_client_that_has_left_is_not_tokenized(client, eventually, route, body):
+    work, tokenizer = client.neuron.text_work, client.neuron.registry.get("m").engine.tokenizer
+    tokenizer.encode = Mock(side_effect=tokenizer.encode)
+    hold = threading.Event()
+    others = [asyncio.create_task(work.run(hold.wait)) for _ in range(2)]
+    asked = asyncio.create_task(client.post(route, json=body))
+    await eventually(lambda: work.num_pending == 3)
+    asked.cancel()
+    await eventually(lambda: work.num_pending == 2)
+    hold.set()
+    await asyncio.gather(*others)
+    await work.run(str)
+    assert not tokenizer.encode.called
 
 
 async def test_a_waiting_client_that_leaves_frees_its_place(client, script, eventually):

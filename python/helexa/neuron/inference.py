@@ -87,9 +87,8 @@ class Inference(Endpoint, Generic[R]):
         record.model = model.id
         caller = caller_of(http)
         model.check_admission(caller.principal, caller.priority)
-        plan = await self._work.run(self.prepare, model, request, caller)
+        plan = await unless_client_leaves(http.receive, self._plan(model, request, caller))
         record.jobs = plan.jobs
-        await plan.check(model.engine)
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
             events = self._events(model, record, plan, caller, request.include_usage, is_noted)
@@ -107,6 +106,12 @@ class Inference(Endpoint, Generic[R]):
         else:
             body = await unless_client_leaves(http.receive, self._whole(model, record, plan, caller))
             await Response(body, media_type="application/json")(http.scope, http.receive, send)
+
+    async def _plan(self, model: LoadedModel, request: R, caller: Caller) -> Plan:
+        assert model.engine is not None
+        plan = await self._work.run(self.prepare, model, request, caller)
+        await plan.check(model.engine)
+        return plan
 
     async def _events(
         self,

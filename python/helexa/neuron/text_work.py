@@ -18,21 +18,21 @@ class TextWork:
 
     def __init__(self, max_pending: int = _MAX_PENDING):
         self.max_pending = max_pending
-        self._pending = 0
+        self.num_pending = 0
         self._threads = ThreadPoolExecutor(_THREADS, "text")
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
         """What `work` returns. Raises Overloaded at once, without running it, when the line is full."""
-        if self._pending >= self.max_pending:
+        if self.num_pending >= self.max_pending:
             raise Overloaded(
-                f"{self._pending} requests wait for their texts to be tokenized, which is the limit",
+                f"{self.num_pending} requests wait for their texts to be tokenized, which is the limit",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._pending += 1
+        self.num_pending += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         finally:
-            self._pending -= 1
+            self.num_pending -= 1
 
     def close(self) -> None:
         """Lets go of the threads; work that has not begun is dropped."""
