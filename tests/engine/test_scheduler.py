@@ -14,6 +14,7 @@ from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Sequence
 from helexa.engine.snapshots import Snapshots
+from helexa.engine.state_store import Stored
 from helexa.errors import ContextTooLong
 
 PAGE = 4
@@ -31,6 +32,7 @@ class Device:
     has_prefix_cache: bool = True
     max_context: int = 10**6
     num_snapshots: int | None = None  # None: no recurrent states
+    archive: object = None
     plans: list = field(default_factory=list)
     generated: dict = field(default_factory=dict)
 
@@ -47,6 +49,7 @@ class Device:
             prefill_chunk=self.prefill_chunk,
             snapshot_interval=4 * PAGE,
             snapshot_gap=2,
+            archive=self.archive,
         )
         self.states = [None] * (slots.stop + 1)
         self.memory = [[None] * PAGE for _ in range(self.num_pages + 1)]
@@ -69,6 +72,10 @@ class Device:
         for copy in plan.copies:
             self.memory[copy.target][: copy.num_tokens] = self.memory[copy.source][: copy.num_tokens]
         self.scheduler.copied(plan)
+        if plan.stored is not None:
+            self.fetch(plan)
+            self.check()
+            return plan
         written = set()
         for sequence in plan.sequences:
             for position in range(sequence.num_computed, sequence.num_computed + plan.num_tokens):
@@ -91,6 +98,21 @@ class Device:
                     self.scheduler.remove(sequence)
         self.check()
         return plan
+
+    def fetch(self, plan):
+        """Brings back what is archived, unless that is lost."""
+        (sequence,), stored = plan.sequences, plan.stored
+        assert sequence.num_computed == stored.start
+        assert sequence.stored[0] is stored
+        page = sequence.pages[sequence.depth]
+        assert self.pool.holders(page) == 1
+        if not self.archive.has(stored):
+            self.scheduler.fetch_failed(plan)
+            return
+        self.memory[page][: plan.num_tokens] = sequence.token_ids[stored.start : stored.end]
+        if stored.is_tail:
+            self.states[sequence.slot] = sequence.token_ids[: stored.end]
+        self.scheduler.complete(plan)
 
     def copy_state(self, source, target):
         self.states[target] = self.states[source]
@@ -125,6 +147,46 @@ class Device:
             assert tuple(self.memory[node.page][: len(node.token_ids)]) == node.token_ids
             if node.parent is not self.prefix.root:
                 assert self.pool.holders(node.parent.page) >= self.pool.holders(node.page)
+
+
+@dataclass
+class Archive:
+    """Has a few texts whole, of which some pages and tails are lost without its knowledge."""
+
+    texts: list
+    is_hybrid: bool
+    lost: set = field(default_factory=set)
+
+    def find(self, token_ids, limit, namespace, known):
+        best = []
+        for text in self.texts if not namespace else ():
+            ends = [*range(PAGE, len(text) + 1, PAGE)]
+            entries = [Stored(str(text[:end]), end - PAGE, end, False) for end in ends]
+            tails = [
+                Stored(f"tail {text[:end]}", (end - 1) // PAGE * PAGE, end, True)
+                for end in (*ends, len(text))
+            ]
+            for tail in tails:
+                line = [*(entry for entry in entries if entry.end <= tail.start), tail]
+                self.consider(line, token_ids, limit, best)
+            if not self.is_hybrid:
+                for count in range(1, len(entries) + 1):
+                    self.consider(entries[:count], token_ids, limit, best)
+        return best if best and best[-1].end > known else []
+
+    def consider(self, line, token_ids, limit, best):
+        end = line[-1].end
+        is_there = not any(stored.name in self.lost and stored.name in self.tried for stored in line)
+        fits = end <= limit and line[-1].name.removeprefix("tail ") == str(token_ids[:end])
+        if fits and is_there and end > (best[-1].end if best else 0):
+            best[:] = line
+
+    def __post_init__(self):
+        self.tried = set()
+
+    def has(self, stored):
+        self.tried.add(stored.name)
+        return stored.name not in self.lost
 
 
 @pytest.fixture
@@ -362,6 +424,37 @@ def test_what_a_cancelled_prompt_has_computed_is_not_lost(device):
     assert again.cached_tokens == 8
 
 
+@pytest.mark.parametrize("num_snapshots", [None, 20])
+def test_what_is_archived_is_fetched_and_not_computed(device, expected, num_snapshots):
+    archive = Archive([prompt_of(30)], num_snapshots is not None)
+    machine = device(num_snapshots=num_snapshots, archive=archive)
+    sequences = [machine.add([*prompt_of(30), 1, 1], 2) for _ in range(2)]
+    machine.run()
+    for sequence in sequences:
+        assert (sequence.cached_tokens, sequence.prefilled_tokens) in [(30, 2), (31, 1)]
+        assert machine.generated[sequence.number] == expected([*prompt_of(30), 1, 1], 2, VOCAB)
+
+
+@pytest.mark.parametrize("num_snapshots", [None, 20])
+def test_what_is_lost_is_computed_after_all(device, expected, num_snapshots):
+    archive = Archive([prompt_of(30)], num_snapshots is not None)
+    archive.lost = {str(prompt_of(16)), f"tail {prompt_of(16)}"}
+    machine = device(num_snapshots=num_snapshots, archive=archive)
+    sequence = machine.add([*prompt_of(30), 1, 1], 2)
+    machine.run()
+    assert (sequence.cached_tokens, sequence.prefilled_tokens) == (12, 20)
+    assert machine.generated[sequence.number] == expected([*prompt_of(30), 1, 1], 2, VOCAB)
+
+
+def test_who_is_cancelled_while_its_past_is_fetched_leaves_no_state(device):
+    machine = device(num_snapshots=20, archive=Archive([prompt_of(30)], True))
+    sequence = machine.add([*prompt_of(30), 1], 2)
+    machine.step()
+    machine.scheduler.remove(sequence)
+    machine.check()
+    assert machine.snapshots.num_kept == 0
+
+
 def hybrid(device, **options):
     return device(num_snapshots=20, **options)
 
@@ -495,12 +588,31 @@ requests = st.tuples(
     prefill_chunk=st.sampled_from([1, 3, 8, 32]),
     has_prefix_cache=st.sampled_from([True, True, True, False]),
     num_snapshots=st.sampled_from([None, None, 0, 1, 3, 50]),
+    archived=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 24)), max_size=3),
+    lost=st.sets(st.integers(1, 25), max_size=3),
 )
 def test_whatever_arrives_every_sequence_gets_its_tokens_and_no_page_is_lost(
-    history, expected, arrivals, num_pages, max_sequences, prefill_chunk, has_prefix_cache, num_snapshots
+    history,
+    expected,
+    arrivals,
+    num_pages,
+    max_sequences,
+    prefill_chunk,
+    has_prefix_cache,
+    num_snapshots,
+    archived,
+    lost,
 ):
+    texts = [[0, *prompt_of(length, start)] for start, length in archived]
+    lost = {f"{tail}{text[:end]}" for tail in ("", "tail ") for text in texts for end in lost}
     machine = Device(
-        history, num_pages, max_sequences, prefill_chunk, has_prefix_cache, num_snapshots=num_snapshots
+        history,
+        num_pages,
+        max_sequences,
+        prefill_chunk,
+        has_prefix_cache,
+        num_snapshots=num_snapshots,
+        archive=Archive(texts, num_snapshots is not None, lost),
     )
     sequences, cancels = [], {}
     steps = 0

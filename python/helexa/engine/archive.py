@@ -144,7 +144,11 @@ class Archive:
             return False
         name, ancestors = self._mark_saved(item)
         tensors = [tensor.clone() for tensor in self._tensors(item.node.page, item.length, item.slot)]
-        job = self._writer.submit(self._write, name, ancestors, tensors)
+        try:
+            job = self._writer.submit(self._write, name, ancestors, tensors)
+        except RuntimeError:  # the interpreter ends
+            self._room.release()
+            return False
         job.add_done_callback(partial(self._written, done))
         return True
 
