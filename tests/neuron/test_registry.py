@@ -182,6 +182,21 @@ async def test_defragmenting_unloads_everything_before_it_loads_anything(make_ne
         assert (await client.post("/v1/chat/completions", json=CHAT | {"model": "b"})).status_code == 200
 
 
+async def test_a_repository_without_the_wanted_file_is_quantized_while_it_loads(
+    make_neuron, script, tmp_path
+):
+    registry = make_neuron().registry
+    registry._fetch = lambda source, report: tmp_path
+    await registry.load(LoadRequest(model_id="org/repo:Q4_K_M"))
+    await registry.load(
+        LoadRequest(model_id="b", source="org/repo:Q4_K_M", options=LoadOptions(quant="q8_0"))
+    )
+    await registry.load(LoadRequest(model_id="c", source="org/repo"))
+    registry._fetch = lambda source, report: tmp_path / "repo-Q4_K_M.gguf"
+    await registry.load(LoadRequest(model_id="d", source="org/repo:Q4_K_M"))
+    assert [options.get("quant") for _, options in script.loads] == ["Q4_K_M", "q8_0", None, None]
+
+
 async def test_models_at_work_are_not_defragmented(neuron, serve_neuron, script, eventually):
     script.hold = asyncio.Event()
     async with serve_neuron(neuron) as client:

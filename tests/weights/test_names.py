@@ -3,7 +3,14 @@
 import pytest
 
 from helexa.errors import SourceError
-from helexa.weights.names import is_hub_name, pick, quantization_of, split_hub_name
+from helexa.weights.names import (
+    checkpoint_files,
+    is_hub_name,
+    named_recipe,
+    pick,
+    quantization_of,
+    split_hub_name,
+)
 
 _FILES = ["README.md", "Tiny-Q8_0.gguf", "Tiny-Q4_K_M.gguf", "Tiny.BF16.gguf", "mmproj-F16.gguf"]
 
@@ -72,6 +79,27 @@ def test_a_wish_that_nothing_fits_is_answered_with_the_nearest_and_all():
         pick("a/b", _FILES, "q4_k_s")
     with pytest.raises(SourceError, match="a/b has no 'zzz'; it has Q4_K_M, Q8_0, BF16"):
         pick("a/b", _FILES, "zzz")
+
+
+def test_a_recipe_means_the_checkpoint_where_there_is_no_gguf_file():
+    files = ["config.json", "model.safetensors", "README.md"]
+    assert checkpoint_files(files, "Q4_K_M") == ["model.safetensors", "config.json"]
+    assert checkpoint_files([*files, "x-Q8_0.gguf"], "Q4_K_M") == []
+    assert checkpoint_files(files, "IQ1_S") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("a/b:q8_0", "q8_0"),
+        ("a/b:Q4_K_M", "Q4_K_M"),
+        ("a/b:IQ1_S", None),
+        ("a/b", None),
+        ("./a/b:q8_0", None),
+    ],
+)
+def test_a_name_may_ask_for_a_recipe(name, recipe):
+    assert named_recipe(name) == recipe
 
 
 def test_files_that_cannot_be_told_apart_are_named():

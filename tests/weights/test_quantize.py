@@ -150,8 +150,25 @@ def test_a_file_made_by_the_recipe_loads_as_it_is(source, tmp_path):
     with open_model(tmp_path / "out.gguf") as file:
         with quantize.quantized(file, Q4_K_M, cache=True) as weights:
             assert weights is file
-        with pytest.raises(InvalidParameter, match="is quantized as Q4_K_M already, which q8_0 cannot"):
+        with pytest.raises(InvalidParameter, match="has tensors in q4_k, q6_k already, which q8_0 cannot"):
             quantize.plan(file, find_recipe("q8_0"))
+
+
+def test_a_model_with_nothing_to_quantize_is_refused(write_gguf):
+    with (
+        open_model(write_gguf({"blk.0.attn_q.weight": numbers(4, 40)})) as file,
+        pytest.raises(InvalidParameter, match="no linear layer whose rows are whole blocks of 32"),
+    ):
+        quantize.plan(file, Q4_K_M)
+
+
+def test_a_file_quantized_in_parts_is_refused(write_gguf):
+    tensors = {"blk.0.attn_q.weight": ("q8_0", (4, 256)), "output.weight": numbers(40, 256)}
+    with (
+        open_model(write_gguf(tensors)) as file,
+        pytest.raises(InvalidParameter, match="has tensors in q8_0 already"),
+    ):
+        quantize.plan(file, Q4_K_M)
 
 
 def test_numbers_that_are_none_are_refused_by_the_tensors_name(write_gguf):
@@ -160,7 +177,7 @@ def test_numbers_that_are_none_are_refused_by_the_tensors_name(write_gguf):
     with (
         open_model(write_gguf({"blk.0.attn_q.weight": bad})) as file,
         quantize.quantized(file, Q4_K_M, cache=False) as weights,
-        pytest.raises(InvalidFile, match="attn_q[.]weight' that 1 values are not finite"),
+        pytest.raises(InvalidFile, match=r"attn_q\.weight' that 1 values are not finite"),
     ):
         weights.data("blk.0.attn_q.weight")
 

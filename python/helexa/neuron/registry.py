@@ -30,7 +30,7 @@ from helexa.neuron.config import AdmissionSection, ModelEntry, NeuronConfig, mer
 from helexa.neuron.loaded_model import LoadedModel
 from helexa.neuron.metrics import Metrics
 from helexa.weights import starter
-from helexa.weights.names import is_hub_name
+from helexa.weights.names import is_hub_name, named_recipe
 from helexa.wire.control import Activation, LoadFailure, LoadRequest, ModelInfo, Progress
 
 __all__ = ["LoadedModel", "Registry", "Report"]
@@ -285,7 +285,7 @@ class Registry:
             path,
             progress=lambda step: report(step.phase, step.percent),
             reserved_bytes=self._promised_bytes(),
-            **model.options,
+            **(_quant(model.source, path) | model.options),
         )
 
     async def _in_thread(self, model: LoadedModel, work: Callable[[Report], T]) -> T:
@@ -339,6 +339,12 @@ class Registry:
             model.gone.set()
         if self._models.get(model.id) is model:
             del self._models[model.id]
+
+
+def _quant(source: str, path: Path) -> dict[str, str]:
+    """ORG/REPO:QUANT of a repository without such a file: what it has is quantized while it loads."""
+    recipe = named_recipe(source) if path.is_dir() else None
+    return {"quant": recipe} if recipe else {}
 
 
 def _admission(section: AdmissionSection, engine: Engine) -> Admission:

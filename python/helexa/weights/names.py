@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from helexa.errors import SourceError
+from helexa.weights.recipes import is_recipe
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?::([\w][\w./ -]*))?")
 _QUANTIZATION = re.compile(
@@ -48,10 +49,21 @@ def quantization_of(file: str) -> str | None:
     return match[1].upper() if match else None
 
 
+def named_recipe(name: str) -> str | None:
+    """The recipe by which ORG/REPO:QUANT wants a model, where QUANT is one."""
+    wanted = split_hub_name(name)[1] if is_hub_name(name) else None
+    return wanted if wanted is not None and is_recipe(wanted) else None
+
+
 def checkpoint_files(files: Sequence[str], wanted: str | None) -> list[str]:
-    """The files of a checkpoint, config.json last; none if a GGUF file is wanted or there is none."""
+    """The files of a checkpoint, config.json last; none if a GGUF file is wanted or there is none.
+
+    A quantization means the GGUF file of that name; where there is none at all, the checkpoint, which can be
+    quantized while it loads.
+    """
     has_gguf = any(file.endswith(".gguf") for file in files)
-    if wanted != CHECKPOINT and (wanted is not None or has_gguf):
+    may_be = wanted is None or is_recipe(wanted)
+    if wanted != CHECKPOINT and (has_gguf or not may_be):
         return []
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     whole = [file for file in weights if file == "model.safetensors" or _PART.search(file[:-12])]

@@ -19,12 +19,11 @@ from helexa import ops
 from helexa.errors import HelexaError, InvalidFile, InvalidParameter
 from helexa.log import fields
 from helexa.quant import FORMATS
-from helexa.weights.facts import quantization_label
 from helexa.weights.gguf import GGUFFile, TensorInfo, open_gguf
 from helexa.weights.gguf_writer import encode_entry, write_gguf
 from helexa.weights.load import TensorFile
 from helexa.weights.model_file import ModelFile
-from helexa.weights.recipes import Recipe
+from helexa.weights.recipes import FLOATS, Recipe
 from helexa.weights.sources import models_folder
 
 logger = logging.getLogger(__name__)
@@ -87,14 +86,21 @@ class QuantizedFile:
 def plan(file: ModelFile, recipe: Recipe) -> dict[str, str]:
     """The formats that the recipe gives the tensors of a file; empty if it has been made by that recipe.
 
-    Raises InvalidParameter for a file that is quantized in another way.
+    Raises InvalidParameter for a file that is quantized in another way, or has nothing to quantize.
     """
-    formats = recipe.plan(file.tensors)
-    label = quantization_label(file)
-    if not formats and file.metadata.get("general.file_type") != recipe.file_type:
+    if file.metadata.get("general.file_type") == recipe.file_type:
+        return {}
+    if coarse := sorted({info.format for info in file.tensors.values()} - set(FLOATS)):
         raise InvalidParameter(
-            f"{file.path.name} is quantized as {label} already, which {recipe.name} cannot be made from; "
-            "expected a model in F32, F16 or BF16",
+            f"{file.path.name} has tensors in {', '.join(coarse)} already, which {recipe.name} cannot be "
+            "made from; expected a model in F32, F16 or BF16",
+            param="quant",
+        )
+    formats = recipe.plan(file.tensors)
+    if not formats:
+        raise InvalidParameter(
+            f"{file.path.name} has no linear layer whose rows are whole blocks of 32 numbers, as "
+            f"{recipe.name} wants them",
             param="quant",
         )
     return formats

@@ -85,6 +85,11 @@ RECIPES = {
 }
 
 
+def is_recipe(name: str) -> bool:
+    """Whether `find_recipe` knows the name."""
+    return _bare(name) in map(_bare, RECIPES)
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe called `name`, in any case, its underscores optional.
 

@@ -16,7 +16,15 @@ from pathlib import Path
 
 from helexa.errors import SourceError
 from helexa.weights import hub, starter
-from helexa.weights.names import CHECKPOINT, CONFIG, is_hub_name, pick, quantization_of, split_hub_name
+from helexa.weights.names import (
+    CHECKPOINT,
+    CONFIG,
+    is_hub_name,
+    named_recipe,
+    pick,
+    quantization_of,
+    split_hub_name,
+)
 
 Report = Callable[[str, int, int], None]  # phase, bytes done, bytes in all (0 while unknown)
 
@@ -137,6 +145,8 @@ def _find(name: str) -> Path | None:
     folder = models_folder() / repo
     paths = [entry.path for entry in entries if folder in entry.path.parents]
     files = [str(path.relative_to(folder)) for path in paths]
+    if not files and named_recipe(name) and (folder / CONFIG).is_file():
+        return folder  # to be quantized while it loads
     try:
         return folder / pick(repo, files, wanted) if files else None
     except SourceError:
