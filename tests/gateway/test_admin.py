@@ -114,3 +114,18 @@ async def test_a_body_that_is_too_large_is_413_and_a_client_that_leaves_no_fault
     writer.close()
     await eventually(lambda: any(getattr(r, "fields", {}).get("status") == 499 for r in caplog.records))
     assert not any(record.exc_info for record in caplog.records)
+
+
+async def test_a_path_of_the_catalogue_is_loaded_with_its_quant_unless_told_otherwise(
+    make_site, make_neuron, catalogue
+):
+    neuron = make_neuron()
+    site = await make_site(neuron, catalogue=catalogue(ModelEntry("m", path="/m", quant="q8_0")))
+    await post(site, "/models/load", {"model_id": "m"})
+    await post(site, "/models/load", {"model_id": "m", "options": {"quant": "q4_k"}})
+    await post(site, "/models/load", {"model_id": "m", "source": "/other"})
+    assert [(asked["source"], asked["options"].get("quant")) for asked in neuron.loads] == [
+        ("/m", "q8_0"),
+        ("/m", "q4_k"),
+        ("/other", None),
+    ]

@@ -59,8 +59,12 @@ class Admin:
         model = self._gateway.catalogue.resolve(wanted.model_id)
         node = self._node_for(model, wanted.node)
         entry = self._gateway.catalogue.models.get(model)
-        source = wanted.source or (entry.load_request().source if entry else None)
-        asked = LoadRequest(model_id=model, source=source, options=wanted.options, wait=wanted.wait)
+        known = LoadRequest(model_id=model, source=wanted.source)
+        if entry is not None and wanted.source is None:
+            known = entry.load_request()
+        quant = wanted.options.quant or known.options.quant
+        options = msgspec.structs.replace(wanted.options, quant=quant)
+        asked = msgspec.structs.replace(known, options=options, wait=wanted.wait)
         return await self._carry_out(node, "/models/load", asked)
 
     async def unload(self, request: Request) -> Response:

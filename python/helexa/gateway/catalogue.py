@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from helexa.errors import ConfigError
 from helexa.settings import load_settings
 from helexa.wire.control import LoadOptions, LoadRequest
@@ -76,8 +78,9 @@ class ModelEntry:
     def load_request(self) -> LoadRequest:
         """What a neuron is told to load this model, which it registers under `id` wherever it comes from."""
         if self.path:
+            request = LoadRequest(model_id=self.id, source=self.path, wait=True)
             options = LoadOptions(quant=self.quant)
-            return LoadRequest(model_id=self.id, source=self.path, options=options, wait=True)
+            return msgspec.structs.replace(request, options=options) if self.quant else request
         if not (self.name or self.source or self.quant):
             return LoadRequest(model_id=self.id, wait=True)
         parts = (self.source, self.name or self.id, self.quant)
