@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from helexa.engine import Engine, SamplingParams
+from helexa.errors import DeviceError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HYBRIDS = ["qwen35_tied", "qwen35moe", "qwen3next"]
@@ -140,6 +141,22 @@ async def test_nothing_is_found_in_another_namespace(agent):
     await agent.ask(prompt, None, namespace="one")
     assert (await agent.ask(prompt, None, namespace="other"))[1] == 0
     assert (await agent.ask(prompt, None, namespace="one"))[1] == len(prompt) - 1
+
+
+async def test_a_state_of_which_no_number_came_is_not_used_again():
+    engine = Engine.load(GOLDEN / "qwen35_tied.gguf", kv_cache_tokens=2048, num_threads=2)
+    try:
+        await answer(engine, SYSTEM, 3)
+        slots = [snapshot.slot for snapshot in engine._core.prefix.snapshots._kept.values()]
+        for slot in slots:
+            engine._core.runner.states.recurrent[0][slot] = float("nan")
+        with pytest.raises(DeviceError, match="not finite"):
+            await answer(engine, SYSTEM, 3)
+        _, chances, usage = await answer(engine, SYSTEM, 3)
+        assert usage.cached_tokens == 0
+        assert np.isfinite(chances).all()
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("case", HYBRIDS)

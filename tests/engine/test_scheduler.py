@@ -558,6 +558,20 @@ def test_a_step_that_failed_leaves_no_state(device):
     assert again.cached_tokens == 0
 
 
+def test_no_prompt_is_continued_from_a_state_that_made_nonsense(device):
+    machine = hybrid(device)
+    first = machine.add(prompt_of(30), 5)
+    while first.num_pending > 1 or not machine.plans:
+        machine.step()
+    assert machine.snapshots.num_kept > 0
+    machine.scheduler.distrust(first)
+    machine.scheduler.remove(first)
+    assert machine.snapshots.num_kept == 0
+    again = machine.add(prompt_of(30), 5)
+    machine.run()
+    assert again.cached_tokens == 0
+
+
 def test_the_snapshot_that_was_not_used_for_longest_gives_way(device):
     machine = device(num_snapshots=4)  # two for each: before the last token of the prompt and at the end
     prompts = [[start, *prompt_of(6)] for start in range(3)]

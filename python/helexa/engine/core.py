@@ -18,7 +18,7 @@ from helexa.engine.sampler import Sampled
 from helexa.engine.scheduler import Plan, Scheduler
 from helexa.engine.sequence import Finished, Mailbox, Receiver, Sequence
 from helexa.engine.state_store import Stored
-from helexa.errors import HelexaError, ShuttingDown
+from helexa.errors import DeviceError, HelexaError, ShuttingDown
 
 
 class Rate:
@@ -207,6 +207,8 @@ class EngineCore:
         try:
             sampled = sequence.sampler.sample(row, len(sequence.token_ids))
         except HelexaError as error:
+            if isinstance(error, DeviceError):
+                self.scheduler.distrust(sequence)
             self._finish(sequence, Finished("error", error))
             return
         sequence.token_ids.append(sampled.token_id)

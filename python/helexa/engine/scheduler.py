@@ -121,6 +121,12 @@ class Scheduler:
             return True
         return False
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Forgets the states from which the sequence could be continued, as what came of them is wrong."""
+        sequence.snapshot_position = sequence.num_computed
+        while self._snapshots is not None and (snapshot := self._match(sequence).snapshot) is not None:
+            self._snapshots.drop(snapshot)
+
     def next(self) -> Plan | None:
         """The next step, or None if there is nothing to do."""
         if self.waiting and not self._is_blocked:
