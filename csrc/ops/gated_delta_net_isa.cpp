@@ -63,6 +63,13 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
 
 HELEXA_INLINE f32x16 silu(f32x16 x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
+// The same columns of neighbouring tokens lie pages apart, where the hardware does not look ahead.
+constexpr int64_t kTokensAhead = 2;
+
+HELEXA_INLINE void prefetch_row(const float* p, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(p + i);
+}
+
 float dot(const float* a, const float* b, int64_t width) {
   f32x16 sum = zero();
   for (int64_t i = 0; i < width; i += 16) sum = fma(load(a + i), load(b + i), sum);
@@ -114,6 +121,7 @@ struct Head {
     const int64_t width = shape.value_head_dim;
     const f32x16 scale = set1(1.0f / sqrtf(dot(o, o, width) / static_cast<float>(width) + shape.eps));
     float* out = sequence.out + t * shape.value_dim() + head * width;
+    prefetch_row(z(t + kTokensAhead), width);
     for (int64_t i = 0; i < width; i += 16)
       store(out + i, load(o + i) * scale * load(shape.norm_weight + i) * silu(load(z(t) + i)));
   }
@@ -231,6 +239,8 @@ void fill_chunk(const Head& head, const Chunk& c, int64_t first, int64_t count, 
   for (int64_t i = 0; i < padded; ++i) {
     float *q = c.qk + i * c.depth, *k = c.qk + (kDeltaChunk + i) * c.depth;
     if (i < count) {
+      prefetch_row(head.q(first + i + kTokensAhead), c.depth);
+      prefetch_row(head.k(first + i + kTokensAhead), c.depth);
       normalize(head.q(first + i), q, c.depth, scale);
       normalize(head.k(first + i), k, c.depth, 1.0f);
       sum += head.log_decay(first + i);
@@ -263,6 +273,7 @@ void run_chunk(const Head& head, const Chunk& c, int64_t first, int64_t count) {
     const f32x16 decay = set1(expf(c.decays[i])), beta = set1(c.betas[i]);
     const float* known = c.read + (kDeltaChunk + i) * c.width;
     float *value = c.values + i * c.width, *output = c.read + i * c.width;
+    prefetch_row(head.v(first + i + kTokensAhead), c.width);
     for (int64_t n = 0; n < c.width; n += 16) {
       store(value + n, i < count ? (load(head.v(first + i) + n) - decay * load(known + n)) * beta : zero());
       store(output + n, decay * load(output + n));
@@ -293,6 +304,7 @@ void delta_convolve(const DeltaShape& shape, const DeltaSequence& sequence, floa
     return sequence.is_fresh ? nullptr : sequence.conv_state + (past + t) * conv_dim;
   };
   for (int64_t t = 0; t < sequence.num_tokens; ++t) {
+    prefetch_row(sequence.x + (t + kTokensAhead) * shape.row() + begin, end - begin);
     for (int64_t c = begin; c < end; c += 16) {
       f32x16 sum = zero();
       for (int64_t tap = 0; tap <= past; ++tap) {
