@@ -25,6 +25,8 @@ def run_main(monkeypatch, capsys):
     [
         ("a=/m/x.gguf", "a", "/m/x.gguf"),
         ("/m/x.gguf", "x", "/m/x.gguf"),
+        ("/m/Tiny-1B", "Tiny-1B", "/m/Tiny-1B"),
+        ("./m/Tiny-1B/", "Tiny-1B", "./m/Tiny-1B/"),
         ("starter", "starter", "starter"),
         ("small=org/repo:Q8_0", "small", "org/repo:Q8_0"),
     ],

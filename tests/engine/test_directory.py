@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,7 +11,8 @@ from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
 from helexa.errors import InvalidFile, UnsupportedModel
 from helexa.weights.facts import describe
-from support.hf_checkpoint import Layout, write_golden
+from helexa.weights.safetensors import SafetensorsFile
+from support.hf_checkpoint import Layout, write_golden, write_safetensors
 from support.model_runs import TOLERANCE, error_ratio, golden
 
 OPTIONS = {"max_context": 512, "num_threads": 1, "kv_dtype": "float32"}
@@ -76,6 +78,24 @@ def test_pooling_is_that_of_sentence_transformers(tmp_path):
         engine = Engine.load(directory, **OPTIONS)
         engine.close()
         assert engine.pooling == pooling
+
+
+def test_tensors_of_other_parts_are_counted_and_left_alone(tmp_path, caplog):
+    directory = write_golden("qwen35_tied", tmp_path / "tiny", Layout(prefix="model.language_model."))
+    patch = np.ones((2, 3), np.float32)
+    write_safetensors(directory / "more.safetensors", {"model.visual.patch_embed.weight": ("F32", patch)})
+    names = dict.fromkeys(SafetensorsFile(directory / "model.safetensors").tensors, "model.safetensors")
+    names["model.visual.patch_embed.weight"] = "more.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with caplog.at_level("INFO"):
+        engine = Engine.load(directory, **OPTIONS)
+    try:
+        assert logits(engine, "qwen35_tied") < TOLERANCE
+    finally:
+        engine.close()
+    (record,) = [record for record in caplog.records if record.message == "tensors_of_other_parts"]
+    assert "unused_tensors" not in caplog.text
+    assert record.fields["first"] == "model.visual.patch_embed.weight"
 
 
 def test_a_directory_is_described_from_its_headers(tmp_path):

@@ -121,9 +121,9 @@ async def measure_engine(engine: Any, work: Workload) -> dict[str, float]:
 
 def bytes_per_token(path: Path) -> int:
     """Bytes of weights that one decode step reads: all but an embedding that is not also the output."""
-    from helexa.weights.gguf import open_gguf
+    from helexa.weights.model_file import open_model
 
-    file = open_gguf(path)
+    file = open_model(path)
     try:
         total = sum(tensor.nbytes for tensor in file.tensors.values())
         embedding = file.tensors.get("token_embd.weight")

@@ -39,8 +39,11 @@ def load_config(
 def _entry(argument: str) -> dict[str, str]:
     model_id, separator, source = argument.partition("=")
     if not separator:
-        is_file = argument.endswith(".gguf")
-        model_id, source = Path(argument).stem if is_file else argument, argument
+        model_id, source = argument, argument
+        if argument.endswith(".gguf"):
+            model_id = Path(argument).stem
+        elif argument.startswith(("/", "./", "../", "~")):  # a directory
+            model_id = Path(argument).name
     if not model_id.strip() or not source.strip():
         raise ConfigError(f"--model {argument!r} must be ID=PATH, ID=NAME, a path or a name")
     return {"id": model_id.strip(), "source": source.strip()}

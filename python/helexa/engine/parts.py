@@ -46,6 +46,9 @@ def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, pro
         model = build_model(config, weights)
     if config.num_mtp_layers:
         logger.info("mtp_loaded", extra=fields(model=file.path.name, layers=config.num_mtp_layers))
+    if file.unread:
+        other = {"model": file.path.name, "tensors": len(file.unread), "first": file.unread[0]}
+        logger.info("tensors_of_other_parts", extra=fields(**other))
     if unused := weights.unused():
         logger.warning("unused_tensors", extra=fields(model=file.path.name, tensors=",".join(unused)))
     return model

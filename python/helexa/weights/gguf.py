@@ -116,6 +116,8 @@ class GGUFFile(MappedFile):
     metadata: by key, an int, float, bool, str, numpy array or StringArray.   tensors: by name, in file order.
     """
 
+    unread: Sequence[str] = ()  # tensors of other parts than the language model, which such files do not hold
+
     def __init__(self, path: Path):
         """Raises InvalidFile or UnsupportedModel."""
         super().__init__(path, "GGUF")
