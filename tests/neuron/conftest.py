@@ -104,6 +104,7 @@ class FakeEngine:
         self.config = SimpleNamespace(vocab_size=256, hidden_size=4, model_type="fake")
         self.options = SimpleNamespace(max_sequences=script.max_sequences, device="cpu")
         self.weight_bytes = self.cache_bytes = 0
+        self.model_key = ""
         self.running = 0
         self.cancelled = 0
         self.params: list[SamplingParams] = []

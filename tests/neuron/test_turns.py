@@ -312,6 +312,23 @@ def test_a_turn_that_was_forgotten_takes_room_again_with_one_that_goes_on_from_i
     assert store.nbytes == sum(turn.nbytes for turn in store.find([b"c"]).line())
 
 
+def key_of(number):
+    return bytes([number + 1] * 20)
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 60)), max_size=30))
+def test_what_was_dumped_is_restored_token_for_token(steps):
+    store, restored = TurnStore(10**6), TurnStore(10**6)
+    for name, parent, size in steps:
+        store.keep(key_of(name), store.find([key_of(parent)]), [name] * size)
+    restored.restore(store.dump())
+    assert len(restored) == len(store)
+    for name in range(6):
+        turn, again = store.find([key_of(name)]), restored.find([key_of(name)])
+        assert (turn is None) == (again is None)
+        assert turn is None or again.token_ids == turn.token_ids
+
+
 @given(steps=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.integers(0, 60)), max_size=60))
 def test_the_store_keeps_its_bound_whatever_is_put_into_it(steps):
     store = TurnStore(4 * 300)

@@ -72,7 +72,8 @@ class Engine:
     ):
         """Calls `build` on the device thread and returns when the model is ready.
 
-        store: keeps what the caches hold beyond this engine, for others with the same `model_key`.
+        store: keeps what the caches hold beyond this engine, for others with the same `model_key`, which says
+        what weights and vocabulary these are.
         """
         self.config = config
         self.name = name
@@ -82,6 +83,7 @@ class Engine:
         self.generation_defaults = generation_defaults or SamplingDefaults()
         self.pooling = pooling  # of embeddings, unless a request says; None: one that is not implemented
         self.max_context = config.max_position_embeddings
+        self.model_key = model_key
         self.weight_bytes = 0  # of a model that was loaded from files
         self.cache_bytes = 0  # reserved for keys and values, committed as they are written
         self._lock = threading.Lock()
@@ -128,7 +130,7 @@ class Engine:
                     generation_defaults=SamplingDefaults.from_gguf(file.metadata),
                     pooling=pooling_of(file.metadata.get(f"{config.model_type}.pooling_type")),
                     store=store,
-                    model_key="" if store is None else f"{fingerprint(file)} {engine_options.quant}",
+                    model_key=f"{fingerprint(file)} {engine_options.quant}",
                 )
                 try:
                     parts = text.result()

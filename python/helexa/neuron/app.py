@@ -40,6 +40,7 @@ from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
 
 logger = logging.getLogger(__name__)
+_TURNS = "turns"  # the name in the state store
 _LAST_CONNECTIONS_S = 3.0  # for answers that are written when everything has been drained
 
 
@@ -66,9 +67,12 @@ class Neuron:
     ):
         self.config = config
         self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
-        store = _state_store(config.state_cache)
-        if store is not None:
-            load = partial(load, store=store)
+        self.turns = TurnStore(config.prompt.turn_store_bytes) if config.prompt.reuse_turns else None
+        self.store = _state_store(config.state_cache)
+        if self.store is not None:
+            load = partial(load, store=self.store)
+            if self.turns is not None and (kept := self.store.get(_TURNS)) is not None:
+                self.turns.restore(kept)
         self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
         self.text_work = TextWork()
         self.control = Control(config, self.registry, self.metrics)
@@ -76,8 +80,7 @@ class Neuron:
     @property
     def app(self) -> Starlette:
         parts = self.registry, self.metrics, self.config.neuron, self.text_work
-        prompt = self.config.prompt
-        prompts = ChatPrompts(TurnStore(prompt.turn_store_bytes) if prompt.reuse_turns else None)
+        prompts = ChatPrompts(self.turns)
         app = Starlette(
             routes=[
                 *self.control.routes,
@@ -112,6 +115,8 @@ class Neuron:
             await asyncio.gather(*background, return_exceptions=True)
             await self.registry.close(0.0)
             self.text_work.close()
+            if self.store is not None and self.turns is not None:
+                await asyncio.to_thread(self.store.put, _TURNS, [self.turns.dump()])
 
 
 class Edge:

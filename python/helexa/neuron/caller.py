@@ -22,5 +22,6 @@ def caller_of(request: Request) -> Caller:
 
 
 def turn_owner(model: LoadedModel, caller: Caller) -> tuple[str, ...]:
-    """Whose turns may be continued: the caller's, on this load of the model."""
-    return caller.principal, model.id, str(model.loaded_at)
+    """Whose turns may be continued: the caller's, on the same model, or else on this load of it."""
+    key = model.engine.model_key if model.engine else ""
+    return caller.principal, model.id, key or str(model.loaded_at)

@@ -7,6 +7,7 @@ found by a hash over everything that its meaning depends on, in a canonical form
 
 import hashlib
 import json
+import struct
 import threading
 from array import array
 from collections import Counter, OrderedDict
@@ -16,6 +17,9 @@ from typing import Any
 
 from helexa.wire.chat import AnswerMessage, Message, ToolCall
 
+_KEY_BYTES = 20
+_NO_KEY = bytes(_KEY_BYTES)
+_LENGTH = struct.Struct("<I")
 _OVERHEAD = 256  # bytes of an entry beside its tokens
 
 
@@ -71,11 +75,41 @@ class TurnStore:
 
     def keep(self, key: bytes, parent: Turn | None, own: Sequence[int]) -> None:
         """Adds a turn, or replaces the one of that key, whose tokens are less likely to be cached."""
-        turn = Turn(key, parent, array("i", own))
+        self._keep(Turn(key, parent, array("i", own)))
+
+    def dump(self) -> bytes:
+        """All turns, for `restore`."""
+        parts = []
+        with self._lock:
+            for turn in self._turns.values():
+                parent, own = turn.parent, turn.own
+                if parent is not None and self._turns.get(parent.key) is not parent:
+                    parent, own = None, array("i", turn.token_ids)
+                parts += [turn.key, _NO_KEY if parent is None else parent.key]
+                parts += [_LENGTH.pack(len(own)), own.tobytes()]
+        return b"".join(parts)
+
+    def restore(self, data: bytes | bytearray) -> None:
+        """Adds what another store has dumped."""
+        read = {key: (parent, own) for key, parent, own in _read_turns(memoryview(data))}
+        turns: dict[bytes, Turn | None] = {_NO_KEY: None}
+        for key in read:
+            line = [key]
+            while line[-1] not in turns:
+                line.append(read[line[-1]][0])
+            for one in reversed(line[:-1]):
+                parent, own = read[one]
+                turns[one] = Turn(one, turns[parent], own)
+        for key in read:
+            turn = turns[key]
+            assert turn is not None
+            self._keep(turn)
+
+    def _keep(self, turn: Turn) -> None:
         with self._lock:
             self._hold(turn)
-            self._drop(key)
-            self._turns[key] = turn
+            self._drop(turn.key)
+            self._turns[turn.key] = turn
             self._touch(turn)
             while self.nbytes > self.max_bytes:
                 self._drop(next(iter(self._turns)))
@@ -102,6 +136,17 @@ class TurnStore:
         for one in turn.line():
             if self._turns.get(one.key) is one:
                 self._turns.move_to_end(one.key)
+
+
+def _read_turns(data: memoryview) -> "Iterator[tuple[bytes, bytes, array[int]]]":
+    while data:
+        key, parent = bytes(data[:_KEY_BYTES]), bytes(data[_KEY_BYTES : 2 * _KEY_BYTES])
+        (length,) = _LENGTH.unpack_from(data, 2 * _KEY_BYTES)
+        own = array("i")
+        start = 2 * _KEY_BYTES + _LENGTH.size
+        own.frombytes(data[start : start + length * own.itemsize])
+        yield key, parent, own
+        data = data[start + length * own.itemsize :]
 
 
 def conversation_keys(root: object, messages: Sequence[Message]) -> list[bytes]:
@@ -146,4 +191,4 @@ def _number(text: str) -> float:
 
 def _hash(key: bytes, value: object) -> bytes:
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.blake2b(key + text.encode(), digest_size=20).digest()
+    return hashlib.blake2b(key + text.encode(), digest_size=_KEY_BYTES).digest()
