@@ -19,6 +19,7 @@ from helexa.engine.grammar import GrammarSpec
 from helexa.engine.output import OutputFormat
 from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.sequence import GenerationProgress
+from helexa.engine.state_store import StateStore
 from helexa.engine.stream import Delta, TokenLogprob, Usage
 from helexa.errors import HelexaError, InvalidParameter, ShuttingDown, SourceError
 from helexa.neuron.app import Neuron
@@ -257,14 +258,23 @@ async def client(make_neuron: Callable[..., Neuron]) -> AsyncIterator[httpx.Asyn
 
 
 @asynccontextmanager
-async def serving(engine: Engine, **prompt: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+async def serving(
+    engine: Engine | Callable[[StateStore], Engine],
+    state_cache: StateCacheSection | None = None,
+    **prompt: Any,
+) -> AsyncIterator[openai.AsyncOpenAI]:
     """The official client of a neuron on which `engine` is model "m"."""
+
+    def load(path: Path, *, store: StateStore | None = None, **_: Any) -> Engine:
+        return engine if isinstance(engine, Engine) else engine(store)
+
     config = NeuronConfig(
         neuron=NeuronSection(keep_alive_s=0.05, shutdown_grace_s=0.2),
         prompt=PromptSection(**prompt),
+        state_cache=state_cache or StateCacheSection(),
         models=(ModelEntry(id="m"),),
     )
-    neuron = Neuron(config, load=lambda path, **_: engine, fetch=lambda source, _: Path(source))
+    neuron = Neuron(config, load=load, fetch=lambda source, _: Path(source))
     async with listening(neuron) as http:
         await until(lambda: neuron.registry.activation().state == "ready")
         url = f"{str(http.base_url).rstrip('/')}/v1"

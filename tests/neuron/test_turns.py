@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helexa.neuron.config import StateCacheSection
 from helexa.neuron.turns import TurnStore, conversation_keys, next_key
 from helexa.wire.chat import AnswerMessage, FunctionCall, Message, ToolCall
 from support.scripted_engine import TEMPLATE, scripted_engine
@@ -76,6 +77,26 @@ async def api(serve_engine):
 
 
 # Conversations
+
+
+async def test_a_conversation_goes_on_after_a_restart_with_all_its_reasoning(serve_engine, tmp_path):
+    def load(store):
+        return scripted_engine(SCRIPT, store=store)
+
+    kept = StateCacheSection(path=str(tmp_path / "states"))
+    async with serve_engine(load, kept) as api:
+        chat = Conversation(api)
+        for number in range(2):
+            await chat.say(f"Question {number}")
+    async with serve_engine(load, kept) as chat.api:
+        await chat.say("Question 2")
+        chat.assert_reuses_all()
+    async with serve_engine(load) as api:  # which knows nothing of it
+        usages = [*chat.usages]
+        chat.api = api
+        await chat.say("Question 3")
+        assert chat.usages[-1].prompt_tokens_details.cached_tokens == 0
+        assert chat.usages[-1].prompt_tokens < usages[-1].prompt_tokens  # its template drops the reasoning
 
 
 async def test_a_conversation_goes_on_from_the_exact_tokens_of_its_answers(api):

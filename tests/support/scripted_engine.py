@@ -11,6 +11,7 @@ import torch
 
 from helexa.engine import Engine, EngineOptions
 from helexa.engine.chat_template import ChatTemplate
+from helexa.engine.state_store import StateStore
 from helexa.engine.tokenizer import Tokenizer
 from helexa.models import ModelConfig
 
@@ -130,7 +131,12 @@ class Reciter:
 
 
 def scripted_engine(
-    script: dict[str, str], *, template: str | None = TEMPLATE, max_context: int = 8192, **options: Any
+    script: dict[str, str],
+    *,
+    template: str | None = TEMPLATE,
+    max_context: int = 8192,
+    store: StateStore | None = None,
+    **options: Any,
 ) -> Engine:
     """An engine that answers what users say as `script` has it."""
     words = tokenizer()
@@ -157,4 +163,6 @@ def scripted_engine(
         name="reciter",
         tokenizer=words,
         chat_template=ChatTemplate(template, eos_token="<|im_end|>") if template else None,
+        store=store,
+        model_key="reciter" if store else "",
     )
