@@ -39,16 +39,19 @@ HELEXA_INLINE float store_half(uint8_t* p, float x) {
 // --- blocks of 32 with one scale -------------------------------------------------------------------------------------
 
 // The value of the largest magnitude, with its sign.
-float peak(const float* x, int n) {
-  float best = 0.0f;
-  for (int i = 0; i < n; ++i) {
-    if ((x[i] < 0 ? -x[i] : x[i]) > (best < 0 ? -best : best)) best = x[i];
+template <int kSize>
+float peak(const float* x) {
+  f32x16 high = load(x), low = load(x);
+  for (int i = 16; i < kSize; i += 16) {
+    high = max(high, load(x + i));
+    low = min(low, load(x + i));
   }
-  return best;
+  const float most = reduce_max(high), least = -reduce_max(zero() - low);
+  return most < -least ? least : most;
 }
 
 void encode_q8_0(const float* x, uint8_t* block) {
-  const float most = peak(x, 32);
+  const float most = peak<32>(x);
   const float inv = inverse(store_half(block, (most < 0 ? -most : most) / 127.0f));
   for (int i = 0; i < 32; ++i) {
     block[2 + i] = static_cast<uint8_t>(static_cast<int8_t>(clamped_round(x[i] * inv, -127.0f, 127.0f)));
@@ -58,7 +61,7 @@ void encode_q8_0(const float* x, uint8_t* block) {
 // Codes around `zero`, which is half of their number: the peak gets the code 0, whose magnitude no other reaches.
 void symmetric_codes(const float* x, int zero, uint8_t* scale, uint8_t* codes) {
   const float z = static_cast<float>(zero);
-  const float inv = inverse(store_half(scale, peak(x, 32) / -z));
+  const float inv = inverse(store_half(scale, peak<32>(x) / -z));
   for (int i = 0; i < 32; ++i)
     codes[i] = static_cast<uint8_t>(clamped_round(x[i] * inv + z, 0.0f, 2 * z - 1));
 }
@@ -379,7 +382,7 @@ void encode_q6_k(const float* x, uint8_t* block) {
   to_lanes(x, lanes);
   float scales[16];
   store(scales, search_symmetric(lanes));
-  const float d = store_half(block + 208, peak(scales, 16) / -128.0f);
+  const float d = store_half(block + 208, peak<16>(scales) / -128.0f);
   const float inv = inverse(d);
   uint8_t codes[256];
   for (int j = 0; j < 16; ++j) {

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 _AHEAD_BYTES = 32 << 20
+_ABANDONED_S = 3600.0  # after its last growth
 _ENCODERS = 1  # raised when an encoder finds other codes, so that results kept on disk are made anew
 _SAMPLES, _SAMPLE_BYTES, _HEADER_BYTES = 256, 4096, 1 << 20
 _TOKENIZER = "tokenizer.ggml.model"
@@ -178,6 +180,9 @@ def _kept(file: ModelFile, view: QuantizedFile, recipe: Recipe, progress: Progre
                 "quantized_not_kept", extra=fields(path=path, needed_bytes=needed, free_bytes=free)
             )
             return None
+        for cut_off in path.parent.glob(f".{path.name}.*"):  # of a process that was killed, if it is old
+            if time.time() - cut_off.stat().st_mtime > _ABANDONED_S:
+                cut_off.unlink(missing_ok=True)
         write_gguf(path, _entries(file, file.metadata, recipe), view, progress)
         for old in path.parent.glob(f"{_family(file, recipe)}*.gguf"):
             if old != path:  # of the same model before it changed
