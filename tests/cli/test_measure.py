@@ -88,6 +88,20 @@ def test_an_embedding_counts_for_a_step_only_as_the_output(tmp_path: Path, has_o
     assert bytes_per_token(path) == 4 * (8 * 4 + 2 * 4)
 
 
+def test_a_step_reads_only_the_experts_that_a_token_uses(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "qwen3moe")
+    writer.add_expert_count(8)
+    writer.add_expert_used_count(2)
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((8, 4), np.float32))
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((8, 3, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert bytes_per_token(path) == 4 * (8 * 4 + 2 * 3 * 4)
+
+
 def test_the_machine_is_measured_with_plausible_results(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

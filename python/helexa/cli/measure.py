@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ async def measure_engine(engine: Any, work: Workload) -> dict[str, float]:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one decode step reads: all but an embedding that is not also the output."""
+    """Bytes of weights that a decode step of one sequence reads: all but an embedding that is not also the
+    output, and of the experts those that a token uses."""
     from helexa.weights.model_file import open_model
 
     file = open_model(path)
@@ -129,9 +130,16 @@ def bytes_per_token(path: Path) -> int:
         embedding = file.tensors.get("token_embd.weight")
         if embedding is not None and "output.weight" in file.tensors:
             total -= embedding.nbytes
-        return total
+        experts, used = (_expert_count(file.metadata, key) for key in ("expert_count", "expert_used_count"))
+        stacks = sum(tensor.nbytes for name, tensor in file.tensors.items() if "_exps." in name)
+        return total - stacks + stacks * used // experts
     finally:
         file.close()
+
+
+def _expert_count(metadata: Mapping[str, Any], key: str) -> int:
+    """A count of experts in a header; 1 where there are none."""
+    return int(metadata.get(f"{metadata.get('general.architecture')}.{key}", 0)) or 1
 
 
 def read_bandwidth(threads: int, repeats: int = 8) -> float:
