@@ -51,10 +51,11 @@ async def test_a_gateway_is_asked_to_load_and_says_where(serve, monkeypatch: pyt
     monkeypatch.setattr("helexa.cli.load.POLL_S", 0)
     posted: list[Any] = []
     url = await serve(gateway(posted, LOADING, {"id": "m", "status": "loaded", "load_seconds": 2.0}))
-    arguments = ("load", "alias", "--url", url, "--key", "k", "--node", "attic", "--max-context", "64")
+    arguments = ("load", "alias", "--url", url, "--key", "k", "--node", "attic")
+    arguments += ("--max-context", "64", "--quant", "q8_0")
     done = await asyncio.to_thread(helexa, *arguments)
     assert done.output.endswith("m is loaded on attic in 2.0 s\n")
-    body = {"model_id": "alias", "options": {"max_context": 64}, "node": "attic"}
+    body = {"model_id": "alias", "options": {"max_context": 64, "quant": "q8_0"}, "node": "attic"}
     assert posted == [("/models/load", body, "Bearer k")]
 
 

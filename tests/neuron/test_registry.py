@@ -7,6 +7,7 @@ import time
 import pytest
 
 from helexa.errors import BadRequest, ShuttingDown, SourceError, Unavailable
+from helexa.neuron.config import ModelEntry
 from helexa.wire import sse
 from helexa.wire.control import LoadOptions, LoadRequest
 
@@ -180,6 +181,12 @@ async def test_defragmenting_unloads_everything_before_it_loads_anything(make_ne
         assert closed_at_load == [[True, True], [True, True]]
         assert script.loads[2:] == [("/models/a", {"max_context": 64}), ("/models/b", {"max_context": 64})]
         assert (await client.post("/v1/chat/completions", json=CHAT | {"model": "b"})).status_code == 200
+
+
+def test_a_recipe_that_is_unknown_is_refused_with_the_configuration():
+    assert ModelEntry(id="m", quant="Q4-K-M").options.quant == "Q4-K-M"
+    with pytest.raises(ValueError, match="quant is 'q4_m'; did you mean q4_k_m"):
+        ModelEntry(id="m", quant="q4_m")
 
 
 async def test_a_repository_without_the_wanted_file_is_quantized_while_it_loads(
