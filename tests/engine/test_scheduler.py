@@ -508,6 +508,17 @@ def test_agents_that_start_together_wait_for_the_first_to_reach_a_common_state(d
         assert machine.generated[sequence.number] == expected(prompt, 3, VOCAB)
 
 
+def test_who_waits_for_a_state_finds_it_also_while_another_one_is_admitted(device):
+    machine = hybrid(device)
+    prompts = [[*prompt_of(29), agent, agent, agent] for agent in range(3)]
+    first, second = (machine.add(prompt, 9, snapshot_at=(29,)) for prompt in prompts[:2])
+    while first.num_computed < 29:
+        machine.step()
+    third = machine.add(prompts[2], 9, snapshot_at=(29,))
+    machine.run()
+    assert [sequence.cached_tokens for sequence in (first, second, third)] == [0, 29, 29]
+
+
 def test_who_waits_for_a_state_goes_on_when_the_other_is_cancelled(device, expected):
     machine = hybrid(device)
     first, second = (machine.add([*prompt_of(29), agent], 3, snapshot_at=(29,)) for agent in (1, 2))

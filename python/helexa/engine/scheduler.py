@@ -295,11 +295,10 @@ class Scheduler:
         if sequence.stored:
             stored = sequence.stored[0]
             return Plan([sequence], stored.end - stored.start, is_prefill=True, stored=stored)
-        if sequence.shares_pages and self._prefix is not None and not self._copies:
-            if self._snapshots is None:
-                self._skip_shared(sequence)
-            else:
-                self._skip_to_snapshot(sequence)
+        if self._snapshots is not None:
+            self._skip_to_snapshot(sequence)
+        elif sequence.shares_pages and not self._copies:
+            self._skip_shared(sequence)
         end = sequence.cuts[-1] if sequence.cuts else len(sequence.token_ids)
         return Plan([sequence], min(chunk, end - sequence.num_computed), is_prefill=True)
 
@@ -335,7 +334,8 @@ class Scheduler:
 
     def _skip_shared(self, sequence: Sequence) -> None:
         """Takes over pages that another sequence has completed since this one was admitted."""
-        assert self._prefix is not None
+        if self._prefix is None:
+            return
         page_tokens = self._pool.page_tokens
         while (end := (sequence.depth + 1) * page_tokens) < len(sequence.token_ids):
             assert sequence.node is not None
