@@ -193,7 +193,7 @@ def _cell(summary: dict[str, Any] | None, show: Callable[[float], str]) -> str:
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="a GGUF file, or a name that `helexa models` lists")],
+    model: Annotated[str, typer.Argument(help="a path, or a name that `helexa models` lists")],
     prompt: Annotated[int, typer.Option(min=0, help="tokens of the timed prompt")] = 512,
     generate: Annotated[int, typer.Option(min=0, help="tokens to generate")] = 128,
     depth: Annotated[int, typer.Option(min=0, help="tokens of context before anything is timed")] = 0,

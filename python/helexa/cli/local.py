@@ -24,7 +24,7 @@ def usable_cpus() -> int:
 
 
 def local_model(name: str) -> Path:
-    """The GGUF file that `name` stands for: a path, or a model in the cache. Raises HelexaError."""
+    """The file or directory that `name` stands for: a path, or a model in the cache. Raises HelexaError."""
     need_engine()
     return resolve(name)
 

@@ -104,7 +104,7 @@ def evaluate(
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help="a GGUF file, or a name that `helexa models` lists")],
+    model: Annotated[str, typer.Argument(help="a path, or a name that `helexa models` lists")],
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to predict")],
     context: Annotated[int, typer.Option(min=4, help="tokens per chunk")] = 512,
     reference: Annotated[
