@@ -121,7 +121,7 @@ def report(
     document: dict[str, Any] = {
         "helexa_version": __version__,
         "model": Path(work.model).name,
-        "file_bytes": Path(work.model).stat().st_size,
+        "file_bytes": _file_bytes(Path(work.model)),
         "bytes_per_token": own[0]["bytes_per_token"],
         "cpu": cpu_name(),
         "threads": work.threads,
@@ -190,6 +190,12 @@ def table(document: dict[str, Any]) -> Table:
 
 def _cell(summary: dict[str, Any] | None, show: Callable[[float], str]) -> str:
     return f"{show(summary['median'])} ± {summary['spread_percent']:.0f} %" if summary else ""
+
+
+def _file_bytes(path: Path) -> int:
+    """Of a GGUF file, or of a directory's weights."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def bench(

@@ -187,7 +187,8 @@ def up(
     ):
         check_port_is_free(number, option)
     path = fetch(model)
-    model = path.stem if Path(model).is_file() else model
+    if Path(model).exists():
+        model = path.stem if path.is_file() else path.absolute().name
     folder = state_folder()
     write_configuration(folder, model, str(path), port, metrics_port, neuron_port)
     asyncio.run(_supervise(folder, model, port, neuron_port))
