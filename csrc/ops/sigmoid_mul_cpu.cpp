@@ -13,9 +13,8 @@ constexpr int64_t kGrainValues = 16384;
 
 void sigmoid_mul_cpu(float* x, const float* gate, int64_t num_values) {
   const auto sigmoid_mul_values = pick_sigmoid_mul_values();
-  parallel_for(num_values, kGrainValues, [&](int64_t begin, int64_t end) {
-    sigmoid_mul_values(x + begin, gate + begin, end - begin);
-  });
+  parallel_for(num_values, kGrainValues,
+               [&](int64_t begin, int64_t end) { sigmoid_mul_values(x + begin, gate + begin, end - begin); });
 }
 
 }  // namespace helexa
