@@ -7,7 +7,36 @@ data out.
 
 from typing import Protocol
 
+import msgspec
+
 from helexa.errors import HelexaError
+
+
+class SaidFunction(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class SaidCall(msgspec.Struct):
+    index: int = 0
+    id: str | None = None
+    function: SaidFunction | None = None
+
+
+class Said(msgspec.Struct):
+    """A delta of a canonical stream, or the message of a whole answer, as far as dialects tell it on.
+
+    Other servers leave out what is not needed; `reasoning` is what some of them call it.
+    """
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[SaidCall] | None = None
+
+    @property
+    def thought(self) -> str:
+        return self.reasoning_content or self.reasoning or ""
 
 
 class Translator(Protocol):

@@ -18,6 +18,7 @@ import msgspec
 from helexa.errors import HelexaError, UpstreamError
 from helexa.wire import sse
 from helexa.wire.anthropic.errors import error_body
+from helexa.wire.dialect import Said, SaidCall, SaidFunction
 from helexa.wire.errors import parse_error
 from helexa.wire.generation import Usage
 
@@ -27,33 +28,9 @@ LIFE_S = 20.0  # of pings until the next event that changes nothing
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    index: int = 0
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _Said(msgspec.Struct):
-    """A delta, or the message of a whole answer; `reasoning` is what some other servers call it."""
-
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[_Call] | None = None
-
-    @property
-    def thought(self) -> str:
-        return self.reasoning_content or self.reasoning or ""
-
-
 class _Choice(msgspec.Struct):
-    delta: _Said | None = None
-    message: _Said | None = None
+    delta: Said | None = None
+    message: Said | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -145,7 +122,7 @@ class MessagesTranslator:
     def whole(self, body: bytes) -> bytes:
         answer = _decode(_DECODER, body)
         choice = answer.choices[0] if answer.choices else _Choice()
-        said, usage = choice.message or _Said(), answer.usage or Usage(0, 0, 0)
+        said, usage = choice.message or Said(), answer.usage or Usage(0, 0, 0)
         content = list(_content(said, self._omits_thinking))
         reason, stop = _stop_reason(
             choice.finish_reason,
@@ -183,7 +160,7 @@ class MessagesTranslator:
             self._told_s = self._clock()
         return found
 
-    def _say(self, delta: _Said) -> bytes:
+    def _say(self, delta: Said) -> bytes:
         found = b""
         if delta.thought:
             found += self._write("thinking", delta.thought)
@@ -209,8 +186,8 @@ class MessagesTranslator:
                 return self._sign_of_life(None) if is_due else found
         return found + self._delta(kind, text)
 
-    def _write_call(self, call: _Call) -> bytes:
-        function, found = call.function or _Function(), b""
+    def _write_call(self, call: SaidCall) -> bytes:
+        function, found = call.function or SaidFunction(), b""
         if self._open != "tool_use" or call.index != self._call:
             self._call, self._has_called, self._held = call.index, True, ("", "")
             found = self._close() + self._begin(_tool_use(call, {}))
@@ -288,7 +265,7 @@ def _event(kind: str, **members: Any) -> bytes:
     return sse.encode({"type": kind, **members}, kind)
 
 
-def _content(said: _Said, omits_thinking: bool) -> Iterator[dict[str, Any]]:
+def _content(said: Said, omits_thinking: bool) -> Iterator[dict[str, Any]]:
     if said.thought.strip():
         shown = "" if omits_thinking else said.thought
         yield {"type": "thinking", "thinking": shown, "signature": _signature(said.thought)}
@@ -298,13 +275,13 @@ def _content(said: _Said, omits_thinking: bool) -> Iterator[dict[str, Any]]:
         yield _tool_use(call, _arguments(call))
 
 
-def _tool_use(call: _Call, arguments: dict[str, Any]) -> dict[str, Any]:
+def _tool_use(call: SaidCall, arguments: dict[str, Any]) -> dict[str, Any]:
     name = call.function.name if call.function else None
     made = call.id or f"toolu_{uuid.uuid4().hex}"
     return {"type": "tool_use", "id": made, "name": name or "", "input": arguments}
 
 
-def _arguments(call: _Call) -> dict[str, Any]:
+def _arguments(call: SaidCall) -> dict[str, Any]:
     """The arguments; none if the answer was cut off within them."""
     try:
         found = msgspec.json.decode((call.function and call.function.arguments) or "{}")

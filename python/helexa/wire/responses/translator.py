@@ -15,6 +15,7 @@ import msgspec
 
 from helexa.errors import BadRequest, ContextTooLong, HelexaError, UpstreamError
 from helexa.wire import sse
+from helexa.wire.dialect import Said, SaidCall, SaidFunction
 from helexa.wire.errors import error_bytes, parse_error
 from helexa.wire.responses.output import CALL_ITEMS, MessageItem, OutputItem, ReasoningItem
 from helexa.wire.responses.request import FIELD_NAMES, ResponsesRequest
@@ -26,28 +27,9 @@ _PREFILL = re.compile(rb": prefill (\d+)/(\d+)$")
 _KEPT_CODES = ("context_length_exceeded", "rate_limit_exceeded", "insufficient_quota")
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    index: int = 0
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _Delta(msgspec.Struct):
-    """A delta of a stream, or the whole message of an answer."""
-
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[_Call] | None = None
-
-
 class _Choice(msgspec.Struct):
-    delta: _Delta | None = None
-    message: _Delta | None = None
+    delta: Said | None = None
+    message: Said | None = None
     finish_reason: str | None = None
     logprobs: Json | None = None
 
@@ -165,8 +147,8 @@ class ResponseTranslator:
             if (delta := choice.delta or choice.message) is None:
                 continue
             is_whole = choice.message is not None
-            if delta.reasoning_content:
-                self._reasoning().push(delta.reasoning_content)
+            if delta.thought:
+                self._reasoning().push(delta.thought)
             if delta.content:
                 self._message().push(delta.content, _logprobs(choice.logprobs))
             for number, call in enumerate(delta.tool_calls or ()):
@@ -191,8 +173,8 @@ class ResponseTranslator:
             self._open = MessageItem(self._emit, index, self._item_token(index))
         return self._open
 
-    def _push_call(self, call: _Call, number: int) -> None:
-        function = call.function or _Function()
+    def _push_call(self, call: SaidCall, number: int) -> None:
+        function = call.function or SaidFunction()
         if self._call_index != number or self._open is None:
             if not function.name:
                 self._fail(_garbled("a tool call without a name"))
