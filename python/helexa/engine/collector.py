@@ -1,5 +1,6 @@
 """What is wanted of a prompt instead of an answer: logits or logprobs of its tokens, or one vector for it."""
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ Pooling = Literal["mean", "last"]
 FloatArray = npt.NDArray[np.float32]
 
 
-class Collector:
+class Collector(ABC):
     """Takes the rows that the model computes, on the device thread, and resolves a future at the end."""
 
     mailbox: Mailbox | None = None
@@ -26,12 +27,12 @@ class Collector:
         self.future: Future[FloatArray] = Future()
         self.future.set_running_or_notify_cancel()  # who waits may go, and cannot resolve it in between
 
+    @abstractmethod
     def take(self, rows: Any, start: int) -> None:
         """rows: [R, V] or [R, D] float32, of the tokens from `start` on; may be empty."""
-        raise NotImplementedError
 
-    def result(self) -> FloatArray:
-        raise NotImplementedError
+    @abstractmethod
+    def result(self) -> FloatArray: ...
 
     def receive(self, event: Sampled | Finished) -> None:
         if self.future.done() or not isinstance(event, Finished):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from helexa import ops
-from helexa.layers.linear import Linear, RowBlocks, Scope
+from helexa.layers.linear import Linear, Scope
 from helexa.layers.step import Step
 
 
@@ -70,7 +70,7 @@ class GatedDeltaNet:
         return self.out_proj(out[rows])
 
 
-def _gate_blocks(num_key_heads: int, group: int) -> tuple[RowBlocks, RowBlocks]:
+def _gate_blocks(num_key_heads: int, group: int) -> tuple[ops.RowBlocks, ops.RowBlocks]:
     """The rows of b and those of a in a matrix that has for each key head b and a of its value heads."""
     starts = [2 * group * head for head in range(num_key_heads)]
     return (

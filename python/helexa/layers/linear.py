@@ -12,15 +12,13 @@ from torch import Tensor
 from helexa import ops
 from helexa.errors import InvalidFile
 
-RowBlocks = tuple[tuple[int, int], ...]
-
 
 class TensorSource(Protocol):
     """Where the tensors of a model come from: weights.load.GGUFWeights, or a dict of arrays in a test."""
 
     def __contains__(self, name: str) -> bool: ...
 
-    def linear(self, name: str, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+    def linear(self, name: str, blocks: ops.RowBlocks | None = None) -> ops.PackedWeight:
         """The matrix `name`, packed for the kernels; of a stack of matrices, all one below the other.
 
         With blocks, the rows first … end of each block, one after the other.
@@ -61,7 +59,9 @@ class Scope:
             return whole.format(number)
         return f"{self.names[module].format(number)}.{kind}"
 
-    def matrix(self, module: str, rows: int, cols: int, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+    def matrix(
+        self, module: str, rows: int, cols: int, blocks: ops.RowBlocks | None = None
+    ) -> ops.PackedWeight:
         """The weight of a linear or embedding module, or the given blocks of its rows, `rows` in all."""
         name = self._require(f"{module}.weight", (rows, cols))
         weight = self.source.linear(name) if blocks is None else self.source.linear(name, blocks)

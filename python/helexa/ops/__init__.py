@@ -13,6 +13,7 @@ from helexa.ops.moe import moe_mlp, moe_mlp_reference, moe_route, moe_route_refe
 from helexa.ops.pack import (
     TILE_ROWS,
     PackedWeight,
+    RowBlocks,
     WeightArena,
     empty_packed,
     pack_rows,
@@ -33,6 +34,7 @@ __all__ = [
     "CpuGraph",
     "DeltaParameters",
     "PackedWeight",
+    "RowBlocks",
     "WeightArena",
     "attention",
     "attention_reference",

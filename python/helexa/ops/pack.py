@@ -13,6 +13,7 @@ from helexa.ops.tensor import check
 from helexa.quant import FORMATS
 
 TILE_ROWS = 16
+RowBlocks = tuple[tuple[int, int], ...]  # rows first … end of a matrix, one block after the other
 _MAPPING_BYTES = 256 << 20
 FORMAT_IDS = {  # csrc/quant/formats.def
     name: index

@@ -19,7 +19,6 @@ from helexa.weights.gguf import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-RowBlocks = tuple[tuple[int, int], ...]
 _SLICE_BYTES = 16 << 20
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -64,7 +63,7 @@ class GGUFWeights:
     def __init__(self, file: TensorFile, *, progress: Callable[[LoadProgress], None] | None = None):
         self.file = file
         self._progress = progress or (lambda progress: None)
-        self._matrices: dict[tuple[str, RowBlocks | None], ops.PackedWeight] = {}
+        self._matrices: dict[tuple[str, ops.RowBlocks | None], ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._arena = ops.WeightArena()
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
@@ -74,7 +73,7 @@ class GGUFWeights:
     def __contains__(self, name: object) -> bool:
         return name in self.file.tensors
 
-    def linear(self, name: str, blocks: RowBlocks | None = None) -> ops.PackedWeight:
+    def linear(self, name: str, blocks: ops.RowBlocks | None = None) -> ops.PackedWeight:
         """The matrix `name`, packed; a stack of matrices is one matrix with all their rows, a vector one row.
 
         With blocks, the rows first … end of each block, one after the other.  Raises InvalidFile if it is
@@ -113,7 +112,7 @@ class GGUFWeights:
         found = f"tensor {info.name!r}, {info.format} {list(info.shape)}"
         return InvalidFile(f"{self.file.path.name}: found {found}, expected {expected}")
 
-    def _pack(self, info: TensorInfo, blocks: RowBlocks | None) -> ops.PackedWeight:
+    def _pack(self, info: TensorInfo, blocks: ops.RowBlocks | None) -> ops.PackedWeight:
         cols, file_rows, row_bytes = info.shape[-1], info.num_rows, info.row_bytes
         parts = blocks or ((0, file_rows),)
         rows = sum(end - first for first, end in parts)
@@ -152,7 +151,7 @@ class GGUFWeights:
         self._progress(LoadProgress("weights", 100 * self._done_bytes / self._all_bytes))
 
 
-def _cut(parts: RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
+def _cut(parts: ops.RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
     """The rows of the file that are rows place … place + count of the parts one after the other."""
     found = []
     for first, end in parts:

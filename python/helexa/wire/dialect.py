@@ -39,6 +39,12 @@ class Said(msgspec.Struct):
         return self.reasoning_content or self.reasoning or ""
 
 
+class Count(msgspec.Struct):
+    """What is read of the neuron's answer to `/tokenize`."""
+
+    count: int
+
+
 class Translator(Protocol):
     """The answer of one request in its dialect. A stream is `feed`, …, then `finish` or `failure`, once.
 
@@ -60,3 +66,16 @@ class Translator(Protocol):
 
     def whole(self, body: bytes) -> bytes:
         """The dialect's answer for a whole canonical answer."""
+
+
+class NeverStreamed:
+    """The part of a translator that has nothing to do where answers come whole."""
+
+    def feed(self, events: bytes) -> bytes:
+        return b""
+
+    def keep_alive(self) -> bytes:
+        return b""
+
+    def finish(self) -> bytes:
+        return b""

@@ -18,7 +18,7 @@ import msgspec
 from helexa.errors import HelexaError, UpstreamError
 from helexa.wire import sse
 from helexa.wire.anthropic.errors import error_body
-from helexa.wire.dialect import Said, SaidCall, SaidFunction
+from helexa.wire.dialect import Count, NeverStreamed, Said, SaidCall, SaidFunction
 from helexa.wire.errors import parse_error
 from helexa.wire.generation import Usage
 
@@ -43,12 +43,8 @@ class _Canonical(msgspec.Struct):
     error: Any = None
 
 
-class _Count(msgspec.Struct):
-    count: int
-
-
 _DECODER = msgspec.json.Decoder(_Canonical)
-_COUNT_DECODER = msgspec.json.Decoder(_Count)
+_COUNT_DECODER = msgspec.json.Decoder(Count)
 
 
 class MessagesTranslator:
@@ -242,17 +238,8 @@ class MessagesTranslator:
         return _event("message_delta", delta=delta, usage={"output_tokens": 0})
 
 
-class CountTranslator:
+class CountTranslator(NeverStreamed):
     """The answer of `/tokenize` as that of count_tokens; never a stream."""
-
-    def feed(self, events: bytes) -> bytes:
-        return b""
-
-    def keep_alive(self) -> bytes:
-        return b""
-
-    def finish(self) -> bytes:
-        return b""
 
     def failure(self, error: HelexaError) -> bytes:
         return msgspec.json.encode(error_body(error))

@@ -1,6 +1,7 @@
 """The items of a response while they are written: each says its own events, from `added` to `done`."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ Json = dict[str, Any]
 Emit = Callable[..., None]  # emit(type, **members)
 
 
-class OutputItem:
+class OutputItem(ABC):
     """One item; `item` is its latest state, and after `close` its final one."""
 
     def __init__(self, emit: Emit, index: int, item: Json):
@@ -21,9 +22,9 @@ class OutputItem:
         self._where = {"item_id": item["id"], "output_index": index}
         emit("response.output_item.added", output_index=index, item=dict(item))
 
+    @abstractmethod
     def push(self, text: str, logprobs: list[Json] | None = None) -> None:
         """A further piece of the item's text; an empty one is told too and changes nothing."""
-        raise NotImplementedError
 
     def close(self, status: str = "completed") -> Json:
         """Ends the item; returns its final state."""
@@ -40,8 +41,8 @@ class OutputItem:
         self._emit = _say_nothing
         return self.close("incomplete")
 
-    def _end(self, status: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _end(self, status: str) -> None: ...
 
 
 class MessageItem(OutputItem):

@@ -15,7 +15,7 @@ import msgspec
 
 from helexa.errors import BadRequest, ContextTooLong, HelexaError, UpstreamError
 from helexa.wire import sse
-from helexa.wire.dialect import Said, SaidCall, SaidFunction
+from helexa.wire.dialect import Count, NeverStreamed, Said, SaidCall, SaidFunction
 from helexa.wire.errors import error_bytes, parse_error
 from helexa.wire.responses.output import CALL_ITEMS, MessageItem, OutputItem, ReasoningItem
 from helexa.wire.responses.request import FIELD_NAMES, ResponsesRequest
@@ -40,10 +40,6 @@ class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: Json | None = None
     error: Any = None
-
-
-class _Count(msgspec.Struct):
-    count: int
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -248,24 +244,15 @@ class ResponseTranslator:
         return taken
 
 
-class CountTranslator:
+class CountTranslator(NeverStreamed):
     """The answer of `/tokenize` as the count of a request's input tokens; never a stream."""
-
-    def feed(self, events: bytes) -> bytes:
-        return b""
-
-    def keep_alive(self) -> bytes:
-        return b""
-
-    def finish(self) -> bytes:
-        return b""
 
     def failure(self, error: HelexaError) -> bytes:
         return error_bytes(error)
 
     def whole(self, body: bytes) -> bytes:
         try:
-            count = msgspec.json.decode(body, type=_Count).count
+            count = msgspec.json.decode(body, type=Count).count
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _garbled(error) from error
         return msgspec.json.encode({"object": "response.input_tokens", "input_tokens": count})
