@@ -6,9 +6,14 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <type_traits>
 
 #include "core/cuda_error.h"
 #include "core/float_types.h"
+#include "core/ptx.cuh"
+#ifdef HELEXA_EMULATED_CUDA
+#include "emulation/cuda.h"
+#endif
 
 // Evaluates a CUDA runtime call and throws CudaError, which names the call and where it stands, unless it succeeded.
 #define CUDA_CHECK(call)                                              \
@@ -27,6 +32,88 @@ namespace helexa {
   throw CudaError(code, std::string(cudaGetErrorName(status)) + " (" + std::to_string(code) +
                             "): " + cudaGetErrorString(status) + "; " + call + " at " +
                             file.substr(file.rfind('/') + 1) + ":" + std::to_string(line));
+}
+
+// 10 · major + minor of the current device's compute capability, such as 86.
+inline int device_capability() {
+#ifdef HELEXA_EMULATED_CUDA
+  return 90;
+#else
+  static thread_local int known_device = -1, capability = 0;
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  if (device != known_device) {
+    int major = 0, minor = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    known_device = device;
+    capability = 10 * major + minor;
+  }
+  return capability;
+#endif
+}
+
+// The current device's number of multiprocessors.
+inline int num_multiprocessors() {
+#ifdef HELEXA_EMULATED_CUDA
+  return 4;
+#else
+  static thread_local int known_device = -1, count = 0;
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  if (device != known_device) {
+    CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    known_device = device;
+  }
+  return count;
+#endif
+}
+
+// How a kernel is launched.
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  void* stream;
+  size_t shared_bytes = 0;  // of dynamic shared memory; more than 48 KiB is asked for as needed
+  // Whether it may start while the kernel before it still runs (sm_90 and later).  Such a kernel calls ptx::wait_for_producers()
+  // in every block before it touches memory that others write, and before it writes any.
+  bool overlap = false;
+};
+
+// Launches `kernel` with arguments that convert to its parameters; throws CudaError if the device refuses.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Arguments&&... arguments) {
+#ifdef HELEXA_EMULATED_CUDA
+  emulation::run(launch.grid, launch.block, launch.shared_bytes,
+                 [=] { kernel(static_cast<std::decay_t<Parameters>>(arguments)...); });
+#else
+  if (launch.shared_bytes > 48 * 1024) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(launch.shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = launch.grid;
+  config.blockDim = launch.block;
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = launch.overlap && device_capability() >= 90 ? 1 : 0;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<std::decay_t<Parameters>>(arguments)...));
+#endif
+}
+
+// The dynamic shared memory of the block.
+template <class T>
+__device__ T* dynamic_shared() {
+#ifdef HELEXA_EMULATED_CUDA
+  return static_cast<T*>(emulation::dynamic_shared());
+#else
+  extern __shared__ __align__(128) unsigned char helexa_dynamic_shared[];
+  return reinterpret_cast<T*>(helexa_dynamic_shared);
+#endif
 }
 
 __device__ inline float to_float(float x) { return x; }

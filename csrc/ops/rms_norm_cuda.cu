@@ -55,9 +55,9 @@ void rms_norm_cuda(const void* x, const float* weight, void* residual, void* out
   with_dtype(static_cast<DType>(dtype), [&](auto value) {
     using T = decltype(value);
     const auto kernel = residual == nullptr ? rms_norm_kernel<T, false> : rms_norm_kernel<T, true>;
-    kernel<<<static_cast<unsigned>(num_tokens), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(x), weight, static_cast<T*>(residual), static_cast<T*>(out), width, eps);
-    CUDA_CHECK(cudaGetLastError());
+    launch_kernel(kernel, {dim3(static_cast<unsigned>(num_tokens)), dim3(kThreads), stream},
+                  static_cast<const T*>(x), weight, static_cast<T*>(residual), static_cast<T*>(out), width,
+                  eps);
   });
 }
 

@@ -5,6 +5,7 @@ On the CPU an op runs on a pool of threads that belongs to the calling thread, a
 """
 
 from helexa._C import cpu_isa, num_threads, set_num_threads
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
 from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
@@ -29,12 +30,15 @@ from helexa.ops.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
     "ENCODED",
+    "MAX_MATVEC_ROWS",
     "PAGE_TOKENS",
     "TILE_ROWS",
+    "Activation",
     "CpuGraph",
     "DeltaParameters",
     "PackedWeight",
     "RowBlocks",
+    "Rows",
     "WeightArena",
     "attention",
     "attention_reference",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops.tensor import check, dtype_id, stream
+from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
 
 def rms_norm(
@@ -17,7 +17,9 @@ def rms_norm(
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
     check(x.ndim == 2 and x.is_contiguous(), f"rms_norm: x {tuple(x.shape)} is not a contiguous [T, D]")
-    check(x.is_cuda or x.dtype == torch.float32, f"rms_norm: x is {x.dtype}; on the CPU it has to be float32")
+    check(
+        on_cuda(x) or x.dtype == torch.float32, f"rms_norm: x is {x.dtype}; on the CPU it has to be float32"
+    )
     check(
         weight.shape == x.shape[-1:] and weight.dtype == torch.float32 and weight.is_contiguous(),
         f"rms_norm: weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)}",
@@ -30,7 +32,7 @@ def rms_norm(
     residual_ptr = 0 if residual is None else residual.data_ptr()
     pointers = (x.data_ptr(), weight.data_ptr(), residual_ptr, out.data_ptr())
     num_tokens, width = x.shape
-    if x.is_cuda:
+    if on_cuda(x):
         _C.rms_norm_cuda(*pointers, num_tokens, width, dtype_id(x), eps, stream(x))
     else:
         _C.rms_norm_cpu(*pointers, num_tokens, width, eps)
