@@ -18,7 +18,35 @@ def limit_isa(highest: int) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(num_threads: int) -> None: ...
 def packed_bytes(format: int, rows: int, cols: int) -> int: ...
+def tiled_bytes(format: int, rows: int, cols: int) -> int: ...
 def pack_cpu(format: int, raw: int, first_row: int, num_rows: int, cols: int, packed: int, /) -> None: ...
+def pack_cuda(
+    format: int, raw: int, first_row: int, num_rows: int, cols: int, tiles: int, stream: int, /
+) -> None: ...
+def dequantize_cuda(
+    format: int,
+    tiles: int,
+    rows: int,
+    cols: int,
+    first_row: int,
+    num_rows: int,
+    out: int,
+    out_stride: int,
+    dtype: int,
+    stream: int,
+    /,
+) -> None: ...
+def embedding_cuda(
+    token_ids: int,
+    num_tokens: int,
+    format: int,
+    tiles: int,
+    rows: int,
+    cols: int,
+    out: int,
+    stream: int,
+    /,
+) -> None: ...
 def embedding_cpu(
     token_ids: int, num_tokens: int, format: int, packed: int, rows: int, cols: int, out: int, /
 ) -> None: ...

@@ -7,16 +7,26 @@ On the CPU an op runs on a pool of threads that belongs to the calling thread, a
 from helexa._C import cpu_isa, num_threads, set_num_threads
 from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
 from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
+from helexa.ops.dequantize import (
+    SCRATCH_BYTES,
+    dequantize_rows,
+    release_scratch,
+    unpacked_matmul,
+    unpacked_matmul_reference,
+)
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
 from helexa.ops.moe import moe_mlp, moe_mlp_reference, moe_route, moe_route_reference
 from helexa.ops.pack import (
     TILE_ROWS,
+    Arena,
+    DeviceArena,
     PackedWeight,
     RowBlocks,
     WeightArena,
     empty_packed,
+    is_tiled,
     pack_rows,
     pack_weight,
     packed_nbytes,
@@ -32,10 +42,13 @@ __all__ = [
     "ENCODED",
     "MAX_MATVEC_ROWS",
     "PAGE_TOKENS",
+    "SCRATCH_BYTES",
     "TILE_ROWS",
     "Activation",
+    "Arena",
     "CpuGraph",
     "DeltaParameters",
+    "DeviceArena",
     "PackedWeight",
     "RowBlocks",
     "Rows",
@@ -43,11 +56,13 @@ __all__ = [
     "attention",
     "attention_reference",
     "cpu_isa",
+    "dequantize_rows",
     "embedding",
     "embedding_reference",
     "empty_packed",
     "gated_delta_net",
     "gated_delta_net_reference",
+    "is_tiled",
     "moe_mlp",
     "moe_mlp_reference",
     "moe_route",
@@ -59,6 +74,7 @@ __all__ = [
     "quant_matmul",
     "quant_matmul_reference",
     "quantize",
+    "release_scratch",
     "rms_norm",
     "rms_norm_reference",
     "rope_append",
@@ -70,4 +86,6 @@ __all__ = [
     "sigmoid_mul_reference",
     "silu_mul",
     "silu_mul_reference",
+    "unpacked_matmul",
+    "unpacked_matmul_reference",
 ]

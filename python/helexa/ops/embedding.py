@@ -5,23 +5,28 @@ from torch import Tensor
 
 from helexa import _C
 from helexa.ops.pack import FORMAT_IDS, PackedWeight
-from helexa.ops.tensor import check
+from helexa.ops.tensor import check, on_cuda, stream
 
 
 def embedding(token_ids: Tensor, weight: PackedWeight, *, out: Tensor | None = None) -> Tensor:
     """out[t] = weight[token_ids[t]].
 
     token_ids: [T] int32, contiguous.   weight: [V, D].   out: [T, D] float32; ids outside [0, V) give zeros.
-    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    All on one device.  Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
     """
     check(token_ids.dtype == torch.int32 and token_ids.ndim == 1, "embedding: token_ids must be [T] int32")
     num_tokens = token_ids.shape[0]
-    out = torch.empty(num_tokens, weight.cols) if out is None else out
+    out = torch.empty(num_tokens, weight.cols, device=token_ids.device) if out is None else out
     check(
         out.shape == (num_tokens, weight.cols) and out.is_contiguous(),
         f"embedding: out {tuple(out.shape)} is not [{num_tokens}, {weight.cols}]",
     )
-    _C.embedding_cpu(
+    check(
+        token_ids.device == weight.data.device == out.device,
+        f"embedding: ids on {token_ids.device}, weight on {weight.data.device}, out on {out.device}",
+    )
+    entry, tail = (_C.embedding_cuda, (stream(out),)) if on_cuda(out) else (_C.embedding_cpu, ())
+    entry(
         token_ids.data_ptr(),
         num_tokens,
         FORMAT_IDS[weight.format],
@@ -29,6 +34,7 @@ def embedding(token_ids: Tensor, weight: PackedWeight, *, out: Tensor | None = N
         weight.rows,
         weight.cols,
         out.data_ptr(),
+        *tail,
     )
     return out
 
