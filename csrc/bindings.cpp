@@ -107,6 +107,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_mlp_cpu", cpu(&moe_mlp_cpu));
 
   register_cuda_error(m);
+#ifdef HELEXA_EMULATED_CUDA
+  m.attr("cuda_is_emulated") = true;
+#else
+  m.attr("cuda_is_emulated") = false;
+#endif
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
