@@ -64,7 +64,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cuda_device() -> str:
-    """A CUDA device, or "cpu" where the host stands for one; skips without either, for tests marked `cuda`."""
+    """A CUDA device, or "cpu" where the host stands for one; for tests marked `cuda`."""
     torch = pytest.importorskip("torch")
     if EMULATED:
         return "cpu"
