@@ -98,6 +98,11 @@ class Guide:
             self.is_complete = self._matcher.is_complete
         return token_id
 
+    @property
+    def may_replace(self) -> bool:
+        """Whether `accept` may put another token in the place of the next one that it is told."""
+        return self._matcher is not None and self._phase is _Phase.INSIDE and not self._forced
+
     def _is_answer(self, token_id: int) -> bool:
         """Whether the answer begins without a thinking block; with a grammar, the first token decides."""
         assert self._thinking is not None

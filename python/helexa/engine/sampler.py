@@ -61,18 +61,22 @@ def _mix(value: int) -> int:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; keeps what its penalties need to know about the tokens so far."""
+    """Chooses the tokens of one sequence; keeps what its penalties need to know about the tokens so far.
+
+    Where a device chooses by the same parameters, `constrain` and `accept` are what is left to do here.
+    """
 
     def __init__(self, params: ResolvedParams, prompt_token_ids: Sequence[int], guide: Guide | None = None):
-        self._params = params
-        self._guide = guide
-        self._seed = (secrets.randbits(64) if params.seed is None else params.seed) & _MASK
+        self.params = params
+        self.guide = guide
+        self.seed = (secrets.randbits(64) if params.seed is None else params.seed) & _MASK
         self._greedy = params.temperature < GREEDY_BELOW
         self._scratch: FloatArray = np.empty(0, np.float32)
         self._restricted: FloatArray = np.empty(0, np.float32)
         bias = params.logit_bias or {}
         self._bias_ids: IdArray = np.fromiter(bias.keys(), np.int64, len(bias))
         self._bias: FloatArray = np.fromiter(bias.values(), np.float32, len(bias))
+        self._choice: int | npt.NDArray[np.bool_] | None = None
         self._history: _History | None = None
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             self._history = _History(prompt_token_ids if params.repetition_penalty != 1.0 else ())
@@ -84,33 +88,34 @@ class Sampler:
         is NaN or +inf, or none is finite.
         """
         logits: FloatArray = logits_row.numpy()
-        if self._guide is not None:
-            return self._sample_guided(self._guide, logits, position)
-        token_id = self._choose(logits, position)
-        if self._history is not None:
-            self._history.add(token_id)
-        if self._params.logprobs is None:
-            return Sampled(token_id, None, [])
-        return Sampled(token_id, *self._logprobs(logits, token_id, self._params.logprobs))
-
-    def _sample_guided(self, guide: Guide, logits: FloatArray, position: int) -> Sampled:
-        choice = guide.next()
+        choice = self.constrain()
         if isinstance(choice, int):
             chosen = choice
         else:
             if choice is not None:
                 logits = self._masked(logits, choice)
             chosen = self._choose(logits, position)
-        token_id = guide.accept(chosen)
-        if self._history is not None:
-            self._history.add(token_id)
         logprob, top = None, []
-        if (num_top := self._params.logprobs) is not None:
-            if isinstance(choice, int) or token_id != chosen:
-                logprob, top = 0.0, [(token_id, 0.0)][:num_top]
-            else:
-                logprob, top = self._logprobs(logits, token_id, num_top)
-        return Sampled(token_id, logprob, top, guide.is_thinking, guide.is_complete)
+        if self.params.logprobs is not None:
+            logprob, top = self._logprobs(logits, chosen, self.params.logprobs)
+        sampled = self.accept(chosen, logprob, top)
+        if self._history is not None:
+            self._history.add(sampled.token_id)
+        return sampled
+
+    def constrain(self) -> "int | npt.NDArray[np.bool_] | None":
+        """What the guide allows next: one token, some, or, as without a guide, any."""
+        self._choice = None if self.guide is None else self.guide.next()
+        return self._choice
+
+    def accept(self, chosen: int, logprob: float | None, top: list[tuple[int, float]]) -> Sampled:
+        """The token that the sequence gets for the chosen one, which follows what `constrain` said."""
+        if self.guide is None:
+            return Sampled(chosen, logprob, top)
+        token_id = self.guide.accept(chosen)
+        if logprob is not None and (isinstance(self._choice, int) or token_id != chosen):
+            logprob, top = 0.0, [(token_id, 0.0)][: self.params.logprobs]
+        return Sampled(token_id, logprob, top, self.guide.is_thinking, self.guide.is_complete)
 
     def _masked(self, logits: FloatArray, allowed: npt.NDArray[np.bool_]) -> FloatArray:
         """The logits of allowed tokens, -inf elsewhere, in a buffer that the next call reuses."""
@@ -129,20 +134,20 @@ class Sampler:
             raise DeviceError(f"the logits at position {position} are not finite: the largest is {peak}")
         if self._greedy:
             return token_id
-        return self._draw(adjusted, peak, uniform(self._seed, position))
+        return self._draw(adjusted, peak, uniform(self.seed, position))
 
     def _adjust(self, logits: FloatArray) -> FloatArray:
         if self._history is None and not self._bias_ids.size:
             return logits
         adjusted = logits.copy()
         if self._history is not None:
-            self._history.penalize(adjusted, self._params)
+            self._history.penalize(adjusted, self.params)
         if self._bias_ids.size:
             adjusted[self._bias_ids] += self._bias
         return adjusted
 
     def _draw(self, logits: FloatArray, peak: np.float32, random: float) -> int:
-        params = self._params
+        params = self.params
         gaps = self._gaps(logits, peak)
         with np.errstate(over="ignore"):  # infinitely far below the peak is weight 0, as it should be
             gaps /= np.float32(params.temperature)
@@ -173,7 +178,7 @@ class Sampler:
         """The log-probability of the token, and the most likely ones with theirs."""
         gaps = self._gaps(logits, logits.max())
         logprob, top = logprobs_of(gaps, token_id, num_top)
-        if self._guide is not None:  # a token that a grammar excludes is no alternative
+        if self.guide is not None:  # a token that a grammar excludes is no alternative
             top = [(index, value) for index, value in top if np.isfinite(gaps[index])]
         return logprob, top
 
