@@ -12,6 +12,7 @@
 #include "core/parallel.h"
 #include "ops/attention.h"
 #include "ops/embedding.h"
+#include "ops/fault.h"
 #include "ops/gated_delta_net.h"
 #include "ops/moe.h"
 #include "ops/pack.h"
@@ -114,7 +115,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def("moe_route_cuda", cuda(&moe_route_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
+  m.def("spin_cuda", cuda(&spin_cuda));
+  m.def("trap_cuda", cuda(&trap_cuda));
 #else
   m.attr("has_cuda") = false;
 #endif

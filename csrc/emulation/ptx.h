@@ -2,6 +2,8 @@
 #pragma once
 
 // core/ptx.cuh for runs on the host; it documents the functions.
+#include <chrono>
+
 #include "emulation/cuda.h"
 
 namespace helexa::ptx {
@@ -139,6 +141,10 @@ inline uint32_t to_tf32(float x) {
   return (bits + 0x1000u) & 0xffffe000u;  // to nearest, ties away from zero
 }
 
-inline uint64_t global_ns() { return 0; }
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+inline uint64_t global_ns() {
+  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+}
 
 }  // namespace helexa::ptx
