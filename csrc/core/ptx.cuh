@@ -54,6 +54,10 @@ __device__ __forceinline__ uint32_t load_once_4(const void* p) {
   return v;
 }
 
+// Asks for the 128 bytes around `p` to be in the second-level cache soon.  Nothing is read, so that it is safe before
+// wait_for_producers() also for memory that other kernels write.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Copies 16 bytes from global to shared memory without waiting; zeros instead where `valid` is false.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -148,6 +152,13 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+
+// 2^x to within two units of the last place; 0 below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

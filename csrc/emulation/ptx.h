@@ -22,6 +22,8 @@ inline uint4 load_once(const void* p) { return load_aligned<uint4>(p); }
 inline uint2 load_once_8(const void* p) { return load_aligned<uint2>(p); }
 inline uint32_t load_once_4(const void* p) { return load_aligned<uint32_t>(p); }
 
+inline void prefetch(const void*) {}
+
 inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::copy_later(shared, global, valid);
 }
