@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.collector import LogitsCollector
 from helexa.engine.core import EngineCore
+from helexa.engine.cpu_runner import CpuRunner
+from helexa.engine.flight import bucket_of
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
-from helexa.engine.runner import Runner, bucket_of
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Finished, Sequence
 from helexa.errors import BadRequest, ContextTooLong, DevicePoisoned, OutOfMemory, ShuttingDown
@@ -59,7 +60,7 @@ class Bench:
             max_sequences=max_sequences,
             prefill_chunk=prefill_chunk,
         )
-        runner = Runner(
+        runner = CpuRunner(
             model, cache, StateCache([]), max_sequences=max_sequences, max_context=context, capture=False
         )
         self.core = EngineCore(runner, scheduler, self.pool, self.prefix, self.jobs.append)

@@ -13,11 +13,11 @@ from helexa.engine.cache import (
     state_nbytes,
 )
 from helexa.engine.core import EngineCore
+from helexa.engine.cpu_runner import CpuRunner
 from helexa.engine.memory import available_bytes
 from helexa.engine.options import EngineOptions
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
-from helexa.engine.runner import Runner
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.snapshots import Snapshots
 from helexa.engine.state_store import StateStore
@@ -57,7 +57,7 @@ def build_core(
         prefix = PrefixCache(pool, Snapshots(slots, state_cache.copy) if states else None)
         if store is not None:
             archive = Archive(store, model_key, cache, state_cache, prefix)
-    runner = Runner(
+    runner = CpuRunner(
         model,
         cache,
         state_cache,

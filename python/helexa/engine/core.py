@@ -3,17 +3,19 @@
 Each step is one job that queues the next, so whatever was posted in the meantime, such as a cancellation,
 takes effect before the next step. Only token ids and numbers leave, all those of one step in one batch for
 each event loop.
+
+A device is kept busy: a step takes off before the tokens of the one before it have landed here. So a sequence
+that ends has been computed one token further by then, its last one; what followed from that is dropped.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from helexa.engine.archive import Archive
+from helexa.engine.flight import Flight, Runner
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
-from helexa.engine.runner import Runner
 from helexa.engine.sampler import Sampled
 from helexa.engine.scheduler import Plan, Scheduler
 from helexa.engine.sequence import Finished, Mailbox, Receiver, Sequence
@@ -62,6 +64,8 @@ class EngineCore:
         self._is_stepping = False
         self._is_saving = False
         self._closed: HelexaError | None = None
+        self._flight: Flight | None = None  # the step that runs while the next one is planned
+        self._landed_s = 0.0
         self._outbox: dict[Mailbox, list[tuple[Receiver, Sampled | Finished]]] = {}
 
     def submit(self, sequence: Sequence) -> None:
@@ -101,34 +105,32 @@ class EngineCore:
     def close(self) -> None:
         """Ends what still runs and lets go of model and caches."""
         self.stop()
-        self.runner = None
+        if self._flight is not None:
+            self._flight.wait()
+        self.runner = self._flight = None
         if self.archive is not None:
             self.archive.close()
 
     def step(self) -> None:
-        """Runs one plan and queues the next step, or rests if there is none."""
+        """Starts one plan, takes what the one before it has chosen, and queues the next step or rests."""
+        runner = self.runner
+        if runner is None:
+            self._is_stepping = False
+            return
+        if self._flight is not None and not self._flight.may_be_followed:
+            self._end(self._land(self._flight))
         plan = self.scheduler.next()
-        if plan is None or self.runner is None:
+        if plan is None and self._flight is None:
             self._is_stepping = False
             self._save_next()
             return
-        started_s = time.perf_counter()
-        for copy in plan.copies:
-            self.runner.cache.copy(copy.source, copy.target, copy.num_tokens)
-        self.scheduler.copied(plan)
-        if plan.stored is not None:
-            self._fetch(plan, plan.stored)
-            self._post(self.step)
-            return
-        run, rate = (
-            (self._prefill, self.prefill_rate) if plan.is_prefill else (self._decode, self.decode_rate)
-        )
-        try:
-            run(self.runner, plan)
-        except HelexaError as error:
-            for sequence in plan.sequences:
-                self._finish(sequence, Finished("error", error))
-        rate.add(plan.num_tokens * len(plan.sequences), time.perf_counter() - started_s)
+        flight = None if plan is None else self._take_off(runner, plan)
+        ended = [] if self._flight is None else self._land(self._flight)
+        if flight is not None:
+            self._complete(flight)
+            if not runner.runs_ahead:
+                ended += self._land(flight)
+        self._end(ended)
         self._send()
         self._post(self.step)
 
@@ -169,57 +171,84 @@ class EngineCore:
         with suppress(HelexaError):  # closed in the meantime
             self._post(go_on)
 
-    def _decode(self, runner: Runner, plan: Plan) -> None:
-        rows = runner.decode(plan.sequences)
-        self.scheduler.complete(plan)
-        now_s = time.perf_counter()
-        for sequence, row in zip(plan.sequences, rows, strict=False):  # the rows beyond are padding
-            self._sample(sequence, row, now_s)
-
-    def _prefill(self, runner: Runner, plan: Plan) -> None:
-        (sequence,) = plan.sequences
-        start = sequence.num_computed
-        self._report(sequence)
-        wanted = sequence.rows
-        rows = runner.prefill(
-            sequence,
-            plan.num_tokens,
-            all_rows=wanted is not None and wanted.wants_all,
-            hidden=wanted is not None and wanted.wants_hidden,
-        )
-        self.scheduler.complete(plan)
-        self._report(sequence)
-        if wanted is not None:
-            wanted.take(rows, start)
-            if sequence.num_pending == 0:
-                self._finish(sequence, Finished("stop"))
-        elif sequence.num_pending == 0:
-            self._sample(sequence, rows[0], time.perf_counter())
-
-    def _report(self, sequence: Sequence) -> None:
-        if (progress := sequence.progress) is not None:
-            progress.computed_tokens = sequence.num_computed
-            progress.prompt_tokens = len(sequence.token_ids)
-            progress.is_prefilling = sequence.num_pending > 0
-
-    def _sample(self, sequence: Sequence, row: Any, now_s: float) -> None:
-        assert sequence.sampler is not None
+    def _take_off(self, runner: Runner, plan: Plan) -> Flight | None:
+        """The plan under way, or None if there is nothing to wait for."""
+        for copy in plan.copies:
+            runner.cache.copy(copy.source, copy.target, copy.num_tokens)
+        self.scheduler.copied(plan)
+        if plan.stored is not None:
+            self._fetch(plan, plan.stored)
+            return None
+        if plan.is_prefill:
+            self._report(plan.sequences[0])
         try:
-            sampled = sequence.sampler.sample(row, len(sequence.token_ids))
+            return runner.start(plan)
+        except HelexaError as error:
+            for sequence in plan.sequences:
+                self._finish(sequence, Finished("error", error))
+            return None
+
+    def _complete(self, flight: Flight) -> None:
+        """Goes on behind the step, now that all tokens that it computes are known."""
+        self._flight = flight
+        self.scheduler.complete(flight.plan)
+        for sequence in flight.plan.sequences:
+            if not sequence.finished:
+                sequence.num_expected = int(flight.chooses)
+        flight.choose()
+
+    def _land(self, flight: Flight) -> list[tuple[Sequence, Finished]]:
+        """Waits for the step and gives its tokens to their sequences; those that end with them."""
+        self._flight = None
+        flight.wait()
+        now_s = time.perf_counter()
+        plan = flight.plan
+        rate = self.prefill_rate if plan.is_prefill else self.decode_rate
+        rate.add(plan.num_tokens * len(plan.sequences), now_s - max(flight.started_s, self._landed_s))
+        self._landed_s = now_s
+        ended = []
+        for index, sequence in enumerate(plan.sequences):
+            if sequence.finished:
+                continue
+            if plan.is_prefill:
+                self._report(sequence)
+            end = self._receive(flight, index, sequence, now_s)
+            if end is not None:
+                ended.append((sequence, end))
+        return ended
+
+    def _receive(self, flight: Flight, index: int, sequence: Sequence, now_s: float) -> Finished | None:
+        if sequence.rows is not None:
+            sequence.rows.take(flight.rows(), flight.start)
+            return Finished("stop") if sequence.num_pending == 0 else None
+        if not flight.chooses:
+            return None
+        sequence.num_expected = 0
+        try:
+            sampled = flight.sampled(index)
         except HelexaError as error:
             if isinstance(error, DeviceError):
                 self.scheduler.distrust(sequence)
             self._finish(sequence, Finished("error", error))
-            return
+            return None
         sequence.token_ids.append(sampled.token_id)
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         sequence.last_token_s = now_s
         self._emit(sequence, sampled)
         if sampled.is_last or sampled.token_id in sequence.stop_token_ids:
-            self._finish(sequence, Finished("stop"))
-        elif len(sequence.token_ids) >= sequence.max_length:
-            self._finish(sequence, Finished("length"))
+            return Finished("stop")
+        return Finished("length") if len(sequence.token_ids) >= sequence.max_length else None
+
+    def _report(self, sequence: Sequence) -> None:
+        if (progress := sequence.progress) is not None:
+            progress.computed_tokens = sequence.num_computed
+            progress.prompt_tokens = len(sequence.token_ids)
+            progress.is_prefilling = sequence.num_computed < len(sequence.token_ids)
+
+    def _end(self, ended: list[tuple[Sequence, Finished]]) -> None:
+        for sequence, event in ended:
+            self._finish(sequence, event)
 
     def _finish(self, sequence: Sequence, event: Finished) -> None:
         sequence.finished = True

@@ -95,7 +95,8 @@ class Sampler:
             if choice is not None:
                 logits = self._masked(logits, choice)
             chosen = self._choose(logits, position)
-        logprob, top = None, []
+        logprob: float | None = None
+        top: list[tuple[int, float]] = []
         if self.params.logprobs is not None:
             logprob, top = self._logprobs(logits, chosen, self.params.logprobs)
         sampled = self.accept(chosen, logprob, top)

@@ -58,8 +58,9 @@ _rank = attrgetter("rank")
 class Scheduler:
     """Pure decisions over sequences, pages and cached prefixes.
 
-    Call `next`, make the copies and call `copied`, run the plan and call `complete`; whoever cannot complete
-    it removes its sequences.
+    Call `next`, make the copies and call `copied`, start the plan and call `complete`; whoever cannot
+    complete it removes its sequences. A plan is complete once it is certain to run before all later ones and
+    the tokens that it computes are known; those that it chooses may be outstanding, Sequence.num_expected.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Scheduler:
         if self.waiting and not self._is_blocked:
             self._admit()
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
-        has_prefill = len(decoding) < len(self.running)
+        has_prefill = any(not (one.is_decoding or one.is_awaited) for one in self.running)
         if decoding and (self._prefilled_last or not has_prefill):
             decoding = self._with_room(decoding)
             if decoding:
@@ -162,6 +163,8 @@ class Scheduler:
             self._complete_fetch(plan.sequences[0])
             return
         for sequence in plan.sequences:
+            if sequence.finished:  # what failed before this step failed in it, too
+                continue
             # The last token of a prompt that is cached otherwise is computed by a decode step.
             if plan.is_prefill or sequence.num_computed < sequence.num_prompt_tokens:
                 sequence.prefilled_tokens += plan.num_tokens
@@ -286,7 +289,7 @@ class Scheduler:
             self._is_blocked = False
 
     def _plan_prefill(self, chunk: int) -> Plan:
-        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        prefilling = [one for one in self.running if not (one.is_decoding or one.is_awaited)]
         if self._snapshots is not None and len(prefilling) > 1:
             prefilling = _without_followers(prefilling)
         sequence = min(prefilling, key=lambda sequence: (sequence.last_turn, *sequence.rank))

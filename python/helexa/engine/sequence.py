@@ -67,6 +67,7 @@ class Sequence:
 
     Every token but the newest is computed before a new one is sampled, so a sequence with one pending token
     decodes and one with more prefills; after a preemption the generated tokens are prefilled like a prompt.
+    A token that a step under way will choose is expected: the device may go on from it before it is known.
     """
 
     token_ids: list[int]
@@ -82,6 +83,7 @@ class Sequence:
 
     num_prompt_tokens: int = 0
     num_computed: int = 0
+    num_expected: int = 0  # tokens after those in token_ids that steps under way will choose
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # changes whenever `pages` does
     slot: int = 0  # of the recurrent states, while the sequence runs
@@ -112,12 +114,21 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that are known and not yet computed."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that are there, known or expected, and not yet computed."""
+        return len(self.token_ids) + self.num_expected - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
-        return len(self.token_ids) - self.num_computed == 1 and self.rows is None
+        return (
+            len(self.token_ids) + self.num_expected - self.num_computed == 1
+            and self.rows is None
+            and not self.is_awaited
+        )
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the steps under way will bring its last token."""
+        return self.num_expected > 0 and len(self.token_ids) + self.num_expected >= self.max_length
 
     @property
     def shares_pages(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from helexa.engine import Engine, SamplingParams
 from helexa.engine.cache import KVCache, StateCache
-from helexa.engine.runner import Runner
+from helexa.engine.cpu_runner import CpuRunner
 from helexa.engine.sequence import Sequence
 from helexa.models import build_model, config_from_gguf, kv_cache_shapes
 from helexa.weights.gguf import open_gguf
@@ -92,7 +92,7 @@ def test_a_replayed_step_equals_an_eager_one_bit_for_bit(num_sequences):
         cache = KVCache(kv_cache_shapes(config, 5), torch.float32)
         for tensor in (*cache.k, *cache.v):
             tensor.fill_(float("nan"))
-        runner = Runner(model, cache, StateCache([]), max_sequences=4, max_context=256, capture=capture)
+        runner = CpuRunner(model, cache, StateCache([]), max_sequences=4, max_context=256, capture=capture)
         sequences = [Sequence(tokens[i : 20 + 3 * i], 100) for i in range(num_sequences)]
         with torch.no_grad():
             for i, sequence in enumerate(sequences):
@@ -115,7 +115,7 @@ def test_prefill_gives_logits_only_where_they_are_wanted():
     with open_gguf(GOLDEN / "llama.gguf") as file:
         config = config_from_gguf(file.metadata, file.tensors)
         model = build_model(config, GGUFWeights(file))
-    runner = Runner(
+    runner = CpuRunner(
         model,
         KVCache(kv_cache_shapes(config, 2), torch.float32),
         StateCache([]),

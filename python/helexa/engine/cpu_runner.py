@@ -1,10 +1,11 @@
-"""Turns plans into steps of the model: fills the step tensors, runs prefill, replays the captured decode.
+"""Steps of the model on the CPU: fills the step tensors, runs prefill, replays the captured decode.
 
 A decode step reads tensors that never move, so it is captured once for each batch size; what changes is
 written in place. Prefill runs eagerly. Rows that pad a batch to its captured size compute one token in the
 scratch page.
 """
 
+import time
 from collections.abc import Sequence as ListOf
 
 import numpy as np
@@ -13,14 +14,34 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.engine.cache import KVCache, StateCache
+from helexa.engine.flight import Flight, Runner, bucket_of
 from helexa.engine.pages import SCRATCH_PAGE
+from helexa.engine.sampler import Sampled
+from helexa.engine.scheduler import Plan
 from helexa.engine.sequence import Sequence
 from helexa.layers.step import Step
 from helexa.models import Model
 
 
-class Runner:
-    """Computes logits for sequences whose pages the scheduler has assigned; lives on the device thread."""
+class CpuFlight(Flight):
+    """A step that was done when it had been started."""
+
+    def __init__(self, plan: Plan, logits: ListOf[Tensor] | Tensor):
+        super().__init__(plan)
+        self._logits = logits
+
+    def sampled(self, index: int) -> Sampled:
+        sequence = self.plan.sequences[index]
+        assert sequence.sampler is not None
+        return sequence.sampler.sample(self._logits[index], len(sequence.token_ids))
+
+    def rows(self) -> Tensor:
+        assert isinstance(self._logits, Tensor)
+        return self._logits
+
+
+class CpuRunner(Runner):
+    """Computes logits for sequences whose pages the scheduler has assigned; sequences' samplers choose."""
 
     def __init__(
         self,
@@ -32,8 +53,7 @@ class Runner:
         max_context: int,
         capture: bool = True,
     ):
-        self.cache = cache
-        self.states = states
+        super().__init__(cache, states)
         self._model = model
         self._capture = capture
         max_pages = -(-max_context // cache.page_tokens)
@@ -47,6 +67,24 @@ class Runner:
         self._write_pages = self._page_table.numpy()
         self._rows: list[tuple[int, int] | None] = [None] * rows  # whose pages each row of the table shows
         self._graphs: dict[int, tuple[ops.CpuGraph, list[Tensor]]] = {}
+
+    def start(self, plan: Plan) -> CpuFlight:
+        started_s = time.perf_counter()
+        logits: ListOf[Tensor] | Tensor
+        if plan.is_prefill:
+            (sequence,) = plan.sequences
+            wanted = sequence.rows
+            logits = self.prefill(
+                sequence,
+                plan.num_tokens,
+                all_rows=wanted is not None and wanted.wants_all,
+                hidden=wanted is not None and wanted.wants_hidden,
+            )
+        else:
+            logits = self.decode(plan.sequences)
+        flight = CpuFlight(plan, logits)
+        flight.started_s = started_s
+        return flight
 
     def decode(self, sequences: ListOf[Sequence]) -> list[Tensor]:
         """One row of logits [V] per sequence, for its one pending token; valid until the next call."""
@@ -131,8 +169,3 @@ class Runner:
             conv_states=self.states.conv,
             states=self.states.recurrent,
         )
-
-
-def bucket_of(num_sequences: int) -> int:
-    """The captured batch size that holds num_sequences: the next power of two."""
-    return 1 << (num_sequences - 1).bit_length()
