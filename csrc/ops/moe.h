@@ -24,6 +24,10 @@ void moe_mlp_cpu(const float* x, const int32_t* ids, const float* weights, std::
                  std::vector<WeightView> down, const float* shared, const float* shared_gate, float* out,
                  int64_t num_tokens, int64_t num_experts, int64_t top_k);
 
+// The same as moe_route_cpu on a device.
+void moe_route_cuda(const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
+                    int64_t num_experts, int64_t top_k, bool normalize, void* stream);
+
 HELEXA_ISA_KERNEL(void, moe_route_rows, const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
                   int64_t num_experts, int64_t top_k, bool normalize)
 // out[i] = (accumulate ? out[i] : 0) + factor * x[i]

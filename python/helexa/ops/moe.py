@@ -9,7 +9,9 @@ from torch.nn import functional
 
 from helexa import _C
 from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
-from helexa.ops.tensor import check
+from helexa.ops.tensor import check, on_cuda, stream
+
+MAX_EXPERTS, MAX_TOP_K = 1024, 32  # csrc/ops/moe_cuda.cuh
 
 
 def moe_route(
@@ -27,13 +29,20 @@ def moe_route(
     )
     check(1 <= top_k <= num_experts, f"moe_route: top_k {top_k} of {num_experts} experts")
     shape = (num_tokens, top_k)
-    ids = torch.empty(shape, dtype=torch.int32) if ids is None else ids
-    weights = torch.empty(shape) if weights is None else weights
+    ids = torch.empty(shape, dtype=torch.int32, device=logits.device) if ids is None else ids
+    weights = torch.empty(shape, device=logits.device) if weights is None else weights
     _check_like("moe_route", "ids", ids, shape, torch.int32)
     _check_like("moe_route", "weights", weights, shape, torch.float32)
-    _C.moe_route_cpu(
-        *(logits.data_ptr(), ids.data_ptr(), weights.data_ptr()), num_tokens, num_experts, top_k, normalize
-    )
+    arguments: list[Any] = [logits.data_ptr(), ids.data_ptr(), weights.data_ptr()]
+    arguments += (num_tokens, num_experts, top_k, normalize)
+    if on_cuda(logits):
+        check(
+            num_experts <= MAX_EXPERTS and top_k <= MAX_TOP_K,
+            f"moe_route: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+        )
+        _C.moe_route_cuda(*arguments, stream(logits))
+    else:
+        _C.moe_route_cpu(*arguments)
     return ids, weights
 
 

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// What the kernels of a mixture of experts share: who computes which tokens.
+//
+// A pair is one token's choice of one expert: pair t * top_k + j.  Pairs are sorted by expert, and the pairs of an expert are cut
+// into groups, since one reading of an expert's weights serves as many tokens as one matrix instruction takes.
+#pragma once
+
+#include "core/cuda.cuh"
+
+namespace helexa::moe {
+
+constexpr int kMaxExperts = 1024;
+constexpr int kMaxTopK = 32;
+
+struct Group {
+  int expert;
+  int first;  // position of its first pair in the sorted order
+  int count;
+  int unused;
+};
+
+// In device memory, written by the kernels that route.
+struct Plan {
+  int* num_groups;
+  Group* groups;
+  int* order;  // [num_pairs]: the pair at a position
+};
+
+// Groups that num_pairs pairs may need, whatever they choose.
+inline int64_t max_groups(int64_t num_pairs, int64_t num_experts, int64_t group_size) {
+  const int64_t active = num_pairs < num_experts ? num_pairs : num_experts;
+  return (num_pairs + (group_size - 1) * active) / group_size;
+}
+
+// Cuts a workspace into arrays.
+class Workspace {
+ public:
+  explicit Workspace(uint8_t* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return taken;
+  }
+  Plan take_plan(int64_t num_pairs, int64_t num_experts, int64_t group_size) {
+    Plan plan;
+    plan.num_groups = take<int>(1);
+    plan.groups = take<Group>(max_groups(num_pairs, num_experts, group_size));
+    plan.order = take<int>(num_pairs);
+    return plan;
+  }
+  int64_t bytes() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+// What routing writes: weights has a column more than top_k where there is a shared expert.
+struct Routes {
+  int* ids;        // [num_tokens, top_k]
+  float* weights;  // [num_tokens, slots]
+  int slots;
+  Plan plan;
+};
+
+}  // namespace helexa::moe
