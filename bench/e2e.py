@@ -247,13 +247,14 @@ def resident_bytes(pid: int) -> int:
     return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
 
-async def model(path: str, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
+async def model(path: str, device: str | None, prompt: int, generate: int, rounds: int) -> dict[str, Any]:
     """The same request straight to a neuron and through a gateway, beside what the engine says of itself."""
     port = free_port()
     neuron = f"http://127.0.0.1:{port}"
     rows: dict[str, list[dict[str, float]]] = {"neuron": [], "gateway": []}
     arguments = ("-m", "helexa.cli.neuron", "--port", str(port), "--model", f"tiny={path}")
-    with process(*arguments, url=neuron), gateway(neuron) as (url, _):
+    where = ("--device", device) if device else ()
+    with process(*arguments, *where, url=neuron), gateway(neuron) as (url, _):
         async with aiohttp.ClientSession() as session:
             await loaded(session, url)
             for index in range(rounds + 1):
@@ -322,6 +323,7 @@ def main() -> None:
     flat.add_argument("--streams", type=int, default=16)
     real = commands.add_parser("model")
     real.add_argument("path", help="a GGUF file")
+    real.add_argument("--device", help="as the neuron takes it, such as cuda:0")
     real.add_argument("--prompt", type=int, default=256)
     real.add_argument("--generate", type=int, default=64)
     real.add_argument("--rounds", type=int, default=5)
@@ -331,7 +333,8 @@ def main() -> None:
     elif arguments.command == "memory":
         result = asyncio.run(memory(arguments.requests, arguments.streams))
     else:
-        result = asyncio.run(model(arguments.path, arguments.prompt, arguments.generate, arguments.rounds))
+        sizes = (arguments.prompt, arguments.generate, arguments.rounds)
+        result = asyncio.run(model(arguments.path, arguments.device, *sizes))
     print(json.dumps(result))
 
 

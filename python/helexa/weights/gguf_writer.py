@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,18 @@ def encode_entry(key: str, value: Any) -> bytes:
     return _string(key) + struct.pack("<I", kind) + raw
 
 
+def encode_header(entries: Sequence[bytes], tensors: Iterable[TensorInfo]) -> tuple[bytes, list[int]]:
+    """What stands before the tensors' data, and where in the file each tensor's data begins."""
+    table, offsets, offset = [], [], 0
+    for info in tensors:
+        table.append(_table_entry(info, offset))
+        offsets.append(offset)
+        offset = _aligned(offset + info.nbytes)
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(entries)) + b"".join((*entries, *table))
+    header += bytes(_aligned(len(header)) - len(header))
+    return header, [len(header) + offset for offset in offsets]
+
+
 def write_gguf(
     path: Path,
     entries: Iterable[bytes],
@@ -74,14 +86,7 @@ def write_gguf(
 def _write(
     out: BinaryIO, entries: list[bytes], file: TensorFile, progress: Callable[[int, int], None]
 ) -> None:
-    table, offset = [], 0
-    for info in file.tensors.values():
-        table.append(_table_entry(info, offset))
-        offset = _aligned(offset + info.nbytes)
-    out.write(struct.pack("<4sIQQ", b"GGUF", 3, len(table), len(entries)))
-    out.writelines(entries)
-    out.writelines(table)
-    out.write(bytes(_aligned(out.tell()) - out.tell()))
+    out.write(encode_header(entries, file.tensors.values())[0])
     done, total = 0, sum(info.nbytes for info in file.tensors.values())
     for info in file.tensors.values():
         step = max(_SLICE_BYTES // info.row_bytes, 1)
