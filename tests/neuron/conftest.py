@@ -209,7 +209,9 @@ def make_neuron(script: Script) -> Callable[..., Neuron]:
             state_cache=state_cache or StateCacheSection(),
             models=tuple(ModelEntry(id=model) for model in models),
         )
-        return Neuron(config, load=load, fetch=fetch)  # type: ignore[arg-type]
+        neuron = Neuron(config, load=load, fetch=fetch)  # type: ignore[arg-type]
+        neuron.recovery.look_s = 3600.0  # tests of it have one of their own
+        return neuron
 
     return make
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helexa import server
 from helexa.engine.engine import Engine
+from helexa.engine.faults import is_lost
 from helexa.engine.state_store import StateStore
 from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
@@ -30,6 +31,7 @@ from helexa.neuron.guard import Guard
 from helexa.neuron.handlers import Control
 from helexa.neuron.inference import ChatInference, CompletionInference
 from helexa.neuron.metrics import Metrics
+from helexa.neuron.recovery import Recovery
 from helexa.neuron.registry import Registry, Report
 from helexa.neuron.text_work import TextWork
 from helexa.neuron.texts import TextRoutes
@@ -76,6 +78,7 @@ class Neuron:
         self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
         self.text_work = TextWork()
         self.control = Control(config, self.registry, self.metrics)
+        self.recovery = Recovery(self.registry, self.metrics, is_lost)
 
     @property
     def app(self) -> Starlette:
@@ -106,6 +109,7 @@ class Neuron:
         background = [
             asyncio.create_task(self.control.watch_devices(), name="devices"),
             asyncio.create_task(self.registry.activate(), name="default models"),
+            asyncio.create_task(self.recovery.watch(), name="recovery"),
         ]
         try:
             yield

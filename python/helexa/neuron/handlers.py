@@ -100,6 +100,7 @@ class Control:
                 models=loads,
                 devices=self._devices,
                 unaccounted_bytes=self._registry.unaccounted_bytes(),
+                reason=self._registry.refusal,
             )
         )
 

@@ -66,6 +66,9 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_LoadCollector(read_loads))
         self.tasks = Gauge("helexa_neuron_tasks", "Tasks of the event loop.", registry=self._registry)
+        self.faults = Counter(
+            "helexa_neuron_device_faults", "Faults of a device.", ["device"], registry=self._registry
+        )
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"helexa_neuron_{name}", text, ["model", *labels], registry=self._registry)

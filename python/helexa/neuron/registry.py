@@ -136,6 +136,12 @@ class Registry:
         options = merge_options(request.options, entry.options, self._config.engine.options)
         return self._begin_load(LoadedModel(request.model_id, source, options), (model,) if model else ())
 
+    def reload(self, model: LoadedModel) -> LoadedModel:
+        """The same model, being loaded anew from the same source; what runs on the old one is ended."""
+        if self._closing:
+            raise self._closing
+        return self._begin_load(LoadedModel(model.id, model.source, model.options), (model,))
+
     async def load(self, request: LoadRequest) -> LoadedModel:
         """The loaded model. Raises what made the load fail. Going away does not stop the load."""
         model = self.start_load(request)
@@ -193,6 +199,18 @@ class Registry:
                 if name in self._models and (error := self._models[name].error)
             ],
         )
+
+    def refuse(self, message: str) -> None:
+        """Refuses new requests and loads from now on, and ends those that wait."""
+        self._closing = ShuttingDown(message, retry_after_s=15)
+        for model in self:
+            if model.admission is not None:
+                model.admission.close(self._closing)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why nothing new is taken, if so."""
+        return self._closing.message if self._closing else None
 
     async def close(self, grace_s: float) -> None:
         """Refuses new requests at once, drains every model and frees it."""

@@ -115,6 +115,7 @@ class Health(Answer, frozen=True):
     models: list[ModelLoad]
     devices: list[DeviceHealth] = []
     unaccounted_bytes: int = 0  # main memory that the process holds beyond that of its models
+    reason: str | None = None  # why it is draining
 
 
 # GET /models
