@@ -1,9 +1,10 @@
-"""Qwen3-0.6B heads (16 queries, 8 keys, 128 wide): prompt chunks and decode steps at several depths."""
+"""Prompt chunks and decode steps at several depths: Qwen3-0.6B's heads (16 queries, 8 keys, 128 wide), and
+on a device those of 8B and 27B."""
 
 from collections.abc import Iterator
 
 import torch
-from bench.run import Case
+from bench.run import Case, rounds
 
 from helexa import ops
 
@@ -40,3 +41,46 @@ def cases() -> Iterator[Case]:
             yield case(f"{label} decode at depth {depth}", 1, 1, depth, dtype)
         yield case(f"{label} 4 streams decode at depth 8192", 4, 1, 8192, dtype)
         yield case(f"{label} 4 queries at depth 8192", 1, 4, 8192, dtype)
+
+
+DEVICE_HEADS = {"8B": (32, 8, 128), "27B": (24, 4, 256), "30B": (32, 4, 128)}
+
+
+def cuda_cases() -> Iterator[Case]:
+    for name, heads in DEVICE_HEADS.items():
+        for num_sequences, num_queries, depth in (
+            *((1, 1, depth) for depth in (512, 8192, 32768)),
+            *((count, 1, 8192) for count in (4, 8)),
+            *((1, count, 8192) for count in (4, 8)),
+            *((1, 512, depth) for depth in (0, 3584, 8192)),
+            (1, 2048, 2048),
+        ):
+            yield device_case(name, heads, num_sequences, num_queries, depth)
+
+
+def device_case(
+    name: str, heads: tuple[int, int, int], num_sequences: int, num_queries: int, depth: int
+) -> Case:
+    num_heads, num_kv_heads, head_dim = heads
+    length, tokens = depth + num_queries, num_sequences * num_queries
+    pages_each = -(-length // ops.PAGE_TOKENS)
+    shape = (num_sequences * pages_each, num_kv_heads, ops.PAGE_TOKENS, head_dim)
+    nbytes = 4.0 * num_sequences * length * num_kv_heads * head_dim
+    caches = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for _ in rounds(nbytes)[:16]
+    ]
+    table = torch.randperm(shape[0], dtype=torch.int32).view(num_sequences, pages_each).cuda()
+    start = (torch.arange(num_sequences + 1, dtype=torch.int32) * num_queries).cuda()
+    lengths = torch.full((num_sequences,), length, dtype=torch.int32).cuda()
+    dtype = torch.float32 if tokens <= ops.MAX_MATVEC_ROWS else torch.bfloat16
+    q = torch.randn(tokens, num_heads, head_dim, device="cuda", dtype=dtype)
+
+    def run() -> None:
+        for k_cache, v_cache in caches:
+            ops.attention(q, k_cache, v_cache, table, start, lengths, head_dim**-0.5)
+
+    pairs = tokens * (depth + (num_queries + 1) / 2)
+    work = 4.0 * pairs * num_heads * head_dim * len(caches)
+    label = f"{name} {num_sequences} x {num_queries} queries at depth {depth}"
+    return Case(label, run, nbytes * len(caches), work, len(caches))

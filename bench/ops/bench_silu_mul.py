@@ -1,4 +1,4 @@
-"""Qwen3-0.6B feed-forward width: one decode row and a prompt chunk."""
+"""Qwen3-0.6B feed-forward width, one decode row and a prompt chunk; on a device chunks of 8B and 27B."""
 
 from collections.abc import Iterator
 
@@ -18,3 +18,15 @@ def cases() -> Iterator[Case]:
             ops.silu_mul(gate_up, out=out)
         values = float(num_tokens * WIDTH)
         yield Case(f"silu_mul [{num_tokens}, {WIDTH}]", graph.replay, 12.0 * values, 20.0 * values)
+
+
+def cuda_cases() -> Iterator[Case]:
+    for num_tokens, width in ((512, 12288), (4096, 12288), (512, 17408)):
+        gate_up = torch.randn(num_tokens, 2 * width, device="cuda", dtype=torch.bfloat16)
+
+        def run(gate_up: torch.Tensor = gate_up) -> None:
+            for _ in range(10):
+                ops.silu_mul(gate_up)
+
+        values = 10.0 * num_tokens * width
+        yield Case(f"silu_mul [{num_tokens}, {width}]", run, 6.0 * values, 20.0 * values, 10)

@@ -1,4 +1,4 @@
-"""Our engine beside llama.cpp on a CUDA device: `python bench/cuda.py --peer FOLDER [--models A,B]`.
+"""Our engine beside llama.cpp on a CUDA device: `python bench/gpu.py --peer FOLDER [--models A,B]`.
 
 Writes each model with random weights of the real shapes, then measures both sides in turns, each time in a
 fresh process: prefill, decode at depth 0 and 8192, decode of several streams, loading, device memory. Figures
@@ -180,7 +180,7 @@ def ceilings() -> Figures:
 
 
 def in_fresh_process(command: str, *arguments: str) -> Figures:
-    """What `python bench/cuda.py COMMAND ...` prints as its last line."""
+    """What `python bench/gpu.py COMMAND ...` prints as its last line."""
     return dict(json.loads(output_of(sys.executable, __file__, command, *arguments).splitlines()[-1]))
 
 
