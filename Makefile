@@ -21,10 +21,12 @@ KEY := $(shell { echo $(SOURCES) $(TORCH_INDEX); cat $(SOURCES); } | cksum | tr 
 # `make dev` leaves this file; from then on the package is installed in place.
 EDITABLE := $(wildcard $(VENV)/editable)
 
-.PHONY: help up test dev lint format clean
+.PHONY: help up test test-emulated test-cuda dev lint format clean
 help:
 	@echo 'make up      install, fetch the starter model, start gateway and neuron on loopback, and answer'
 	@echo 'make test    install what the tests need and run them (ARGS="-k word" narrows them)'
+	@echo 'make test-cuda      the tests of CUDA kernels and of models on them, on a device of this machine'
+	@echo 'make test-emulated  the same on the host, kernels thread by thread: needs the headers of CUDA, no device'
 	@echo 'make dev     install in place: Python edits count at once, C++ is rebuilt on import'
 	@echo 'make lint    ruff, mypy and clang-format, changing nothing;  make format  changes the files'
 	@echo 'make clean   remove the virtual environment and the build folder'
@@ -35,6 +37,15 @@ up: $(VENV)/installed-neuron-$(KEY)
 test: $(VENV)/installed-neuron,dev-$(KEY)
 	@$(VENV)/bin/helexa pull starter || echo 'no starter model: the tests that need it are skipped'
 	$(RUN) -m pytest -m "not cuda" $(ARGS)
+
+test-cuda: $(VENV)/installed-neuron,dev-$(KEY)
+	$(RUN) -m pytest -m cuda $(ARGS)
+
+test-emulated: $(VENV)/installed-neuron,dev-$(KEY)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build/emulated -G Ninja -DPython_EXECUTABLE="$(abspath $(RUN))" \
+	    -DHELEXA_CUDA=EMULATED >build/emulated.log || { cat build/emulated.log; exit 1; }
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build build/emulated
+	HELEXA_EMULATED=build/emulated $(RUN) -m pytest -m "cuda and not multigpu" $(ARGS)
 
 dev: $(VENV)/ready
 	@touch $(VENV)/editable
