@@ -223,13 +223,14 @@ struct PairCodes {
 };
 
 // The scales of one row of a unit: value = scale(step, half) * operand + offset(step, half), where operand is the code as
-// PairCodes has it.  Keep the arguments compile-time constants: then all of it stays in registers.
+// PairCodes has it.  Where step and half are compile-time constants no instruction is spent on choosing.
 template <class F>
 struct RowScales {
   using U = Unit<F>;
   float d, m;                     // of formats with blocks of 256; d with kLift taken off
   uint32_t scales[4], minima[4];  // bytes; of formats with blocks of 32, the f16 numbers
 
+  // From the unit at `unit` (global or shared memory, a multiple of 16).
   __device__ __forceinline__ void load(const uint8_t* unit, int row) {
     const uint8_t* at = unit + U::kScaleOffset + U::kScaleRowBytes * row;
     const uint8_t* second = unit + U::kSecondScaleOffset;
@@ -250,11 +251,8 @@ struct RowScales {
       const uint2 v = *reinterpret_cast<const uint2*>(at);
       set_d(v.x);
       const uint32_t even = v.y & 0x0f0f0f0fu, odd = (v.y >> 4) & 0x0f0f0f0fu;
-      const uint32_t upper = v.x >> 16;
-      scales[0] = __byte_perm(even, odd, 0x5140) | (upper & 3) << 4 | (upper & 0xc) << 10 |
-                  (upper & 0x30) << 16 | (upper & 0xc0) << 22;
-      scales[1] = __byte_perm(even, odd, 0x7362) | (upper >> 8 & 3) << 4 | (upper >> 8 & 0xc) << 10 |
-                  (upper >> 8 & 0x30) << 16 | (upper >> 8 & 0xc0) << 22;
+      scales[0] = __byte_perm(even, odd, 0x5140) | spread_pairs(v.x >> 16);
+      scales[1] = __byte_perm(even, odd, 0x7362) | spread_pairs(v.x >> 24);
     } else if constexpr (F::kScales == Scales::kSuper16) {
       const uint4 v = *reinterpret_cast<const uint4*>(at);
       set_d(*reinterpret_cast<const uint16_t*>(second + 2 * row));
@@ -263,11 +261,10 @@ struct RowScales {
     } else if constexpr (F::kScales == Scales::kSuper16Bits6) {
       const uint32_t* v = reinterpret_cast<const uint32_t*>(at);
       set_d(*reinterpret_cast<const uint16_t*>(second + 2 * row));
-      const uint32_t first = v[0], next = v[1], upper = v[2];
-      scales[0] = (first & 0x0f0f0f0fu) | (upper << 4 & 0x30303030u);
-      scales[1] = (next & 0x0f0f0f0fu) | (upper << 2 & 0x30303030u);
-      scales[2] = (first >> 4 & 0x0f0f0f0fu) | (upper & 0x30303030u);
-      scales[3] = (next >> 4 & 0x0f0f0f0fu) | (upper >> 2 & 0x30303030u);
+      scales[0] = (v[0] & 0x0f0f0f0fu) | ((v[2] << 4) & 0x30303030u);
+      scales[1] = (v[1] & 0x0f0f0f0fu) | ((v[2] << 2) & 0x30303030u);
+      scales[2] = ((v[0] >> 4) & 0x0f0f0f0fu) | (v[2] & 0x30303030u);
+      scales[3] = ((v[1] >> 4) & 0x0f0f0f0fu) | ((v[2] >> 2) & 0x30303030u);
     } else {
       static_assert(F::kScales == Scales::kSuperMin16);
       const uint4 v = *reinterpret_cast<const uint4*>(at);
@@ -275,7 +272,9 @@ struct RowScales {
       set_d(dm), m = tiles::half_to_float(dm >> 16);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scales[i] = words[i] & 0x0f0f0f0fu, minima[i] = words[i] >> 4 & 0x0f0f0f0fu;
+      for (int i = 0; i < 4; ++i) {
+        scales[i] = words[i] & 0x0f0f0f0fu, minima[i] = (words[i] >> 4) & 0x0f0f0f0fu;
+      }
     }
   }
 
@@ -283,22 +282,20 @@ struct RowScales {
     if constexpr (F::kScales == Scales::kSymmetric) {
       return tiles::half_to_float(scales[0] >> (16 * step)) * kUnlift;
     } else if constexpr (F::kScales == Scales::kAffine) {
-      return tiles::half_to_float(scales[step]);
+      return tiles::half_to_float(step == 0 ? scales[0] : scales[1]);
     } else {
       constexpr float kZero = F::kScales == Scales::kSuper16                                          ? 128.0f
                               : F::kScales == Scales::kSuper32 || F::kScales == Scales::kSuper16Bits6 ? 32.0f
                                                                                                       : 0.0f;
-      const int i = U::kHalves * step + half;
-      return tiles::byte_to_float(scales[i / 4], i % 4, kZero) * d;
+      return byte_at(scales, U::kHalves * step + half, kZero) * d;
     }
   }
 
   __device__ __forceinline__ float offset(int step, int half = 0) const {
     if constexpr (F::kScales == Scales::kAffine) {
-      return tiles::half_to_float(scales[step] >> 16);
+      return tiles::half_to_float((step == 0 ? scales[0] : scales[1]) >> 16);
     } else if constexpr (U::kHasOffset) {
-      const int i = U::kHalves * step + half;
-      return -(tiles::byte_to_float(minima[i / 4], i % 4) * m);
+      return -(byte_at(minima, U::kHalves * step + half, 0.0f) * m);
     } else {
       return 0.0f;
     }
@@ -306,27 +303,38 @@ struct RowScales {
 
  private:
   static constexpr float kUnlift = 1.0f / (1 << U::kLift);
+
   __device__ __forceinline__ void set_d(uint32_t bits) { d = tiles::half_to_float(bits) * kUnlift; }
+
+  // Byte i of the words as a float, less `zero`.  Selections, since an array that is indexed at run time would leave the registers.
+  static __device__ __forceinline__ float byte_at(const uint32_t (&words)[4], int i, float zero) {
+    uint32_t word = i < 4 ? words[0] : words[1];
+    if constexpr (U::kHalves == 2) word = i < 8 ? word : i < 12 ? words[2] : words[3];
+    return tiles::byte_to_float(word, i % 4, zero);
+  }
+
+  // The lower four pairs of bits as bits 4 and 5 of four bytes.
+  static __device__ __forceinline__ uint32_t spread_pairs(uint32_t x) {
+    return (x & 3) << 4 | (x & 0xc) << 10 | (x & 0x30) << 16 | (x & 0xc0) << 22;
+  }
 };
 
 // The operand of one element of a unit, and its value; for decoding single rows and for what is not hot.
 template <class F>
 __device__ inline int unit_operand(const uint8_t* unit, int row, int col) {
-  constexpr int kBits = F::kBits;
-  int code = 0;
   const int low = code_bit_position<F>(row, col, 0);
-  code = (unit[low / 8] >> (low % 8)) & ((1 << Unit<F>::kLowBits) - 1);
+  int code = (unit[low / 8] >> (low % 8)) & ((1 << Unit<F>::kLowBits) - 1);
   if constexpr (Unit<F>::kHighBits > 0) {
     const int high = code_bit_position<F>(row, col, Unit<F>::kLowBits);
     code |= ((unit[high / 8] >> (high % 8)) & ((1 << Unit<F>::kHighBits) - 1)) << Unit<F>::kLowBits;
   }
   if constexpr (has_levels<F>) {
-    const uint32_t words[4] = {tiles::level_word(0), tiles::level_word(1), tiles::level_word(2),
-                               tiles::level_word(3)};
-    const uint32_t word = code < 8 ? (code < 4 ? words[0] : words[1]) : (code < 12 ? words[2] : words[3]);
+    constexpr uint32_t l0 = tiles::level_word(0), l1 = tiles::level_word(1), l2 = tiles::level_word(2),
+                       l3 = tiles::level_word(3);
+    const uint32_t word = code < 4 ? l0 : code < 8 ? l1 : code < 12 ? l2 : l3;
     return static_cast<int8_t>(word >> (8 * (code % 4)));
   } else if constexpr (Unit<F>::kSigned) {
-    return static_cast<int8_t>(code << (8 - kBits));
+    return static_cast<int8_t>(code << Unit<F>::kLift);
   } else {
     return code;
   }
@@ -336,18 +344,9 @@ template <class F>
 __device__ inline float unit_value(const uint8_t* unit, int row, int col) {
   RowScales<F> scales;
   scales.load(unit, row);
-  // Selects among constants, so that the scales stay in registers.
-  float scale = 0.0f, offset = 0.0f;
-  const int wanted = col / 32 * Unit<F>::kHalves + (Unit<F>::kHalves == 2 ? col % 32 / 16 : 0);
-#pragma unroll
-  for (int i = 0; i < Unit<F>::kSteps * Unit<F>::kHalves; ++i) {
-    if (i == wanted) {
-      scale = scales.scale(i / Unit<F>::kHalves, i % Unit<F>::kHalves);
-      offset = scales.offset(i / Unit<F>::kHalves, i % Unit<F>::kHalves);
-    }
-  }
-  const float product = scale * static_cast<float>(unit_operand<F>(unit, row, col));
-  return Unit<F>::kHasOffset ? product + offset : product;
+  const int step = col / 32, half = Unit<F>::kHalves == 2 ? col % 32 / 16 : 0;
+  const float product = scales.scale(step, half) * static_cast<float>(unit_operand<F>(unit, row, col));
+  return Unit<F>::kHasOffset ? product + scales.offset(step, half) : product;
 }
 
 }  // namespace helexa
