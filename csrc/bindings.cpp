@@ -11,6 +11,7 @@
 #include "core/graph.h"
 #include "core/parallel.h"
 #include "ops/attention.h"
+#include "ops/dequantize.h"
 #include "ops/embedding.h"
 #include "ops/fault.h"
 #include "ops/gated_delta_net.h"
@@ -115,6 +116,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def("tiled_bytes", &tiled_bytes);
+  m.def("pack_cuda", cuda(&pack_cuda));
+  m.def("dequantize_cuda", cuda(&dequantize_cuda));
+  m.def("embedding_cuda", cuda(&embedding_cuda));
   m.def("moe_route_cuda", cuda(&moe_route_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
   m.def("spin_cuda", cuda(&spin_cuda));

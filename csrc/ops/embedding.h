@@ -9,5 +9,7 @@ namespace helexa {
 // token_ids: [num_tokens].  out: [num_tokens, cols].
 void embedding_cpu(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed,
                    int64_t rows, int64_t cols, float* out);
+void embedding_cuda(const int32_t* token_ids, int64_t num_tokens, int format, const uint8_t* packed,
+                    int64_t rows, int64_t cols, float* out, void* stream);
 
 }  // namespace helexa

@@ -13,4 +13,9 @@ int64_t packed_bytes(int format, int64_t rows, int64_t cols);
 void pack_cpu(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols,
               uint8_t* packed);
 
+// The same for the layout of devices (quant/tiles.cuh); raw, which is even, and tiles, a multiple of 16, are on the device.
+int64_t tiled_bytes(int format, int64_t rows, int64_t cols);
+void pack_cuda(int format, const uint8_t* raw, int64_t first_row, int64_t num_rows, int64_t cols,
+               uint8_t* tiles, void* stream);
+
 }  // namespace helexa

@@ -21,6 +21,7 @@ _PART_OUTPUTS = 2 * 132 * 128 * 128
 _CACHED_BYTES = 32 << 20
 _PART_STEP = 256  # rows; keeps parts whole tiles of the products
 
+_FLOATS = ("f32", "f16", "bf16")
 _Piece = tuple[PackedWeight, int, int]  # first row and end
 
 _scratches: dict[torch.device, Tensor] = {}  # one for each device: all work of a device is on one stream
@@ -36,6 +37,10 @@ def dequantize_rows(weight: PackedWeight, first_row: int, num_rows: int, out: Te
     check(
         out.shape == (num_rows, weight.cols) and out.stride(1) == 1 and out.device == weight.data.device,
         f"dequantize: out {tuple(out.shape)} is not [{num_rows}, {weight.cols}] on {weight.data.device}",
+    )
+    check(
+        weight.format in _FLOATS or (out.stride(0) % 4 == 0 and out.data_ptr() % 16 == 0),
+        "dequantize: the rows of out are not aligned",
     )
     check(
         first_row % TILE_ROWS == 0 and first_row >= 0 and first_row + num_rows <= weight.rows,
@@ -117,7 +122,7 @@ def _scratch(device: torch.device, cols: int) -> Tensor:
 def _part_rows(x: Tensor) -> int:
     """How many rows of weights are unpacked at a time for the input x, whole tiles of them."""
     cols = x.shape[1]
-    wanted = max(_CACHED_BYTES // (2 * cols), _PART_OUTPUTS // max(x.shape[0], 1))
+    wanted = max(_CACHED_BYTES // (2 * cols), _PART_OUTPUTS // max(x.shape[0], 1), 1)
     return min(_scratch(x.device, cols).shape[0], -(-wanted // _PART_STEP) * _PART_STEP)
 
 

@@ -1,0 +1,172 @@
+"""Weights in the layout of devices: packed, looked up, unpacked, and multiplied by many rows."""
+
+import numpy as np
+import pytest
+import torch
+
+from helexa import ops
+from helexa.ops import dequantize
+from helexa.quant import FORMATS
+
+from .test_pack import QUANTIZED, decoded, random_raw
+
+pytestmark = pytest.mark.cuda
+
+FLOATS = ("f32", "f16", "bf16")
+
+
+def width(format: str) -> int:
+    """An odd number of the format's blocks that no tile of 64 or 256 columns divides."""
+    return {1: 100, 32: 352, 256: 768}[FORMATS[format].block_size]
+
+
+@pytest.fixture
+def packed(cuda_device):
+    """A random matrix on the device, and its values."""
+
+    def make(format: str, rows: int, cols: int, seed: int = 0):
+        raw = random_raw(format, rows, cols, seed)
+        return ops.pack_weight(format, raw, rows, cols, cuda_device), decoded(format, raw, rows, cols)
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_on_a_device_decode_to_the_files_values_bit_for_bit(packed, format, rows):
+    weight, values = packed(format, rows, width(format), rows)
+    assert torch.equal(weight.dequantize().cpu(), values)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_random_bytes_decode_bit_for_bit_with_infinite_and_subnormal_scales(cuda_device, format):
+    layout = FORMATS[format]
+    cols = 3 * layout.block_size
+    raw = np.random.default_rng(3).integers(0, 256, (32, 3 * layout.block_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = decoded(format, raw, 32, cols)
+    actual = ops.pack_weight(format, raw, 32, cols, cuda_device).dequantize().cpu()
+    assert torch.equal(expected.isnan(), actual.isnan())
+    assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_on_a_device_take_the_files_bytes(cuda_device, format):
+    assert ops.packed_nbytes(format, 48, 512, cuda_device) == 48 * FORMATS[format].nbytes(512)
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_k", "f16"])
+def test_slices_in_any_order_equal_the_whole(cuda_device, format):
+    rows, cols = 75, 256
+    raw = random_raw(format, rows, cols)
+    whole = ops.pack_weight(format, raw, rows, cols, cuda_device)
+    sliced = ops.empty_packed(format, rows, cols, device=cuda_device)
+    for first, last in ((64, 75), (0, 32), (32, 64)):
+        ops.pack_rows(format, raw[first:last].copy(), first, last - first, sliced)
+    assert torch.equal(whole.data, sliced.data)
+
+
+def test_weights_of_one_device_arena_lie_apart_and_outlive_it(cuda_device):
+    spaced = ops.DeviceArena.spaced(ops.packed_nbytes("q8_0", 48, 96, cuda_device))
+    arena = ops.DeviceArena(2 * spaced, cuda_device)
+    raws = [random_raw("q8_0", 48, 96, seed) for seed in range(3)]
+    weights = [ops.empty_packed("q8_0", 48, 96, arena) for _ in raws]
+    shared = arena.memory.untyped_storage().data_ptr()
+    del arena
+    for raw, weight in zip(raws, weights, strict=True):
+        ops.pack_rows("q8_0", raw, 0, 48, weight)
+    for raw, weight in zip(raws, weights, strict=True):
+        assert torch.equal(weight.dequantize().cpu(), decoded("q8_0", raw, 48, 96))
+    storages = [weight.data.untyped_storage().data_ptr() for weight in weights]
+    assert storages[:2] == [shared, shared]
+    assert storages[2] != shared  # did not fit
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embedding_is_the_rows_of_the_ids(packed, poisoned, cuda_device, format):
+    weight, values = packed(format, 37, width(format))
+    ids = torch.tensor([36, 0, -1, 17, 17, 37, 2**31 - 1], dtype=torch.int32, device=cuda_device)
+    out = poisoned(7, weight.cols).to(cuda_device)
+    expected = torch.cat([values[[36, 0]], torch.zeros(1, weight.cols), values[[17, 17]]])
+    expected = torch.cat([expected, torch.zeros(2, weight.cols)])
+    assert ops.embedding(ids, weight, out=out) is out
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_the_embedding_of_no_tokens_is_empty(packed, cuda_device):
+    weight, _ = packed("q4_k", 3, 256)
+    assert ops.embedding(torch.empty(0, dtype=torch.int32, device=cuda_device), weight).shape == (0, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_some_rows_are_unpacked_as_wide_as_asked_for(packed, poisoned, cuda_device, format, dtype):
+    weight, values = packed(format, 41, width(format))
+    space = poisoned(25, weight.cols + 8, dtype=dtype).to(cuda_device)
+    ops.dequantize_rows(weight, 16, 25, space[:, : weight.cols])
+    assert torch.equal(space[:, : weight.cols].cpu(), values[16:].to(dtype))
+    assert space[:, weight.cols :].isnan().all()
+
+
+def test_rows_that_do_not_begin_a_tile_or_end_beyond_the_matrix_are_refused(packed, cuda_device):
+    weight, _ = packed("q4_0", 40, 64)
+    out = torch.empty(8, 64, device=cuda_device)
+    for first in (8, -16, 48):
+        with pytest.raises(ValueError, match="not in tiles of 40 rows"):
+            ops.dequantize_rows(weight, first, 8, out)
+    with pytest.raises(ValueError, match="out"):
+        ops.dequantize_rows(weight, 0, 16, out)
+    with pytest.raises(ValueError, match="not aligned"):
+        ops.dequantize_rows(weight, 0, 8, torch.empty(8, 65, device=cuda_device)[:, :64])
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part_outputs", [1, 40 * 70, 10**9])
+def test_a_product_with_unpacked_weights_is_that_of_their_values(
+    packed, poisoned, cuda_device, assert_close, monkeypatch, out_dtype, part_outputs
+):
+    monkeypatch.setattr(dequantize, "_PART_OUTPUTS", part_outputs)
+    monkeypatch.setattr(dequantize, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(dequantize, "_PART_STEP", 16)
+    formats = [*FORMATS, "bf16", "q6_k"]
+    weights = [packed(format, 16 + 11 * i, 512, i)[0] for i, format in enumerate(formats)]
+    biases = [
+        torch.randn(weight.rows, device=cuda_device) if i % 3 else None for i, weight in enumerate(weights)
+    ]
+    x = torch.randn(70, 512, device=cuda_device).bfloat16()
+    out = poisoned(70, sum(weight.rows for weight in weights), dtype=out_dtype).to(cuda_device)
+    ops.unpacked_matmul(x, weights, biases, out)
+    reference = ops.unpacked_matmul_reference(x, weights, biases)
+    assert_close(
+        "unpacked_matmul", reference.to(out_dtype), out, 1e-5 if out_dtype == torch.float32 else 3e-3
+    )
+    wrong = ops.unpacked_matmul_reference(x, weights[::-1], biases[::-1]).to(out_dtype)
+    with pytest.raises(AssertionError):
+        assert_close("unpacked_matmul", wrong, out, 0.1)
+
+
+def test_parts_hold_every_row_once_and_no_more_than_fits(packed):
+    weights = [packed("q4_0", rows, 64)[0] for rows in (16, 17, 5, 300, 1, 64)]
+    parts = list(dequantize._parts(weights, 48))
+    assert all(sum(end - first for _, first, end in part) <= 48 for part in parts)
+    assert all(first % 16 == 0 for part in parts for _, first, _ in part)
+    rows = [(weight, row) for part in parts for weight, first, end in part for row in range(first, end)]
+    assert rows == [(weight, row) for weight in weights for row in range(weight.rows)]
+
+
+def test_a_product_whose_sizes_do_not_fit_is_refused(packed, cuda_device):
+    weight, _ = packed("q8_0", 16, 64)
+    x = torch.zeros(70, 96, dtype=torch.bfloat16, device=cuda_device)
+    with pytest.raises(ValueError, match=r"weight \[16, 64\] does not fit x \(70, 96\)"):
+        ops.unpacked_matmul(x, [weight], None, torch.empty(70, 16, device=cuda_device))
+    with pytest.raises(ValueError, match="no 16 columns"):
+        ops.unpacked_matmul(x[:, :64].contiguous(), [weight], None, torch.empty(70, 8, device=cuda_device))
+
+
+def test_the_scratch_is_given_back(packed, cuda_device):
+    weight, _ = packed("q8_0", 16, 64)
+    x = torch.zeros(70, 64, dtype=torch.bfloat16, device=cuda_device)
+    ops.unpacked_matmul(x, [weight], None, torch.empty(70, 16, device=cuda_device))
+    assert x.device in dequantize._scratches
+    ops.release_scratch(x.device)
+    assert x.device not in dequantize._scratches
