@@ -93,6 +93,9 @@ PYBIND11_MODULE(_C, m) {
         return WeightView{format, reinterpret_cast<const uint8_t*>(packed), rows, cols,
                           reinterpret_cast<const float*>(bias)};
       }));
+  py::class_<MoeWeights>(m, "MoeWeights")
+      .def(py::init<WeightView, std::vector<WeightView>, std::vector<WeightView>, WeightView, std::vector<WeightView>,
+                    std::vector<WeightView>>());
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_cpu", cpu(&pack_cpu));
   m.def("embedding_cpu", cpu(&embedding_cpu));
@@ -117,11 +120,20 @@ PYBIND11_MODULE(_C, m) {
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("tiled_bytes", &tiled_bytes);
+  m.def("attention_cuda", cuda(&attention_cuda));
+  m.def("is_attention_tiled", &is_attention_tiled);
+  m.def("rope_append_cuda", cuda(&rope_append_cuda));
+  m.def("rope_table_cuda", cuda(&rope_table_cuda));
   m.def("pack_cuda", cuda(&pack_cuda));
   m.def("dequantize_cuda", cuda(&dequantize_cuda));
   m.def("embedding_cuda", cuda(&embedding_cuda));
+  m.def("gated_delta_net_cuda", cuda(&gated_delta_net_cuda));
+  m.def("gated_delta_net_workspace", &gated_delta_net_workspace);
   m.def("moe_route_cuda", cuda(&moe_route_cuda));
+  m.def("moe_few_workspace_bytes", &moe_few_workspace_bytes);
+  m.def("moe_few_cuda", cuda(&moe_few_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
+  m.def("silu_mul_cuda", cuda(&silu_mul_cuda));
   m.def("spin_cuda", cuda(&spin_cuda));
   m.def("trap_cuda", cuda(&trap_cuda));
 #else

@@ -1,64 +1,154 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// One block to a row, so that a row is read from memory once for its sum and found in the cache when it is scaled.  Each thread
-// takes every kThreads-th value: neighbouring threads touch neighbouring addresses whatever the width.
+// One block to a row, which stays in registers between its sum and its scaling, so that it is read once.  A thread takes four columns
+// side by side, and the norm leaves in the form that the next matmul reads.  Weights are loaded before the wait for the producer of x.
+#include <algorithm>
+
 #include "core/cuda.cuh"
+#include "ops/activation.cuh"
 #include "ops/rms_norm.h"
 
 namespace helexa {
 namespace {
 
-// Enough loads in flight to hide memory's latency for one row of a few thousand values, which is all that a decode step has.
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMaxThreads = 1024;
+// Values per thread where there are threads enough: with four loads in flight in each of 1,024 threads a row of 4,096 takes one
+// round trip to memory.
+constexpr int kWanted = 4;
 
 __device__ float block_sum(float x) {
-  __shared__ float warp_sums[kWarps];
+  __shared__ float warp_sums[kMaxThreads / 32];
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
   __syncthreads();
   // Every warp adds up all partial sums: that is cheaper than another round trip to tell one warp's result to the others.
-  return warp_sum(threadIdx.x % 32 < kWarps ? warp_sums[threadIdx.x % 32] : 0.0f);
+  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? warp_sums[threadIdx.x % 32] : 0.0f);
 }
 
-template <class T,                                                       // type of x, residual and out
-          bool kResidual>                                                // whether the residual is there
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(const T* x,  // [num_tokens, width]; may be out
-                                                            const float* __restrict__ weight,  // [width]
-                                                            T* residual,  // [num_tokens, width]
-                                                            T* out,       // [num_tokens, width]
-                                                            int64_t width, float eps) {
+template <int kColumns, class T>
+__device__ void load_columns(const T* from, float* to) {
+  if constexpr (kColumns == 1) {
+    *to = to_float(*from);
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v.x));
+    const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v.y));
+    to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+  }
+}
+
+template <int kColumns>
+__device__ void store_columns(const float* from, float* to) {
+  if constexpr (kColumns == 1) {
+    *to = *from;
+  } else {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  }
+}
+
+template <int kColumns>
+__device__ void store_columns(const float* from, __nv_bfloat16* to) {
+  if constexpr (kColumns == 1) {
+    *to = __float2bfloat16_rn(*from);
+  } else {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(from[0], from[1]);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(from[2], from[3]);
+    *reinterpret_cast<uint2*>(to) =
+        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+  }
+}
+
+template <class T,       // type of x
+          int kColumns,  // that a thread takes side by side: 4, or 1 where rows are not aligned
+          int kKept>     // values that a thread holds
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_kernel(const T* __restrict__ x,            // [num_tokens, width]
+                    const float* __restrict__ weight,   // [width]
+                    float* __restrict__ residual,       // [num_tokens, width] or null
+                    uint8_t* __restrict__ q8,           // rows of activation_row_bytes(width), or null
+                    __nv_bfloat16* __restrict__ bf16,   // [num_tokens, width] or null
+                    float* __restrict__ plain,          // [num_tokens, width] or null
+                    int width, float eps) {
+  constexpr int kSteps = kKept / kColumns;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
+  const int first = threadIdx.x * kColumns, stride = blockDim.x * kColumns;
+  float scales[kKept] = {}, values[kKept] = {};
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const int i = first + k * stride;
+    if (i < width) load_columns<kColumns>(weight + i, scales + k * kColumns);
+  }
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const int i = first + k * stride;
+    if (i < width) load_columns<kColumns>(x + row + i, values + k * kColumns);
+  }
   float squares = 0.0f;
-  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    float value = to_float(x[row + i]);
-    if (kResidual) {
-      // The sum is rounded to T before it is squared, since that is what later layers read.
-      const T sum = from_float<T>(to_float(residual[row + i]) + value);
-      residual[row + i] = sum;
-      value = to_float(sum);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const int i = first + k * stride;
+    if (residual != nullptr && i < width) {
+      float before[kColumns];
+      load_columns<kColumns>(residual + row + i, before);
+      for (int c = 0; c < kColumns; ++c) values[k * kColumns + c] += before[c];
+      store_columns<kColumns>(values + k * kColumns, residual + row + i);
     }
-    squares += value * value;
+    for (int c = 0; c < kColumns; ++c) squares += values[k * kColumns + c] * values[k * kColumns + c];
   }
-  const float scale = rsqrtf(block_sum(squares) / static_cast<float>(width) + eps);
-  const T* from = kResidual ? residual : x;
-  // A thread reads back only what it wrote itself, so no barrier is needed.
-  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
-    out[row + i] = from_float<T>(to_float(from[row + i]) * scale * weight[i]);
+  const float scale = 1.0f / sqrtf(block_sum(squares) / static_cast<float>(width) + eps);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    if (k * stride >= width) break;
+    const int i = first + k * stride;
+    float* y = values + k * kColumns;
+    for (int c = 0; c < kColumns; ++c) y[c] *= scale * scales[k * kColumns + c];
+    if (i < width) {
+      if (plain != nullptr) store_columns<kColumns>(y, plain + row + i);
+      if (bf16 != nullptr) store_columns<kColumns>(y, bf16 + row + i);
+    }
+    if (q8 != nullptr) {
+      uint8_t* codes = q8 + blockIdx.x * activation_row_bytes(width);
+      if constexpr (kColumns == 1) {
+        quantize_lanes(*y, codes, width, i / 32);
+      } else {
+        quantize_quads(make_float4(y[0], y[1], y[2], y[3]), codes, width, i / 32);
+      }
+    }
   }
+}
+
+template <class T, int kColumns, int kKept>
+void launch_rms_norm(const void* x, const float* weight, float* residual, uint8_t* q8, void* bf16,
+                     float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
+  const int64_t warps = std::min<int64_t>((width + 32 * kWanted - 1) / (32 * kWanted), kMaxThreads / 32);
+  launch_kernel(rms_norm_kernel<T, kColumns, kKept>,
+                {dim3(static_cast<unsigned>(num_tokens)), dim3(static_cast<unsigned>(32 * warps)), stream, 0,
+                 true},
+                static_cast<const T*>(x), weight, residual, q8, static_cast<__nv_bfloat16*>(bf16), plain,
+                static_cast<int>(width), eps);
+}
+
+template <class T>
+void launch_rms_norm_of(const void* x, const float* weight, float* residual, uint8_t* q8, void* bf16,
+                        float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
+  const auto launch = width % 4 != 0            ? launch_rms_norm<T, 1, 16>
+                      : width > 8 * kMaxThreads ? launch_rms_norm<T, 4, 16>
+                                                : launch_rms_norm<T, 4, 8>;
+  launch(x, weight, residual, q8, bf16, plain, num_tokens, width, eps, stream);
 }
 
 }  // namespace
 
-void rms_norm_cuda(const void* x, const float* weight, void* residual, void* out, int64_t num_tokens,
-                   int64_t width, int dtype, float eps, void* stream) {
+void rms_norm_cuda(const void* x, int x_dtype, const float* weight, float* residual, uint8_t* q8, void* bf16,
+                   float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
   if (num_tokens == 0) return;
-  with_dtype(static_cast<DType>(dtype), [&](auto value) {
-    using T = decltype(value);
-    const auto kernel = residual == nullptr ? rms_norm_kernel<T, false> : rms_norm_kernel<T, true>;
-    launch_kernel(kernel, {dim3(static_cast<unsigned>(num_tokens)), dim3(kThreads), stream},
-                  static_cast<const T*>(x), weight, static_cast<T*>(residual), static_cast<T*>(out), width,
-                  eps);
-  });
+  const auto launch = static_cast<DType>(x_dtype) == DType::kF32 ? launch_rms_norm_of<float>
+                                                                 : launch_rms_norm_of<__nv_bfloat16>;
+  launch(x, weight, residual, q8, bf16, plain, num_tokens, width, eps, stream);
 }
 
 }  // namespace helexa

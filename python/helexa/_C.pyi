@@ -59,18 +59,23 @@ def rms_norm_cpu(
 ) -> None: ...
 def rms_norm_cuda(
     x: int,
+    x_dtype: int,
     weight: int,
     residual: int,
-    out: int,
+    q8: int,
+    bf16: int,
+    plain: int,
     num_tokens: int,
     width: int,
-    dtype: int,
     eps: float,
     stream: int,
     /,
 ) -> None: ...
 def sigmoid_mul_cpu(x: int, gate: int, num_values: int, /) -> None: ...
 def silu_mul_cpu(gate_up: int, out: int, num_tokens: int, width: int, /) -> None: ...
+def silu_mul_cuda(
+    gate_up: int, dtype: int, q8: int, bf16: int, num_tokens: int, width: int, stream: int, /
+) -> None: ...
 def rope_table_cpu(
     positions: int, inv_freq: int, table: int, num_tokens: int, num_pairs: int, magnitude: float, /
 ) -> None: ...
@@ -91,6 +96,69 @@ def rope_append_cpu(
     head_dim: int,
     num_pairs: int,
     interleaved: bool,
+    /,
+) -> None: ...
+def rope_table_cuda(
+    positions: int,
+    inv_freq: int,
+    table: int,
+    num_tokens: int,
+    num_pairs: int,
+    magnitude: float,
+    stream: int,
+    /,
+) -> None: ...
+def rope_append_cuda(
+    qkv: int,
+    qkv_dtype: int,
+    qkv_stride: int,
+    table: int,
+    slots: int,
+    k_cache: int,
+    v_cache: int,
+    cache_dtype: int,
+    q_out: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pairs: int,
+    interleaved: bool,
+    stream: int,
+    /,
+) -> None: ...
+def is_attention_tiled(head_dim: int, cache_dtype: int, /) -> bool: ...
+def attention_cuda(
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    cache_dtype: int,
+    page_table: int,
+    query_start: int,
+    kv_lengths: int,
+    num_tokens: int,
+    num_sequences: int,
+    max_pages: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    first_row: int,
+    end_row: int,
+    gate: int,
+    gate_dtype: int,
+    gate_stride: int,
+    q8: int,
+    bf16: int,
+    x: int,
+    split_queries: int,
+    counters: int,
+    partial: int,
+    max_splits: int,
+    stream: int,
     /,
 ) -> None: ...
 def attention_cpu(

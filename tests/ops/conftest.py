@@ -1,12 +1,16 @@
 """What tests of ops share: every instruction set of this machine, and comparison with a reference."""
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from helexa import _C
+from helexa.ops.tensor import EMULATED
+
+T = TypeVar("T")
 
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 HIGHEST = max(ISAS.values())
@@ -48,3 +52,24 @@ def assert_close() -> Callable[[str, Tensor, Tensor, float], None]:
 def poisoned() -> Callable[..., Tensor]:
     """Makes a tensor of NaN, so that a value which the kernel does not write is seen."""
     return lambda *shape, dtype=torch.float32: torch.full(shape, torch.nan, dtype=dtype)
+
+
+@pytest.fixture
+def cuda_capture() -> Callable[[Callable[[], T]], tuple[Callable[[], None], T]]:
+    """Captures a call into a CUDA graph: what replays it, and what the call returned."""
+    if EMULATED:
+        pytest.skip("the host has no CUDA graphs")
+
+    def capture(call: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        call()  # a kernel's first launch loads it, which no capture allows
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+        def replay() -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return replay, result
+
+    return capture

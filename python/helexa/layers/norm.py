@@ -17,5 +17,5 @@ class RMSNorm:
     def load(cls, scope: Scope, size: int, eps: float) -> "RMSNorm":
         return cls(scope.vector("weight", size), eps)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, keep_float: bool = False) -> ops.Rows:
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, keep_float=keep_float)

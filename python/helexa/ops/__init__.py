@@ -4,8 +4,8 @@
 On the CPU an op runs on a pool of threads that belongs to the calling thread, as a CUDA stream does.
 """
 
-from helexa._C import cpu_isa, num_threads, set_num_threads
-from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
+from helexa._C import cpu_isa, has_cuda, num_threads, set_num_threads
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, as_float, empty_activation
 from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.dequantize import (
     SCRATCH_BYTES,
@@ -53,15 +53,18 @@ __all__ = [
     "RowBlocks",
     "Rows",
     "WeightArena",
+    "as_float",
     "attention",
     "attention_reference",
     "cpu_isa",
     "dequantize_rows",
     "embedding",
     "embedding_reference",
+    "empty_activation",
     "empty_packed",
     "gated_delta_net",
     "gated_delta_net_reference",
+    "has_cuda",
     "is_tiled",
     "moe_mlp",
     "moe_mlp_reference",

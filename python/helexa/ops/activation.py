@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 MAX_MATVEC_ROWS = (
@@ -33,6 +34,46 @@ class Activation:
         """T."""
         return next(form.shape[0] for form in (self.q8, self.bf16, self.x) if form is not None)
 
+    def values(self) -> Tensor:
+        """[T, cols] float32, as matmuls see them."""
+        if self.q8 is None:
+            form = self.bf16 if self.bf16 is not None else self.x
+            assert form is not None
+            return form.float()
+        num_groups = -(-self.cols // 64)
+        codes, scales = self.q8.split([64 * num_groups, 16 * num_groups], dim=1)
+        columns = torch.arange(64 * num_groups, device=self.q8.device)
+        lane, half, quarter = columns % 16 // 4 * 16, columns % 64 // 32 * 8, columns % 32 // 16 * 4
+        places = columns - columns % 64 + lane + half + quarter + columns % 4
+        ordered = codes.view(torch.int8)[:, places].float().unflatten(1, (-1, 32))
+        factors = scales.contiguous().view(torch.float32).unflatten(1, (-1, 2))[:, :, :1]
+        return (ordered * factors).flatten(1)[:, : self.cols]
+
 
 # What a layer hands to the next matmul: plain float32 rows [T, cols] on the CPU, an Activation on CUDA.
 Rows = Tensor | Activation
+
+
+def activation_row_bytes(cols: int) -> int:
+    """Bytes of a row of `q8`: a code per column of 64 at a time, and 16 bytes of scales for these."""
+    return -(-cols // 64) * 80
+
+
+def empty_activation(
+    num_rows: int, cols: int, device: torch.device, *, keep_float: bool = False
+) -> Activation:
+    """An Activation to be written: `q8` for few rows, `bf16` for more; keep_float: also `x`."""
+    q8 = bf16 = None
+    if num_rows <= MAX_MATVEC_ROWS:
+        q8 = torch.empty((num_rows, activation_row_bytes(cols)), dtype=torch.uint8, device=device)
+    else:
+        bf16 = torch.empty((num_rows, cols), dtype=torch.bfloat16, device=device)
+    x = torch.empty((num_rows, cols), dtype=torch.float32, device=device) if keep_float else None
+    return Activation(cols, q8, bf16, x)
+
+
+def as_float(rows: Rows) -> Tensor:
+    """[T, cols] float32, exact if they were computed with keep_float."""
+    if isinstance(rows, Tensor):
+        return rows
+    return rows.values() if rows.x is None else rows.x
