@@ -28,6 +28,23 @@ void moe_mlp_cpu(const float* x, const int32_t* ids, const float* weights, std::
 void moe_route_cuda(const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
                     int64_t num_experts, int64_t top_k, bool normalize, void* stream);
 
+// The weights of one layer on a device.
+struct MoeWeights {
+  WeightView router;                      // [num_experts, cols], F32, F16 or BF16
+  std::vector<WeightView> shared_router;  // none, or [1, cols], likewise: the gate of the shared expert
+  std::vector<WeightView> gate_up;        // as of moe_mlp_cpu
+  WeightView down;
+  std::vector<WeightView> shared_gate_up;  // none, or one or two matrices with 2 S rows together
+  std::vector<WeightView> shared_down;     // none, or [cols, S]
+};
+
+// out = what moe_route_cpu and moe_mlp_cpu make of x, the shared expert included, for up to 64 rows.
+// x [num_tokens, cols], and the same rows as q8 (ops/activation.cuh).  counters: zeros, one for every 8 rows; zeros again afterwards.
+// The workspace is a multiple of 256 and has moe_few_workspace_bytes.
+int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, int64_t top_k);
+void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
+                  int32_t* counters, uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream);
+
 HELEXA_ISA_KERNEL(void, moe_route_rows, const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
                   int64_t num_experts, int64_t top_k, bool normalize)
 // out[i] = (accumulate ? out[i] : 0) + factor * x[i]

@@ -3,6 +3,7 @@
 //
 // A pair is one token's choice of one expert: pair t * top_k + j.  Pairs are sorted by expert, and the pairs of an expert are cut
 // into groups, since one reading of an expert's weights serves as many tokens as one matrix instruction takes.
+// Few rows are taken in batches of kBatch tokens, each with a plan of its own; many rows are one batch.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -11,6 +12,7 @@ namespace helexa::moe {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
+constexpr int kBatch = 8;  // tokens of a matrix instruction
 
 struct Group {
   int expert;
@@ -19,18 +21,24 @@ struct Group {
   int unused;
 };
 
-// In device memory, written by the kernels that route.
-struct Plan {
-  int* num_groups;
-  Group* groups;
-  int* order;  // [num_pairs]: the pair at a position
-};
-
 // Groups that num_pairs pairs may need, whatever they choose.
-inline int64_t max_groups(int64_t num_pairs, int64_t num_experts, int64_t group_size) {
+inline int max_groups(int64_t num_pairs, int64_t num_experts, int group_size) {
   const int64_t active = num_pairs < num_experts ? num_pairs : num_experts;
-  return (num_pairs + (group_size - 1) * active) / group_size;
+  return static_cast<int>((num_pairs + (group_size - 1) * active) / group_size);
 }
+
+// Of some batches, in device memory; written by the kernels that route.
+struct Plan {
+  int* num_groups;  // [batches]
+  Group* groups;    // [batches, max_groups]
+  int* order;       // [batches, max_pairs]: the pair at a position; pairs count from the batch's first token
+  int max_groups, max_pairs;
+
+  __device__ Plan of_batch(int batch) const {
+    return {num_groups + batch, groups + static_cast<int64_t>(batch) * max_groups,
+            order + static_cast<int64_t>(batch) * max_pairs, max_groups, max_pairs};
+  }
+};
 
 // Cuts a workspace into arrays.
 class Workspace {
@@ -43,12 +51,10 @@ class Workspace {
     used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
     return taken;
   }
-  Plan take_plan(int64_t num_pairs, int64_t num_experts, int64_t group_size) {
-    Plan plan;
-    plan.num_groups = take<int>(1);
-    plan.groups = take<Group>(max_groups(num_pairs, num_experts, group_size));
-    plan.order = take<int>(num_pairs);
-    return plan;
+  Plan take_plan(int64_t num_batches, int64_t num_pairs, int64_t num_experts, int group_size) {
+    const int groups = max_groups(num_pairs, num_experts, group_size);
+    return {take<int>(num_batches), take<Group>(num_batches * groups), take<int>(num_batches * num_pairs),
+            groups, static_cast<int>(num_pairs)};
   }
   int64_t bytes() const { return used_; }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // Which experts each token goes to, and which tokens each expert gets.  For few rows one launch does all of it: a warp computes the
-// logit of one expert, the last block to finish for a token picks its experts, and the last of those sorts the pairs.
+// logits of one expert for a batch of tokens, and the last block to finish for a batch picks their experts and sorts the pairs.
 #include "ops/moe_route_cuda.cuh"
 
 namespace helexa::moe {
@@ -131,7 +131,7 @@ __device__ void sort_pairs(const int* ids, int num_pairs, int num_experts, int g
   }
 }
 
-// Whether this block is the last of `count` that come here; the counter is zero again after it.
+// Whether this block is the last of `count` that come here; if so, the counter is zero again.
 __device__ bool is_last(int* counter, int count) {
   __shared__ int arrived;
   __threadfence();
@@ -141,50 +141,58 @@ __device__ bool is_last(int* counter, int count) {
     if (arrived == count) *counter = 0;
   }
   __syncthreads();
-  const bool last = arrived == count;
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
+  if (arrived == count) __threadfence();
+  return arrived == count;
 }
 
+// A row of floats of some type.
+struct FloatRow {
+  const void* data;
+  DType dtype;
+
+  __device__ FloatRow at(int64_t row, int cols) const {
+    const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
+    return {static_cast<const uint8_t*>(data) + row * cols * bytes, dtype};
+  }
+};
+
 // A lane's part of kRuns runs of 128 columns of a row; zeros beyond its end.
-template <class W>
-__device__ void load_runs(const W* row, int first, int cols, float4 (&runs)[kRuns]) {
+template <class T>
+__device__ void load_runs(const T* row, int first, int cols, float4 (&runs)[kRuns]) {
 #pragma unroll
   for (int i = 0; i < kRuns; ++i) {
     const int col = first + 128 * i + 4 * static_cast<int>(threadIdx.x % 32);
     runs[i] = col < cols ? load4(row + col) : float4{0, 0, 0, 0};
   }
 }
+__device__ void load_runs(const FloatRow& row, int first, int cols, float4 (&runs)[kRuns]) {
+  switch (row.dtype) {
+    case DType::kF32: return load_runs(static_cast<const float*>(row.data), first, cols, runs);
+    case DType::kF16: return load_runs(static_cast<const __half*>(row.data), first, cols, runs);
+    case DType::kBF16: return load_runs(static_cast<const __nv_bfloat16*>(row.data), first, cols, runs);
+  }
+}
 
-template <class W,      // type of the router's weights
-          class S,      // type of the shared expert's gate
-          int kTokens>  // of a block
+template <int kTokens>  // of a batch
 __global__ void __launch_bounds__(kRouterWarps * 32)
-    router_kernel(const float* x,                  // [num_tokens, cols]
-                  const W* __restrict__ router,    // [num_experts, cols]
-                  const S* __restrict__ shared,    // [cols], or null
-                  float* logits,                   // [num_tokens, num_experts + 1]
-                  int* counters,                   // [1 + blocks along y], zeros
-                  Routes routes, int num_tokens, int cols, int num_experts, int top_k, bool normalize,
-                  int group_size) {
+    router_kernel(const float* x,    // [num_tokens, cols]
+                  FloatRow router,   // [num_experts, cols]
+                  FloatRow shared,   // [cols], or null
+                  float* logits,     // [num_tokens, num_experts + 1]
+                  int* counters,     // [batches], zeros
+                  Routes routes, int num_tokens, int cols, int num_experts, int top_k, bool normalize) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int expert = blockIdx.x * kRouterWarps + warp, stride = num_experts + 1;
-  const int first = blockIdx.y * kTokens, count = min(kTokens, num_tokens - first);
+  const int first = blockIdx.y * kBatch, count = min(kTokens, num_tokens - first);
+  const bool has_row = expert < num_experts || (expert == num_experts && shared.data != nullptr);
+  const FloatRow row = expert < num_experts ? router.at(expert, cols) : shared;
   float4 runs[kRuns];
-  auto load_row = [&](int col) {
-    if (expert < num_experts) {
-      load_runs(router + static_cast<int64_t>(expert) * cols, col, cols, runs);
-    } else if (expert == num_experts && shared != nullptr) {
-      load_runs(shared, col, cols, runs);
-    }
-  };
-  load_row(0);  // weights do not change: they may be read before the producer has ended
+  if (has_row) load_runs(row, 0, cols, runs);  // weights do not change: no need to wait for the producer
   ptx::wait_for_producers();
   ptx::allow_consumers();
   float sums[kTokens] = {};
-  for (int col = 0; expert < stride && col < cols; col += 128 * kRuns) {
-    if (col > 0) load_row(col);
+  for (int col = 0; has_row && col < cols; col += 128 * kRuns) {
+    if (col > 0) load_runs(row, col, cols, runs);
     // The order of a lane's sum is that of its columns, so it is the same for any number of tokens.
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
@@ -201,16 +209,17 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
 #pragma unroll
   for (int n = 0; n < kTokens; ++n) {
     const float sum = warp_sum(sums[n]);
-    if (lane == 0 && n < count && expert < stride) logits[static_cast<int64_t>(first + n) * stride + expert] = sum;
+    if (lane == 0 && n < count && has_row) logits[static_cast<int64_t>(first + n) * stride + expert] = sum;
   }
-  if (!is_last(counters + 1 + blockIdx.y, gridDim.x)) return;
+  if (!is_last(counters + blockIdx.y, gridDim.x)) return;
   for (int n = warp; n < count; n += kRouterWarps) {
     const float* mine = logits + static_cast<int64_t>(first + n) * stride;
-    route_token(mine, shared == nullptr ? nullptr : mine + num_experts, first + n, num_experts, top_k,
+    route_token(mine, shared.data == nullptr ? nullptr : mine + num_experts, first + n, num_experts, top_k,
                 normalize, routes);
   }
-  if (!is_last(counters, gridDim.y)) return;
-  sort_pairs(routes.ids, num_tokens * top_k, num_experts, group_size, routes.plan);
+  __syncthreads();
+  sort_pairs(routes.ids + static_cast<int64_t>(first) * top_k, count * top_k, num_experts, kBatch,
+             routes.plan.of_batch(blockIdx.y));
 }
 
 // One warp to a token.
@@ -237,31 +246,19 @@ __global__ void __launch_bounds__(kPlanThreads)
 }  // namespace
 
 void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits, int* counters,
-               const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize, int group_size,
-               void* stream) {
+               const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize, void* stream) {
   const int num_experts = static_cast<int>(router.rows), cols = static_cast<int>(router.cols);
-  auto launch = [&](auto w, auto s, auto tokens) {
-    using W = decltype(w);
-    using S = decltype(s);
-    constexpr int kTokens = decltype(tokens)::value;
-    const int rows = num_experts + (shared_gate == nullptr ? 0 : 1);
-    const dim3 grid((rows + kRouterWarps - 1) / kRouterWarps,
-                    static_cast<unsigned>((num_tokens + kTokens - 1) / kTokens));
-    const S* shared = shared_gate == nullptr ? nullptr : reinterpret_cast<const S*>(shared_gate->packed);
-    launch_kernel(router_kernel<W, S, kTokens>, {grid, dim3(kRouterWarps * 32), stream, 0, true}, x,
-                  reinterpret_cast<const W*>(router.packed), shared, logits, counters, routes, num_tokens, cols,
-                  num_experts, top_k, normalize, group_size);
-  };
   // The numbers of the float formats are those of their types.
-  with_dtype(static_cast<DType>(router.format), [&](auto w) {
-    with_dtype(static_cast<DType>(shared_gate == nullptr ? router.format : shared_gate->format), [&](auto s) {
-      if (num_tokens == 1) {
-        launch(w, s, std::integral_constant<int, 1>());
-      } else {
-        launch(w, s, std::integral_constant<int, kRouterTokens>());
-      }
-    });
-  });
+  auto row = [](const WeightView* w) -> FloatRow {
+    if (w == nullptr) return {nullptr, DType::kF32};
+    return {w->packed, static_cast<DType>(w->format)};
+  };
+  const int rows = num_experts + (shared_gate == nullptr ? 0 : 1);
+  const dim3 grid((rows + kRouterWarps - 1) / kRouterWarps,
+                  static_cast<unsigned>((num_tokens + kBatch - 1) / kBatch));
+  launch_kernel(num_tokens == 1 ? router_kernel<1> : router_kernel<kBatch>,
+                {grid, dim3(kRouterWarps * 32), stream, 0, true}, x, row(&router), row(shared_gate), logits,
+                counters, routes, num_tokens, cols, num_experts, top_k, normalize);
 }
 
 void route_many(const float* logits, const float* shared_logits, const Routes& routes, int64_t num_tokens,

@@ -6,16 +6,11 @@
 
 namespace helexa::moe {
 
-constexpr int kRouterTokens = 8;  // that a block of the router's kernel takes
-
-// Blocks of the router along the tokens count themselves, and all together: counters that route_few needs.
-inline int64_t num_counters(int64_t num_tokens) { return 1 + (num_tokens + kRouterTokens - 1) / kRouterTokens; }
-
 // Routes of few rows, in one launch.  router and shared_gate (or null) are of float formats, row by row.
-// logits: [num_tokens, num_experts + 1], scratch.  counters: zeros, and zeros again when the launch has ended.
+// logits: [num_tokens, num_experts + 1], scratch.  counters: a zero for each batch, zeros again when the launch has ended.
 void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
                int* counters, const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize,
-               int group_size, void* stream);
+               void* stream);
 
 // Routes of many rows from their logits [num_tokens, num_experts] and [num_tokens] (or null); no plan if plan.order is null.
 void route_many(const float* logits, const float* shared_logits, const Routes& routes, int64_t num_tokens,
