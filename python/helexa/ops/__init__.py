@@ -17,7 +17,14 @@ from helexa.ops.dequantize import (
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
-from helexa.ops.moe import moe_mlp, moe_mlp_reference, moe_route, moe_route_reference
+from helexa.ops.moe import (
+    SharedExpert,
+    moe_mlp,
+    moe_mlp_reference,
+    moe_route,
+    moe_route_reference,
+    sparse_moe,
+)
 from helexa.ops.pack import (
     TILE_ROWS,
     Arena,
@@ -52,6 +59,7 @@ __all__ = [
     "PackedWeight",
     "RowBlocks",
     "Rows",
+    "SharedExpert",
     "WeightArena",
     "as_float",
     "attention",
@@ -89,6 +97,7 @@ __all__ = [
     "sigmoid_mul_reference",
     "silu_mul",
     "silu_mul_reference",
+    "sparse_moe",
     "unpacked_matmul",
     "unpacked_matmul_reference",
 ]

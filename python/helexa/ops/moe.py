@@ -1,6 +1,8 @@
 """Mixture of experts: routing, and SwiGLU experts over packed weights without a Python loop over experts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,10 +10,59 @@ from torch import Tensor
 from torch.nn import functional
 
 from helexa import _C
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
 from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
+from helexa.ops.quant_matmul import quant_matmul
+from helexa.ops.silu_mul import silu_mul
 from helexa.ops.tensor import check, on_cuda, stream
 
-MAX_EXPERTS, MAX_TOP_K = 1024, 32  # csrc/ops/moe_cuda.cuh
+MAX_EXPERTS, MAX_TOP_K, BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
+FLOAT_FORMATS = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """The expert that every token goes to.
+
+    gate_up: [S, H] twice.   down: [H, S].   gate: [1, H], whose sigmoid is its weight; None for a weight of one.
+    """
+
+    gate_up: Sequence[PackedWeight]
+    down: PackedWeight
+    gate: PackedWeight | None = None
+
+
+def sparse_moe(
+    x: Rows,
+    router: PackedWeight,
+    gate_up: Sequence[PackedWeight],
+    down: PackedWeight,
+    *,
+    top_k: int,
+    normalize: bool,
+    shared: SharedExpert | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A whole mixture of experts: moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
+
+    x: [T, H]; on CUDA with the float32 rows besides, which the router reads.   router: [E, H], on CUDA of a float format.
+    gate_up, down: the stacks of moe_mlp.   out: [T, H] float32, on CUDA bfloat16 for many rows.
+    Raises ValueError if a shape, dtype or format does not fit.  Capturable.
+    """
+    if isinstance(x, Activation):
+        return _sparse_moe_cuda(x, router, gate_up, down, top_k, normalize, shared, out)
+    ids, weights = moe_route(quant_matmul(x, [router]), top_k, normalize=normalize)
+    mixed = shared_gate = None
+    if shared is not None:
+        mixed = quant_matmul(silu_mul(quant_matmul(x, shared.gate_up)), [shared.down])
+        shared_gate = None if shared.gate is None else quant_matmul(x, [shared.gate])
+    return moe_mlp(
+        *(x, ids, weights, gate_up, down),
+        num_experts=router.rows,
+        shared=mixed,
+        shared_gate=shared_gate,
+        out=out,
+    )
 
 
 def moe_route(
@@ -79,21 +130,7 @@ def moe_mlp(
         _check_like("moe_mlp", "shared", shared, (num_tokens, cols), torch.float32)
     if shared_gate is not None:
         _check_like("moe_mlp", "shared_gate", shared_gate, (num_tokens, 1), torch.float32)
-    check(len(gate_up) in (1, 2), f"moe_mlp: {len(gate_up)} stacks of gate and up")
-    for stack in (*gate_up, down):
-        rows = stack.rows // num_experts
-        check(
-            stack.rows == rows * num_experts and rows % TILE_ROWS == 0,
-            f"moe_mlp: a stack of {stack.rows} rows over {num_experts} experts; rows of an expert must be "
-            f"a multiple of {TILE_ROWS}",
-        )
-    width = sum(stack.rows for stack in gate_up) // num_experts
-    check(
-        all(stack.cols == cols for stack in gate_up)
-        and (down.cols * 2, down.rows) == (width, num_experts * cols)
-        and len({stack.rows for stack in gate_up}) == 1,
-        f"moe_mlp: stacks {[(s.rows, s.cols) for s in (*gate_up, down)]} do not fit x {tuple(x.shape)}",
-    )
+    _check_stacks("moe_mlp", gate_up, down, num_experts, cols)
     optional = [0 if tensor is None else tensor.data_ptr() for tensor in (shared, shared_gate)]
     arguments: list[Any] = [x.data_ptr(), ids.data_ptr(), weights.data_ptr()]
     arguments += ([_view(stack) for stack in gate_up], [_view(down)], *optional, out.data_ptr())
@@ -130,6 +167,80 @@ def moe_mlp_reference(
             gate, up = (both[expert] @ x[t]).chunk(2)
             out[t] += share * (down[expert] @ (functional.silu(gate) * up))
     return out
+
+
+def _sparse_moe_cuda(
+    x: Activation,
+    router: PackedWeight,
+    gate_up: Sequence[PackedWeight],
+    down: PackedWeight,
+    top_k: int,
+    normalize: bool,
+    shared: SharedExpert | None,
+    out: Tensor | None,
+) -> Tensor:
+    num_tokens, cols, num_experts = x.num_rows, x.cols, router.rows
+    rows = x.x
+    if rows is None:
+        raise ValueError("sparse_moe: the router needs the rows as floats")
+    _check_like("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
+    check(
+        1 <= top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
+        f"sparse_moe: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+    )
+    _check_stacks("sparse_moe", gate_up, down, num_experts, cols)
+    if shared is not None:
+        _check_stacks("sparse_moe", shared.gate_up, shared.down, 1, cols)
+    shared_router = [] if shared is None or shared.gate is None else [shared.gate]
+    for weight in (router, *shared_router):
+        check(
+            weight.format in FLOAT_FORMATS and weight.cols == cols,
+            f"sparse_moe: a router [{weight.rows}, {weight.cols}] of {weight.format} for {cols} columns",
+        )
+    weights = _C.MoeWeights(
+        _view(router),
+        [_view(weight) for weight in shared_router],
+        [_view(stack) for stack in gate_up],
+        _view(down),
+        [] if shared is None else [_view(weight) for weight in shared.gate_up],
+        [] if shared is None else [_view(shared.down)],
+    )
+    q8 = x.q8
+    assert q8 is not None
+    out = torch.empty_like(rows) if out is None else out
+    _check_like("sparse_moe", "out", out, (num_tokens, cols), torch.float32)
+    nbytes = _C.moe_few_workspace_bytes(weights, num_tokens, top_k)
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=rows.device)
+    arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, normalize, out.data_ptr()]
+    arguments += (_counters(rows.device).data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
+    _C.moe_few_cuda(*arguments)
+    return out
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Of the router's blocks: every launch leaves zeros.  Launches of one device are in one stream."""
+    return torch.zeros(MAX_MATVEC_ROWS // BATCH_ROWS, dtype=torch.int32, device=device)
+
+
+def _check_stacks(
+    op: str, gate_up: Sequence[PackedWeight], down: PackedWeight, num_experts: int, cols: int
+) -> None:
+    check(len(gate_up) in (1, 2), f"{op}: {len(gate_up)} stacks of gate and up")
+    for stack in (*gate_up, down):
+        rows = stack.rows // num_experts
+        check(
+            stack.rows == rows * num_experts and rows % TILE_ROWS == 0,
+            f"{op}: a stack of {stack.rows} rows over {num_experts} experts; rows of an expert must be "
+            f"a multiple of {TILE_ROWS}",
+        )
+    width = sum(stack.rows for stack in gate_up) // num_experts
+    check(
+        all(stack.cols == cols for stack in gate_up)
+        and (down.cols * 2, down.rows) == (width, num_experts * cols)
+        and len({stack.rows for stack in gate_up}) == 1,
+        f"{op}: stacks {[(s.rows, s.cols) for s in (*gate_up, down)]} do not fit {cols} columns",
+    )
 
 
 def _view(weight: PackedWeight) -> _C.WeightView:
