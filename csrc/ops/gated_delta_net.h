@@ -24,6 +24,24 @@ void gated_delta_net_cpu(const float* x, const float* conv_weight, const float* 
                          int64_t num_value_heads, int64_t key_head_dim, int64_t value_head_dim,
                          int64_t num_taps, float eps, bool tiled);
 
+// The same on a CUDA device: x is of `dtype` float32 or bfloat16 and `out` in one of the forms below.  `counters` [slots, H_k] are
+// zero and are zero again afterwards; `workspace` has as many bytes as gated_delta_net_workspace says.  Slots lie below num_slots.
+enum class DeltaForm : int {
+  kF32,   // [num_tokens, value_dim]
+  kBF16,  // [num_tokens, value_dim]
+  kQ8,    // rows of codes (ops/activation.cuh); d_v has to be a multiple of 32
+};
+void gated_delta_net_cuda(const void* x, const float* conv_weight, const float* decay, const float* dt_bias,
+                          const float* norm_weight, float* conv_states, float* states,
+                          const int32_t* state_slots, const int32_t* query_start, const int32_t* kv_lengths,
+                          uint32_t* counters, void* workspace, void* out, int64_t num_tokens,
+                          int64_t num_sequences, int64_t num_slots, int64_t num_key_heads,
+                          int64_t num_value_heads, int64_t key_head_dim, int64_t value_head_dim,
+                          int64_t num_taps, int dtype, int form, float eps, bool tiled, void* stream);
+int64_t gated_delta_net_workspace(int64_t num_tokens, int64_t num_sequences, int64_t num_key_heads,
+                                  int64_t num_value_heads, int64_t key_head_dim, int64_t value_head_dim,
+                                  int64_t num_taps, int dtype);
+
 constexpr int64_t kMaxStateDim = 256;
 // Tokens of one chunk; sequences with fewer than kRecurrentTokens go token by token.
 constexpr int64_t kDeltaChunk = 64;

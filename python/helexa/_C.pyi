@@ -13,6 +13,33 @@ class CpuGraph:
 class WeightView:
     def __init__(self, format: int, packed: int, rows: int, cols: int, bias: int) -> None: ...
 
+class ByteRange:
+    def __init__(self, descriptor: int, offset: int, nbytes: int, /) -> None: ...
+
+class WeightLoader:
+    def add(
+        self,
+        ranges: Sequence[ByteRange],
+        nbytes: int,
+        format: int,
+        first_row: int,
+        num_rows: int,
+        cols: int,
+        target: int,
+        /,
+    ) -> int: ...
+    def close(self) -> None: ...
+    def cancel(self) -> None: ...
+    def done_bytes(self) -> int: ...
+    def failure(self) -> tuple[int, int] | None: ...
+
+class WeightCarrier:
+    def __init__(
+        self, loader: WeightLoader, pinned: Sequence[int], staged: Sequence[int], stream: int, /
+    ) -> None: ...
+    def work(self) -> int: ...
+    def slot(self) -> int: ...
+
 def cpu_isa() -> str: ...
 def limit_isa(highest: int) -> None: ...
 def num_threads() -> int: ...
@@ -201,6 +228,46 @@ def gated_delta_net_cpu(
     tiled: bool,
     /,
 ) -> None: ...
+def gated_delta_net_cuda(
+    x: int,
+    conv_weight: int,
+    decay: int,
+    dt_bias: int,
+    norm_weight: int,
+    conv_states: int,
+    states: int,
+    state_slots: int,
+    query_start: int,
+    kv_lengths: int,
+    counters: int,
+    workspace: int,
+    out: int,
+    num_tokens: int,
+    num_sequences: int,
+    num_slots: int,
+    num_key_heads: int,
+    num_value_heads: int,
+    key_head_dim: int,
+    value_head_dim: int,
+    num_taps: int,
+    dtype: int,
+    form: int,
+    eps: float,
+    tiled: bool,
+    stream: int,
+    /,
+) -> None: ...
+def gated_delta_net_workspace(
+    num_tokens: int,
+    num_sequences: int,
+    num_key_heads: int,
+    num_value_heads: int,
+    key_head_dim: int,
+    value_head_dim: int,
+    num_taps: int,
+    dtype: int,
+    /,
+) -> int: ...
 def moe_route_cpu(
     logits: int, ids: int, weights: int, num_tokens: int, num_experts: int, top_k: int, normalize: bool, /
 ) -> None: ...

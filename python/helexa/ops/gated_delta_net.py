@@ -3,15 +3,15 @@
 Convolution, norms, gates, delta rule and gated norm of one layer are one op, since each is local to a head.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from helexa import _C
-from helexa.ops.tensor import check
+from helexa.ops.activation import Activation, Rows, empty_activation
+from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
 MAX_STATE_DIM = 256
 _L2_EPS = 1e-6
@@ -33,6 +33,7 @@ class DeltaParameters:
     key_head_dim: int
     eps: float
     tiled: bool
+    _counters: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("conv_weight", "decay", "dt_bias", "norm_weight"):
@@ -80,6 +81,14 @@ class DeltaParameters:
         state = (num_slots, self.num_value_heads, self.key_head_dim, self.value_head_dim)
         return (num_slots, taps - 1, conv_dim), state
 
+    def counters(self, num_slots: int) -> Tensor:
+        """[num_slots, H_k] int32 zeros on the device: which of a key head's readers is the last (csrc)."""
+        if not self._counters or self._counters[-1].shape[0] < num_slots:
+            shape = (num_slots, self.num_key_heads)
+            # Former ones stay, since captured graphs know their addresses.
+            self._counters.append(torch.zeros(shape, dtype=torch.int32, device=self.decay.device))
+        return self._counters[-1]
+
 
 def gated_delta_net(
     x: Tensor,
@@ -90,42 +99,101 @@ def gated_delta_net(
     query_start: Tensor,
     kv_lengths: Tensor,
     *,
-    out: Tensor | None = None,
-) -> Tensor:
+    out: Rows | None = None,
+) -> Rows:
     """One layer for the new tokens of S sequences; their states are updated in place.
 
-    x: [T, row] float32, q | k | v | z | b | a of each token.   conv_states: [slots, taps - 1, C] float32.
-    states: [slots, H_v, d_k, d_v] float32.   state_slots: [S] int32, all different.
-    query_start: [S + 1] int32.
+    x: [T, row] float32 (on CUDA also bfloat16), q | k | v | z | b | a of each token.
+    conv_states: [slots, taps - 1, C] float32.   states: [slots, H_v, d_k, d_v] float32.
+    state_slots: [S] int32, all different.   query_start: [S + 1] int32.
     kv_lengths: [S] int32; a sequence whose tokens are all here starts from zero, whatever its slot holds.
-    out: [T, H_v·d_v] float32.
-    Few tokens go one by one, many in chunks of 64; both round differently, as float32 does.
-    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    out: on the CPU [T, H_v·d_v] float32, on CUDA an Activation with `q8`, `bf16` or `x`.
+    Few tokens go one by one, many in chunks of 64; both round differently, as float32 does.  On CUDA chunks
+    round queries, keys and operands of products to 11 bits, and values to the width of x.
+    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out` and scratch.
     """
-    shape = (x.shape[0], parameters.value_dim)
-    out = torch.empty(shape, dtype=torch.float32) if out is None else out
-    conv_shape, state_shape = parameters.state_shapes(states.shape[0])
+    p = parameters
+    is_cuda = on_cuda(x)
+    conv_shape, state_shape = p.state_shapes(states.shape[0])
     num_sequences = state_slots.shape[0]
+    dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
+    check(x.dtype in dtypes, f"gated_delta_net: x is {x.dtype}, expected one of {dtypes}")
     for name, tensor, expected, dtype in (
-        ("x", x, (x.shape[0], parameters.row), torch.float32),
+        ("x", x, (x.shape[0], p.row), x.dtype),
         ("conv_states", conv_states, conv_shape, torch.float32),
         ("states", states, state_shape, torch.float32),
         ("state_slots", state_slots, (num_sequences,), torch.int32),
         ("query_start", query_start, (num_sequences + 1,), torch.int32),
         ("kv_lengths", kv_lengths, (num_sequences,), torch.int32),
-        ("out", out, shape, torch.float32),
     ):
-        check(
-            tuple(tensor.shape) == expected and tensor.dtype == dtype and tensor.is_contiguous(),
-            f"gated_delta_net: {name} {tuple(tensor.shape)} {tensor.dtype} is not {expected} {dtype}",
-        )
-    p = parameters
+        _check(name, tensor, expected, dtype)
     tensors = (x, p.conv_weight, p.decay, p.dt_bias, p.norm_weight, conv_states, states, state_slots)
-    arguments: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths, out)]
-    arguments += (x.shape[0], num_sequences, p.num_key_heads, p.num_value_heads, p.key_head_dim)
-    arguments += (p.value_head_dim, p.conv_weight.shape[0], p.eps, p.tiled)
-    _C.gated_delta_net_cpu(*arguments)
+    pointers = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths)]
+    sizes = (p.num_key_heads, p.num_value_heads, p.key_head_dim, p.value_head_dim, p.conv_weight.shape[0])
+    if is_cuda:
+        return _on_cuda(x, p, pointers, num_sequences, states.shape[0], sizes, out)
+    shape = (x.shape[0], p.value_dim)
+    out = torch.empty(shape, dtype=torch.float32) if out is None else out
+    check(isinstance(out, Tensor), "gated_delta_net: on the CPU out is a tensor")
+    assert isinstance(out, Tensor)
+    _check("out", out, shape, torch.float32)
+    _C.gated_delta_net_cpu(*pointers, out.data_ptr(), x.shape[0], num_sequences, *sizes, p.eps, p.tiled)
     return out
+
+
+def _on_cuda(
+    x: Tensor,
+    p: DeltaParameters,
+    pointers: list[int],
+    num_sequences: int,
+    num_slots: int,
+    sizes: tuple[int, ...],
+    out: Rows | None,
+) -> Activation:
+    num_tokens = x.shape[0]
+    if out is None and p.value_head_dim % 32 != 0:  # codes come 32 columns at a time
+        plain = Activation(p.value_dim, x=torch.empty(num_tokens, p.value_dim, device=x.device))
+        _on_cuda(x, p, pointers, num_sequences, num_slots, sizes, plain)
+        assert plain.x is not None
+        return plain
+    out = empty_activation(num_tokens, p.value_dim, x.device) if out is None else out
+    check(
+        isinstance(out, Activation) and (out.num_rows, out.cols) == (num_tokens, p.value_dim),
+        f"gated_delta_net: on CUDA out is an Activation of {num_tokens} x {p.value_dim}",
+    )
+    assert isinstance(out, Activation)
+    check(
+        out.q8 is None or p.value_head_dim % 32 == 0,
+        f"gated_delta_net: codes need heads of a multiple of 32, not {p.value_head_dim}",
+    )
+    forms = [form for form in (out.x, out.bf16, out.q8) if form is not None]
+    check(len(forms) == 1, "gated_delta_net: out has to have one form")
+    number = next(i for i, form in enumerate((out.x, out.bf16, out.q8)) if form is not None)
+    workspace_bytes = _C.gated_delta_net_workspace(num_tokens, num_sequences, *sizes, dtype_id(x))
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
+    _C.gated_delta_net_cuda(
+        *pointers,
+        p.counters(num_slots).data_ptr(),
+        workspace.data_ptr(),
+        forms[0].data_ptr(),
+        num_tokens,
+        num_sequences,
+        num_slots,
+        *sizes,
+        dtype_id(x),
+        number,
+        p.eps,
+        p.tiled,
+        stream(x),
+    )
+    return out
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(
+        tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous(),
+        f"gated_delta_net: {name} {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}",
+    )
 
 
 def gated_delta_net_reference(

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+// What the kernels of Gated DeltaNet on CUDA share: the call, the forms of its output, and the functions of one value.
+#include "core/cuda.cuh"
+#include "ops/activation.cuh"
+#include "ops/gated_delta_net.h"
+
+namespace helexa {
+
+// Tokens from which on a sequence goes in chunks: below, one pass over the state per token costs less than the four kernels.
+constexpr int kFewestChunkTokens = 16;
+
+// The sizes and pointers of gated_delta_net_cuda, as its kernels take them.
+struct DeltaCall {
+  const float *conv_weight, *decay, *dt_bias, *norm_weight;
+  float *conv_states, *states;
+  const int32_t *state_slots, *query_start, *kv_lengths;
+  int num_sequences, num_slots, num_key_heads, num_value_heads, key_head_dim, value_head_dim, num_taps;
+  int chunked_from;  // sequences of so many tokens or more go in chunks
+  float eps;
+  bool tiled;
+
+  __host__ __device__ int key_dim() const { return num_key_heads * key_head_dim; }
+  __host__ __device__ int value_dim() const { return num_value_heads * value_head_dim; }
+  __host__ __device__ int conv_dim() const { return 2 * key_dim() + value_dim(); }
+  __host__ __device__ int64_t row() const {
+    return static_cast<int64_t>(conv_dim()) + value_dim() + 2 * num_value_heads;
+  }
+  __device__ int key_head(int head) const {
+    return tiled ? head % num_key_heads : head / (num_value_heads / num_key_heads);
+  }
+  __device__ float* conv_state(int slot) const {
+    return conv_states + static_cast<int64_t>(slot) * (num_taps - 1) * conv_dim();
+  }
+  __device__ float* state(int slot, int head) const {
+    return states + (static_cast<int64_t>(slot) * num_value_heads + head) * key_head_dim * value_head_dim;
+  }
+};
+
+// Where results go.
+struct DeltaOutput {
+  void* rows;
+  DeltaForm form;
+};
+
+// A piece of a sequence as the kernels that go in chunks see it.
+struct DeltaChunk {
+  int sequence, first, count;  // rows first .. first + count of x
+  int index;                   // within the sequence
+  int num_tokens;              // of the sequence
+};
+
+// The chunk with this number, counted over all sequences that go in chunks; its sequence is -1 beyond the last.
+__device__ inline DeltaChunk find_chunk(const DeltaCall& c, int number) {
+  for (int s = 0; s < c.num_sequences; ++s) {
+    const int begin = c.query_start[s], tokens = c.query_start[s + 1] - begin;
+    if (tokens < c.chunked_from) continue;
+    const int chunks = (tokens + kDeltaChunk - 1) / kDeltaChunk;
+    if (number < chunks) {
+      const int first = number * kDeltaChunk, left = tokens - first;
+      return {s, begin + first, left < kDeltaChunk ? left : static_cast<int>(kDeltaChunk), number, tokens};
+    }
+    number -= chunks;
+  }
+  return {-1, 0, 0, 0, 0};
+}
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// Writes o · weight / rms · silu(z) of one head and token for the 32 columns from `column` on, one per lane of a whole warp; columns
+// beyond value_head_dim are left.  o [value_head_dim] is of shared or global memory, z of the token's row of x.
+template <class O, class X>
+__device__ inline void write_gated_norm(const DeltaCall& c, const DeltaOutput& out, int64_t token, int head,
+                                        int column, const O* o, const X* z) {
+  const int lane = static_cast<int>(threadIdx.x % 32), width = c.value_head_dim;
+  float squares = 0.0f;
+  for (int i = lane; i < width; i += 32) squares += to_float(o[i]) * to_float(o[i]);
+  const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(width) + c.eps);
+  const int i = column + lane;
+  const float value = i < width ? to_float(o[i]) * scale * c.norm_weight[i] * silu(to_float(z[i])) : 0.0f;
+  const int64_t place = static_cast<int64_t>(head) * width + i;
+  if (out.form == DeltaForm::kQ8) {
+    quantize_lanes(value, static_cast<uint8_t*>(out.rows) + token * activation_row_bytes(c.value_dim()),
+                   c.value_dim(), place / 32);
+  } else if (i < width && out.form == DeltaForm::kBF16) {
+    static_cast<__nv_bfloat16*>(out.rows)[token * c.value_dim() + place] = from_float<__nv_bfloat16>(value);
+  } else if (i < width) {
+    static_cast<float*>(out.rows)[token * c.value_dim() + place] = value;
+  }
+}
+
+// The chunked kernels (gated_delta_net_chunk_cuda.cu).
+bool delta_fits_chunks(const DeltaCall& call);
+int64_t delta_chunk_workspace(const DeltaCall& call, int64_t num_tokens, int dtype);
+void delta_chunks_cuda(const void* x, int dtype, const DeltaCall& call, const DeltaOutput& out,
+                       void* workspace, int64_t num_tokens, void* stream);
+
+}  // namespace helexa
