@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
-from helexa.engine.sampler import Sampled
+from helexa.engine.sampler import Sampler, SamplingParams
 from helexa.engine.tokenizer import Tokenizer
 
 
@@ -61,11 +62,57 @@ class HistoryModel:
         return logits
 
 
-class Greedy:
-    """The smallest sampler: the largest logit."""
+@dataclass
+class StateModel(HistoryModel):
+    """Predicts the same from recurrent states, which hold what next_token has made of all tokens so far."""
 
-    def sample(self, logits, position):
-        return Sampled(int(logits.argmax()), None, [])
+    def __call__(self, step):
+        super().__call__(step)
+        states = step.states[0]
+        wanted = range(len(step.token_ids))[step.logits_rows]
+        logits = torch.zeros(len(wanted), self.vocab_size)
+        starts, tokens = step.query_start.tolist(), step.token_ids.tolist()
+        for s, (slot, length) in enumerate(
+            zip(step.state_slots.tolist(), step.kv_lengths.tolist(), strict=True)
+        ):
+            is_fresh = length == starts[s + 1] - starts[s]
+            state = 0 if is_fresh else int(states[slot, 0, 0, 0])
+            for row in range(starts[s], starts[s + 1]):
+                state = (state * 31 + tokens[row] + 7) % 1_000_003
+                if row in wanted:
+                    logits[row - wanted.start, state % self.vocab_size] = 1.0
+            states[slot] = state
+        return logits
+
+
+class Largest:
+    """Stands in for a device that chooses: the largest logit of each row."""
+
+    def __init__(self, vocab_size, num_slots, max_rows):
+        self.last_tokens = torch.zeros(num_slots, dtype=torch.int32)
+        self.records = torch.zeros(max_rows, 1, dtype=torch.int32)
+        self.allowed = {}
+
+    def serves(self, params):
+        return params.typical_p == 1.0
+
+    def bind(self, slot, sampler, token_ids, num_prompt_tokens):
+        self.allowed.pop(slot, None)
+
+    def allow(self, slot, allowed):
+        if isinstance(allowed, int):
+            allowed = np.arange(10_000) == allowed
+        self.allowed[slot] = allowed
+
+    def launch(self, logits, slots, positions):
+        for row, slot in enumerate(slots.tolist()):
+            scores = logits[row].clone()
+            if (allowed := self.allowed.get(slot)) is not None:
+                scores[~torch.from_numpy(allowed[: len(scores)])] = -torch.inf
+            self.last_tokens[slot] = self.records[row, 0] = scores.argmax()
+
+    def read(self, records, row, slot):
+        return int(records[row, 0]), None, []
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +121,20 @@ def history_model():
 
 
 @pytest.fixture(scope="session")
+def state_model():
+    return StateModel
+
+
+@pytest.fixture(scope="session")
+def largest():
+    """Stands in for a device that chooses the tokens."""
+    return Largest
+
+
+@pytest.fixture(scope="session")
 def greedy():
-    return Greedy()
+    """A sampler that chooses the largest logit; it keeps nothing of its sequence."""
+    return Sampler(SamplingParams(temperature=0.0).resolve(), [])
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,15 @@ from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.collector import LogitsCollector
 from helexa.engine.core import EngineCore
 from helexa.engine.cpu_runner import CpuRunner
+from helexa.engine.cuda_runner import CudaRunner
+from helexa.engine.device import Device
 from helexa.engine.flight import bucket_of
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
+from helexa.engine.sampler import Sampler, SamplingParams
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.sequence import Finished, Sequence
+from helexa.engine.snapshots import Snapshots
 from helexa.errors import BadRequest, ContextTooLong, DevicePoisoned, OutOfMemory, ShuttingDown
 
 PAGE = 4
@@ -42,7 +46,18 @@ class Inbox:
 class Bench:
     """A core whose jobs run when `run` is called."""
 
-    def __init__(self, model, greedy, num_pages=16, max_sequences=4, prefill_chunk=8, max_context=None):
+    def __init__(
+        self,
+        model,
+        greedy,
+        num_pages=16,
+        max_sequences=4,
+        prefill_chunk=8,
+        max_context=None,
+        chooser=None,
+        num_snapshots=0,
+    ):
+        """chooser: makes what chooses the tokens on a device, and so has steps started ahead."""
         self.model = model
         self.greedy = greedy
         self.jobs = deque()
@@ -51,18 +66,29 @@ class Bench:
         cache = KVCache([(num_pages + 1, 1, PAGE, 2)], torch.float32)
         for tensor in (*cache.k, *cache.v):
             tensor.fill_(float("nan"))
+        shape = (max_sequences + 1 + num_snapshots, 1, 1, 1)
+        states = StateCache([(shape, shape)] if num_snapshots else [])
+        for tensor in states.recurrent:
+            tensor.fill_(float("nan"))
         self.pool = PagePool(num_pages, PAGE)
-        self.prefix = PrefixCache(self.pool)
+        slots = range(max_sequences + 1, shape[0])
+        self.prefix = PrefixCache(self.pool, Snapshots(slots, states.copy) if num_snapshots else None)
         scheduler = Scheduler(
             self.pool,
             self.prefix,
             max_context=context,
             max_sequences=max_sequences,
             prefill_chunk=prefill_chunk,
+            snapshot_interval=8,
+            snapshot_gap=1,
         )
-        runner = CpuRunner(
-            model, cache, StateCache([]), max_sequences=max_sequences, max_context=context, capture=False
-        )
+        sizes = {"max_sequences": max_sequences, "max_context": context}
+        if chooser is None:
+            runner = CpuRunner(model, cache, states, **sizes, capture=False)
+        else:
+            rows = bucket_of(max_sequences)
+            device = chooser(model.vocab_size, max_sequences + 1, rows)
+            runner = CudaRunner(model, cache, states, device, Device("cpu"), **sizes)
         self.core = EngineCore(runner, scheduler, self.pool, self.prefix, self.jobs.append)
 
     def submit(self, prompt, num_new=5, sampler=None, stop=(), receiver=None, rows=None):
@@ -85,9 +111,11 @@ class Bench:
             self.jobs.popleft()()
 
 
-@pytest.fixture
-def bench(history_model, greedy):
-    return lambda **options: Bench(history_model(VOCAB), greedy, **options)
+@pytest.fixture(params=["cpu", "ahead"])
+def bench(request, history_model, greedy, largest):
+    """A bench on the CPU, and one whose steps start before the tokens of the ones before have landed."""
+    chooser = largest if request.param == "ahead" else None
+    return lambda **options: Bench(history_model(VOCAB), greedy, **({"chooser": chooser} | options))
 
 
 def test_a_sequence_gets_its_tokens_and_a_reason(bench, expected):
@@ -144,12 +172,15 @@ def test_a_prompt_that_is_too_long_is_told_so_and_others_go_on(bench, expected):
 
 
 def test_a_sampler_that_refuses_ends_only_its_own_sequence(bench, expected):
-    class Refusing:
+    class Refusing(Sampler):
         def sample(self, logits, position):
             raise BadRequest("cannot choose")
 
     machine = bench()
-    bad, good = machine.submit([1, 2], 5, sampler=Refusing()), machine.submit([3, 4], 5)
+    bad, good = (
+        machine.submit([1, 2], 5, sampler=Refusing(SamplingParams(typical_p=0.5).resolve(), [])),
+        machine.submit([3, 4], 5),
+    )
     machine.run()
     assert bad.receiver.end.error.message == "cannot choose"
     assert good.receiver.tokens == expected([3, 4], 5, VOCAB)
@@ -262,14 +293,36 @@ def test_events_of_a_step_travel_in_one_batch_and_a_dead_reader_is_cancelled(ben
     ),
     num_pages=st.integers(6, 20),
     prefill_chunk=st.sampled_from([2, 8, 16]),
+    is_ahead=st.booleans(),
+    stop=st.sets(st.integers(0, VOCAB - 1), max_size=3),
+    num_snapshots=st.sampled_from([0, 0, 3, 12]),
 )
-def test_the_pages_hold_what_the_model_wrote_under_any_load(
-    history_model, greedy, expected, arrivals, num_pages, prefill_chunk
+def test_pages_and_states_hold_what_the_model_wrote_under_any_load(
+    history_model,
+    state_model,
+    greedy,
+    largest,
+    expected,
+    arrivals,
+    num_pages,
+    prefill_chunk,
+    is_ahead,
+    stop,
+    num_snapshots,
 ):
-    machine = Bench(history_model(VOCAB), greedy, num_pages=num_pages, prefill_chunk=prefill_chunk)
+    machine = Bench(
+        (state_model if num_snapshots else history_model)(VOCAB),
+        greedy,
+        num_pages=num_pages,
+        prefill_chunk=prefill_chunk,
+        chooser=largest if is_ahead else None,
+        num_snapshots=num_snapshots,
+    )
     sequences = []
     for prompt, num_new, steps, is_cancelled in arrivals:
-        sequence = machine.submit(prompt, num_new)
+        if sequences and len(prompt) % 3 == 0:  # goes on where another one has ended
+            prompt = (sequences[-1][2].token_ids + prompt)[: num_pages * PAGE - 2]
+        sequence = machine.submit(prompt, num_new, stop=stop)
         machine.run(steps)
         if is_cancelled and not sequence.finished:
             machine.core.cancel(sequence)
@@ -279,5 +332,8 @@ def test_the_pages_hold_what_the_model_wrote_under_any_load(
         inbox = sequence.receiver
         assert inbox.tokens == expected(prompt, len(inbox.tokens), VOCAB)
         if inbox.end is not None and inbox.end.error is None:
-            assert len(inbox.tokens) == min(num_new, num_pages * PAGE - len(prompt))
+            has_stopped = inbox.tokens[-1] in stop
+            assert not stop & set(inbox.tokens[:-1])
+            assert has_stopped or len(inbox.tokens) == min(num_new, num_pages * PAGE - len(prompt))
+            assert inbox.end.reason == ("stop" if has_stopped else "length")
     assert machine.pool.num_used == 0

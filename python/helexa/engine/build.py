@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from helexa.engine.archive import Archive
 from helexa.engine.cache import (
+    DEFAULT_SHARE,
+    DEVICE_SHARE,
     KVCache,
     StateCache,
     kv_dtype,
@@ -14,15 +16,20 @@ from helexa.engine.cache import (
 )
 from helexa.engine.core import EngineCore
 from helexa.engine.cpu_runner import CpuRunner
-from helexa.engine.memory import available_bytes
+from helexa.engine.cuda_runner import CudaRunner, HostChoice
+from helexa.engine.device import Device
+from helexa.engine.flight import Runner
 from helexa.engine.options import EngineOptions
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
+from helexa.engine.preflight import reserved_nbytes
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.snapshots import Snapshots
 from helexa.engine.state_store import StateStore
 from helexa.layers.step import PAGE_TOKENS
 from helexa.models import Model, ModelConfig, kv_cache_shapes, state_shapes
+
+STALL_S = 0.05  # how long a chunk of a prompt may hold up running streams
 
 
 def build_core(
@@ -37,8 +44,10 @@ def build_core(
 
     store: what outlives the caches; `model_key` says there which weights these are.
     """
+    device = Device(options.device)
     dtype = kv_dtype(options.kv_dtype)
-    num_slots, num_snapshots = options.max_sequences + 1, _num_snapshots(config, options)
+    free_bytes = device.free_bytes() - reserved_nbytes(config, options, device)
+    num_slots, num_snapshots = options.max_sequences + 1, _num_snapshots(config, options, free_bytes)
     states = state_shapes(config, num_slots + num_snapshots)
     num_pages, max_context = plan_capacity(
         page_bytes=page_nbytes(kv_cache_shapes(config, 1), dtype),
@@ -47,9 +56,11 @@ def build_core(
         max_context=options.max_context,
         max_sequences=options.max_sequences,
         kv_cache_tokens=options.kv_cache_tokens,
-        free_bytes=available_bytes() - options.reserved_bytes - state_nbytes(states),
+        free_bytes=free_bytes - state_nbytes(states),
+        share=DEVICE_SHARE if device.has_streams else DEFAULT_SHARE,
     )
-    cache, state_cache = KVCache(kv_cache_shapes(config, num_pages + 1), dtype), StateCache(states)
+    cache = KVCache(kv_cache_shapes(config, num_pages + 1), dtype, device.tensors)
+    state_cache = StateCache(states, device.tensors)
     pool = PagePool(num_pages, cache.page_tokens)
     prefix = archive = None
     if options.prefix_cache and (num_snapshots or not states):
@@ -57,31 +68,50 @@ def build_core(
         prefix = PrefixCache(pool, Snapshots(slots, state_cache.copy) if states else None)
         if store is not None:
             archive = Archive(store, model_key, cache, state_cache, prefix)
-    runner = CpuRunner(
-        model,
-        cache,
-        state_cache,
-        max_sequences=options.max_sequences,
-        max_context=max_context,
-        capture=options.capture,
-    )
+    runner = _runner(model, cache, state_cache, device, options, max_context)
+    runner.prepare()
     scheduler = Scheduler(
         pool,
         prefix,
         max_context=max_context,
         max_sequences=options.max_sequences,
-        prefill_chunk=options.prefill_chunk,
+        prefill_chunk=options.prefill_tokens,
+        stall_s=STALL_S if device.has_streams else None,
         archive=archive,
     )
     return EngineCore(runner, scheduler, pool, prefix, post, archive)
 
 
-def _num_snapshots(config: ModelConfig, options: EngineOptions) -> int:
+def _runner(
+    model: Model,
+    cache: KVCache,
+    states: StateCache,
+    device: Device,
+    options: EngineOptions,
+    max_context: int,
+) -> Runner:
+    sizes = {"max_sequences": options.max_sequences, "max_context": max_context}
+    if not device.is_cuda:
+        return CpuRunner(model, cache, states, **sizes, capture=options.capture)
+    chooser = HostChoice(options.max_sequences + 1, device)
+    return CudaRunner(
+        model,
+        cache,
+        states,
+        chooser,
+        device,
+        **sizes,
+        prefill_chunk=options.prefill_tokens,
+        capture=options.capture,
+    )
+
+
+def _num_snapshots(config: ModelConfig, options: EngineOptions, free_bytes: int) -> int:
     slot_bytes = state_nbytes(state_shapes(config, 1))
     if not slot_bytes or not options.prefix_cache:
         return 0
     return plan_snapshots(
         slot_bytes=slot_bytes,
         budget_bytes=options.snapshot_bytes,
-        free_bytes=available_bytes() - options.reserved_bytes,
+        free_bytes=free_bytes,
     )

@@ -15,6 +15,7 @@ from helexa.errors import InvalidParameter, OutOfMemory
 KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for must leave
 DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
+DEVICE_SHARE = 0.9  # the same of a device that does nothing else
 SNAPSHOTS = 64  # of recurrent states, in at most this share of the free memory
 SNAPSHOT_SHARE = 0.125
 
@@ -42,17 +43,18 @@ def plan_capacity(
     max_sequences: int,
     kv_cache_tokens: int | None,
     free_bytes: int,
+    share: float = DEFAULT_SHARE,
 ) -> tuple[int, int]:
     """(number of pages, context in tokens) that fit the free memory.
 
     By default the cache holds one full context or 8192 tokens for each sequence, whichever is more, in at
-    most half of the free memory, and a context that nobody asked for shrinks to that. Raises OutOfMemory,
-    with the bytes, if what was asked for does not fit.
+    most that share of the free memory, and a context that nobody asked for shrinks to that. Raises
+    OutOfMemory, with the bytes, if what was asked for does not fit.
     """
     context = min(model_context, max_context or model_context)
     if kv_cache_tokens is None:
         wanted = max(_pages(context, page_tokens), max_sequences * _pages(min(context, 8192), page_tokens))
-        num_pages = min(wanted, int(free_bytes * DEFAULT_SHARE) // page_bytes)
+        num_pages = min(wanted, int(free_bytes * share) // page_bytes)
         if max_context is not None:
             num_pages = max(num_pages, _pages(context, page_tokens))
     else:
@@ -90,7 +92,9 @@ def _pages(num_tokens: int, page_tokens: int) -> int:
 class KVCache:
     """`k` and `v`: per layer [num_pages, num_key_value_heads, page_tokens, head_dim]; page 0 is scratch."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str = "cpu"):
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
         self.page_tokens = shapes[0][2]
         self.num_pages = shapes[0][0]
         self.k = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
@@ -116,7 +120,9 @@ class StateCache:
     kernels start it from zero. Slots that no sequence runs in hold snapshots.
     """
 
-    def __init__(self, shapes: Sequence[tuple[Sequence[int], Sequence[int]]], device: str = "cpu"):
+    def __init__(
+        self, shapes: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
+    ):
         self.conv = [torch.empty(tuple(conv), device=device) for conv, _ in shapes]
         self.recurrent = [torch.empty(tuple(state), device=device) for _, state in shapes]
 

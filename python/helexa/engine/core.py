@@ -205,6 +205,8 @@ class EngineCore:
         plan = flight.plan
         rate = self.prefill_rate if plan.is_prefill else self.decode_rate
         rate.add(plan.num_tokens * len(plan.sequences), now_s - max(flight.started_s, self._landed_s))
+        if plan.is_prefill:
+            self.scheduler.adapt(rate.tokens_per_s)
         self._landed_s = now_s
         ended = []
         for index, sequence in enumerate(plan.sequences):

@@ -25,13 +25,14 @@ from helexa.engine.build import build_core
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
+from helexa.engine.device import Device, find_devices
 from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
-from helexa.engine.memory import allocation_errors
+from helexa.engine.memory import allocation_errors, release
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
 from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, read_text_parts
-from helexa.engine.preflight import check_memory
+from helexa.engine.preflight import place
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
 from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
@@ -77,7 +78,8 @@ class Engine:
         """
         self.config = config
         self.name = name
-        self.options = options
+        self.device = find_devices(options.device)[0]
+        self.options = options.on(self.device)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.generation_defaults = generation_defaults or SamplingDefaults()
@@ -91,7 +93,7 @@ class Engine:
         self._grammars: GrammarCompiler | None = None
         self._is_closing = False
         self._core: EngineCore | None = None
-        self._worker = DeviceWorker(f"{options.device}-0", self._on_fault)
+        self._worker = DeviceWorker(_worker_name(self.device), self._on_fault)
         try:
             self._core = self._worker.call(partial(self._start, build, store, model_key)).result()
         except BaseException:
@@ -119,7 +121,8 @@ class Engine:
         file = open_model(path)
         try:
             config = config_from_gguf(file.metadata, file.tensors)
-            weight_bytes = check_memory(planned_tensors(file, engine_options), config, engine_options)
+            tensors = planned_tensors(file, engine_options)
+            engine_options, weight_bytes = place(tensors, config, engine_options)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
                 text = pool.submit(read_text_parts, file)
                 engine = cls(
@@ -297,6 +300,8 @@ class Engine:
         self._worker.close(CLOSE_S)
         if core is not None:
             core.runner = None
+        if self.device.has_streams:
+            release()
 
     def __enter__(self) -> Self:
         return self
@@ -307,6 +312,7 @@ class Engine:
     @allocation_errors()
     def _start(self, build: Callable[[], Model], store: StateStore | None, model_key: str) -> EngineCore:
         options = self.options
+        self.device.enter()
         torch.set_grad_enabled(False)
         # The kernels bring their own threads; torch's few small operations run faster without waking others.
         torch.set_num_threads(1)
@@ -406,6 +412,10 @@ class Engine:
     def _on_fault(self, error: DevicePoisoned) -> None:
         if self._core is not None:
             self._core.fail_all(error)
+
+
+def _worker_name(device: Device) -> str:
+    return device.name.replace(":", "-") if ":" in device.name else f"{device.name}-0"
 
 
 def _report(receiver: Receiver, job: "Future[None]") -> None:

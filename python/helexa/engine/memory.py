@@ -47,8 +47,11 @@ def resident_bytes(proc: Path = PROC) -> int:
 
 
 def release() -> None:
-    """Gives unused memory back to the system, as far as the allocator of the C library can."""
+    """Gives unused memory back to the system and to the devices, as far as the allocators can."""
     gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):  # a device that is lost
+            torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # a system with another C library
         ctypes.CDLL(None).malloc_trim(0)
 

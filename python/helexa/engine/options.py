@@ -1,14 +1,21 @@
 """How a model is served, and how it stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from helexa.engine.device import Device, check_device_name
 from helexa.errors import InvalidParameter
 from helexa.weights.recipes import find_recipe
+
+CPU_CHUNK, CUDA_CHUNK = 512, 4096  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a model is served. Sizes left open are chosen by the free memory, see cache.plan_capacity."""
+    """How a model is served. Sizes left open are chosen by the free memory, see cache.plan_capacity.
+
+    device: cpu, cuda:N, cuda for the first one, or auto for the first one that has room, or else the CPU.
+    """
 
     device: str = "cpu"
     max_context: int | None = None
@@ -16,7 +23,7 @@ class EngineOptions:
     kv_dtype: str = "bfloat16"
     kv_cache_tokens: int | None = None
     num_threads: int | None = None  # None: one for each physical core that the process may use
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None  # tokens; None: 512, on a CUDA device 4096
     prefix_cache: bool = True
     snapshot_bytes: int | None = None  # of memory for states of recurrent layers; None: by what is free
     quant: str | None = None  # a recipe, by which a model in F32, F16 or BF16 is quantized while it loads
@@ -25,8 +32,7 @@ class EngineOptions:
     capture: bool = True  # replay decode steps; off for models that compute outside helexa.ops
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise InvalidParameter(f"device is {self.device!r}; expected cpu", param="device")
+        check_device_name(self.device)
         for name in ("max_context", "max_sequences", "kv_cache_tokens", "num_threads", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -37,6 +43,15 @@ class EngineOptions:
                 raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
         if self.quant is not None:
             find_recipe(self.quant)
+
+    def on(self, device: Device) -> Self:
+        """These options for a certain device."""
+        return replace(self, device=device.name)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """How many tokens of a prompt are computed in one step, at most."""
+        return self.prefill_chunk or (CUDA_CHUNK if Device(self.device).is_cuda else CPU_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Pooling
+from helexa.engine.device import Device
 from helexa.engine.grammar import GrammarCompiler
 from helexa.engine.options import EngineOptions
 from helexa.engine.tokenizer import Tokenizer
@@ -41,8 +42,11 @@ def planned_tensors(file: ModelFile, options: EngineOptions) -> Mapping[str, Ten
 
 def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, progress: Progress) -> Model:
     """The model with the weights of the file. Raises InvalidFile."""
-    with _weights(file, options, progress) as tensors:
-        weights = GGUFWeights(tensors, progress=progress)
+    device = Device(options.device).tensors
+    with (
+        _weights(file, options, progress) as tensors,
+        GGUFWeights(tensors, device=device, progress=progress) as weights,
+    ):
         model = build_model(config, weights)
     if config.num_mtp_layers:
         logger.info("mtp_loaded", extra=fields(model=file.path.name, layers=config.num_mtp_layers))

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from helexa import ops
 from helexa.engine.cache import KEPT_FREE, kv_dtype, page_nbytes, state_nbytes
-from helexa.engine.memory import available_bytes
+from helexa.engine.device import Device, find_devices
 from helexa.engine.options import EngineOptions
+from helexa.engine.workspace import workspace_nbytes
 from helexa.errors import OutOfMemory
 from helexa.layers.step import PAGE_TOKENS
 from helexa.models import ModelConfig, kv_cache_shapes, state_shapes
@@ -26,16 +28,32 @@ class HasLayout(Protocol):
     def num_rows(self) -> int: ...
 
 
+def place(
+    tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions
+) -> tuple[EngineOptions, int]:
+    """The options for the device that the model goes to, and bytes of the weights there.
+
+    tensors: as they will be loaded, after quantization. Raises InvalidParameter for a device that cannot be
+    used, and OutOfMemory if the model fits none that may be used.
+    """
+    *others, last = find_devices(options.device)
+    for device in others:
+        with suppress(OutOfMemory):
+            return options.on(device), check_memory(tensors, config, options.on(device))
+    return options.on(last), check_memory(tensors, config, options.on(last))
+
+
 def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions) -> int:
-    """Bytes of the weights; raises OutOfMemory if they, states and cache cannot all fit.
+    """Bytes of the weights; raises OutOfMemory if they, states and cache cannot all fit the device.
 
     tensors: as they will be loaded, after quantization. The error says how many bytes are missing, and which
     context fits.
     """
-    weights = weight_nbytes(tensors)
+    device = Device(options.device)
+    weights = weight_nbytes(tensors, device)
     states = state_nbytes(state_shapes(config, options.max_sequences + 1))
     page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype))
-    free = available_bytes() - options.reserved_bytes
+    free = device.free_bytes() - reserved_nbytes(config, options, device)
     left = free - weights - states
     asked = max(options.kv_cache_tokens or 0, min(options.max_context or 0, config.max_position_embeddings))
     needed = (-(-max(asked, 1) // PAGE_TOKENS) + 1) * page
@@ -55,10 +73,16 @@ def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options:
     )
 
 
-def weight_nbytes(tensors: Mapping[str, HasLayout]) -> int:
+def reserved_nbytes(config: ModelConfig, options: EngineOptions, device: Device) -> int:
+    """What is not for weights, states and cache: of main memory what others were promised, of a device's
+    what the steps need."""
+    return workspace_nbytes(config, options) if device.is_cuda else options.reserved_bytes
+
+
+def weight_nbytes(tensors: Mapping[str, HasLayout], device: Device) -> int:
     """Bytes of the tensors in memory: matrices packed, vectors float32."""
     return sum(
-        ops.packed_nbytes(info.format, info.num_rows, info.shape[-1])
+        ops.packed_nbytes(info.format, info.num_rows, info.shape[-1], device.tensors)
         if len(info.shape) > 1
         else 4 * info.shape[0]
         for info in tensors.values()

@@ -54,6 +54,9 @@ class Archive(Protocol):
 
 _rank = attrgetter("rank")
 
+CHUNK_STEP = 128  # tokens
+ROWS_CHUNK = 512  # tokens, of prompts all of whose logits are wanted: each takes a row over the vocabulary
+
 
 class Scheduler:
     """Pure decisions over sequences, pages and cached prefixes.
@@ -71,6 +74,7 @@ class Scheduler:
         max_context: int,
         max_sequences: int = 4,
         prefill_chunk: int = 512,
+        stall_s: float | None = None,
         snapshot_interval: int = INTERVAL,
         snapshot_gap: int = GAP,
         archive: Archive | None = None,
@@ -80,6 +84,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.prefill_chunk = prefill_chunk
         self.shared_chunk = max(1, prefill_chunk // 4)
+        self.stall_s = stall_s
         self.snapshot_interval = snapshot_interval
         self.snapshot_gap = snapshot_gap
         self.waiting: deque[Sequence] = deque()
@@ -127,6 +132,12 @@ class Scheduler:
         sequence.snapshot_position = sequence.num_computed
         while self._snapshots is not None and (snapshot := self._match(sequence).snapshot) is not None:
             self._snapshots.drop(snapshot)
+
+    def adapt(self, tokens_per_s: float) -> None:
+        """Chooses the chunks that are computed beside running streams, so that these wait for stall_s."""
+        if self.stall_s is not None:
+            fitting = int(tokens_per_s * self.stall_s) // CHUNK_STEP * CHUNK_STEP
+            self.shared_chunk = max(1, min(max(fitting, CHUNK_STEP), self.prefill_chunk))
 
     def next(self) -> Plan | None:
         """The next step, or None if there is nothing to do."""
@@ -302,6 +313,8 @@ class Scheduler:
             self._skip_to_snapshot(sequence)
         elif sequence.shares_pages and not self._copies:
             self._skip_shared(sequence)
+        if sequence.rows is not None and sequence.rows.wants_all:
+            chunk = min(chunk, ROWS_CHUNK)
         end = sequence.cuts[-1] if sequence.cuts else len(sequence.token_ids)
         return Plan([sequence], min(chunk, end - sequence.num_computed), is_prefill=True)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from helexa.engine.prefix_cache import Node
-    from helexa.engine.sampler import Sampled
+    from helexa.engine.sampler import Sampled, Sampler
     from helexa.engine.state_store import Stored
     from helexa.errors import HelexaError
 
@@ -55,12 +55,6 @@ class Rows(Protocol):
     def take(self, rows: Any, start: int, /) -> None: ...
 
 
-class RowSampler(Protocol):
-    """Chooses the next token from one row of logits."""
-
-    def sample(self, logits: Any, position: int, /) -> "Sampled": ...
-
-
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Tokens whose first `num_computed` positions are in the KV cache, in `pages`.
@@ -72,7 +66,7 @@ class Sequence:
 
     token_ids: list[int]
     max_length: int  # tokens, prompt included, at which generation ends
-    sampler: RowSampler | None = None
+    sampler: "Sampler | None" = None
     stop_token_ids: frozenset[int] = frozenset()
     receiver: Receiver | None = None
     namespace: str = ""  # sequences share cached prefixes only within one namespace

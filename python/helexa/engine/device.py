@@ -1,0 +1,125 @@
+"""Where a model's tensors live: main memory, or the memory of a CUDA device.
+
+Where the CUDA kernels run on the host (ops.tensor.EMULATED), main memory stands for that of a device.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helexa import ops
+from helexa.engine.memory import available_bytes
+from helexa.errors import InvalidParameter, OutOfMemory
+from helexa.ops.tensor import EMULATED
+
+AUTO = "auto"
+OLDEST = (8, 0)  # compute capability
+
+_NAME = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def check_device_name(name: str) -> None:
+    """Raises InvalidParameter unless it is one of cpu, cuda, cuda:N and auto."""
+    if name != AUTO and not _NAME.fullmatch(name):
+        raise InvalidParameter(f"device is {name!r}; expected cpu, cuda:0, cuda:1, … or auto", param="device")
+
+
+@dataclass(frozen=True)
+class Device:
+    """`cpu` or `cuda:N`."""
+
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether models run through the CUDA kernels."""
+        return EMULATED or self.name != "cpu"
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether work is queued and done later."""
+        return self.tensors.type == "cuda"
+
+    @property
+    def tensors(self) -> torch.device:
+        """Where torch has them."""
+        return torch.device("cpu" if EMULATED else self.name)
+
+    def enter(self) -> None:
+        """Makes it the calling thread's device, with a stream of the thread's own."""
+        if self.has_streams:
+            torch.cuda.set_device(self.tensors)
+            torch.cuda.set_stream(torch.cuda.Stream(self.tensors))  # type: ignore[no-untyped-call]
+
+    def free_bytes(self) -> int:
+        """What can be allocated now; of a CUDA device with what torch holds and nobody uses."""
+        if not self.has_streams:
+            return available_bytes()
+        free, _ = torch.cuda.mem_get_info(self.tensors)
+        return free + torch.cuda.memory_reserved(self.tensors) - torch.cuda.memory_allocated(self.tensors)
+
+    def staging(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Main memory, zeroed, that the device copies from and to while the host goes on."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.has_streams)
+
+
+@contextmanager
+def request_errors() -> Iterator[None]:
+    """Makes OutOfMemory of an allocation that failed on the device: no fault, it ends one request."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"the device has too little free memory for this request: {error}") from error
+
+
+def cuda_problem(index: int = 0) -> str | None:
+    """Why cuda:index cannot be used, in one sentence; None if it can."""
+    if EMULATED:
+        return None
+    if not ops.has_cuda:
+        return "helexa was built without CUDA kernels"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that does not fit: that is an error below
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            return f"CUDA does not start: {str(error).splitlines()[0]}"
+        count = torch.cuda.device_count()
+        if index >= count:
+            return f"there are {count} CUDA devices, numbered from 0"
+        capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name(index)
+        found, oldest = (".".join(map(str, one)) for one in (capability, OLDEST))
+        return f"{name} has compute capability {found}; the kernels need {oldest}"
+    return None
+
+
+def find_devices(name: str) -> list[Device]:
+    """The devices that `name` allows, the best first. Raises InvalidParameter for one that cannot be used."""
+    check_device_name(name)
+    if name == AUTO:
+        return [*_usable(), Device("cpu")]
+    if name == "cpu":
+        return [Device("cpu")]
+    device = Device(name if ":" in name else "cuda:0")
+    if (problem := cuda_problem(int(device.name.partition(":")[2]))) is not None:
+        raise InvalidParameter(f"device is {name!r}, but {problem}", param="device")
+    return [device]
+
+
+def _usable() -> list[Device]:
+    if EMULATED:
+        return []
+    found: list[Device] = []
+    with suppress(RuntimeError):
+        while cuda_problem(len(found)) is None:
+            found.append(Device(f"cuda:{len(found)}"))
+    return found
