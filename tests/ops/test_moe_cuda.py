@@ -1,11 +1,83 @@
 """Routing and experts on a device against their references."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
+from torch import Tensor
 
-from helexa.ops.moe import moe_route, moe_route_reference
+from helexa import ops
+from helexa.ops.moe import moe_route, moe_route_reference, sparse_moe, sparse_moe_reference
+
+from .test_pack import random_raw
 
 pytestmark = pytest.mark.cuda
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A mixture of experts whose results have sizes as those of trained ones."""
+
+    router: ops.PackedWeight
+    gate_up: list[ops.PackedWeight]
+    down: ops.PackedWeight
+    top_k: int
+    normalize: bool = True
+    shared: ops.SharedExpert | None = None
+
+    def arguments(self):
+        names = ("router", "gate_up", "down", "top_k", "normalize", "shared")
+        return {name: getattr(self, name) for name in names}
+
+
+def matrix(format, rows, cols, device, seed=0, scale=1.0):
+    """Random codes for quantized formats, whose values are about 1; normal values for float ones."""
+    if format in ("f32", "f16", "bf16"):
+        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[format]
+        values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * scale
+        raw = values.to(dtype).view(torch.uint8).numpy().tobytes()
+    else:
+        raw = random_raw(format, rows, cols, seed)
+    return ops.pack_weight(format, raw, rows, cols, device)
+
+
+def make_layer(device, formats, experts, hidden, width, top_k, *, fused=False, shared=None, normalize=True):
+    """formats: of gate, up, down, and of the shared expert's gate and up, and down."""
+    router = matrix("f32", experts, hidden, device, 1, hidden**-0.5)
+    sizes = [
+        ("gate", experts * width, hidden),
+        ("up", experts * width, hidden),
+        ("down", experts * hidden, width),
+    ]
+    if fused:
+        sizes[:2] = [("gate_up", 2 * experts * width, hidden)]
+    stacks = [
+        matrix(format, rows, cols, device, seed, cols**-0.5)
+        for seed, (format, (_, rows, cols)) in enumerate(zip(formats[fused:], sizes, strict=False))
+    ]
+    expert = None
+    if shared is not None:
+        rows = [matrix(formats[3], shared, hidden, device, 10 + i, hidden**-0.5) for i in range(2)]
+        down = matrix(formats[4], hidden, shared, device, 12, shared**-0.5)
+        expert = ops.SharedExpert(rows, down, matrix("bf16", 1, hidden, device, 13, hidden**-0.5))
+    return Layer(router, stacks[:-1], stacks[-1], top_k, normalize, expert)
+
+
+def activation(x: Tensor) -> ops.Activation:
+    """Rows as layers get them: norms write what matmuls read."""
+    rows = ops.rms_norm(x, torch.ones(x.shape[1], device=x.device), 1e-6, keep_float=True)
+    assert isinstance(rows, ops.Activation)
+    return rows
+
+
+def run(layer, x: ops.Activation) -> Tensor:
+    out = torch.full_like(x.x, torch.nan)
+    assert sparse_moe(x, **layer.arguments(), out=out) is out
+    return out
+
+
+def expected(layer, x: ops.Activation) -> Tensor:
+    return sparse_moe_reference(x.x, **layer.arguments())
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -44,3 +116,89 @@ def test_no_expert_beyond_the_last_is_chosen_for_what_is_not_a_number(device):
 def test_more_experts_than_a_device_takes_are_refused(device):
     with pytest.raises(ValueError, match="a device takes 32 of 1024"):
         moe_route(torch.zeros(1, 1100, device=device), 3, normalize=True)
+
+
+ALL = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs")
+
+
+@pytest.mark.parametrize("format", [*ALL, "f32", "f16", "bf16"])
+def test_every_format_equals_the_reference(device, format, assert_close):
+    layer = make_layer(device, (format,) * 5, 3, 256, 256, 2, shared=256)
+    x = activation(torch.randn(3, 256).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("fused", [False, True])
+def test_mixed_formats_and_a_shared_expert_of_another_width(device, tokens, fused, assert_close):
+    formats = ("q4_k", "q4_k" if fused else "q5_k", "q5_0", "q8_0", "q6_k")
+    layer = make_layer(device, formats, 7, 256, 96, 3, fused=fused, shared=512, normalize=not fused)
+    x = activation(torch.randn(tokens, 256).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+@pytest.mark.parametrize(("hidden", "width", "shared"), [(48, 16, 32), (64, 48, None), (80, 16, 16)])
+def test_small_layers_of_floats(device, hidden, width, shared, assert_close):
+    layer = make_layer(device, ("f32",) * 5, 5, hidden, width, 3, shared=shared)
+    x = activation(torch.randn(4, hidden).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 1e-5)
+
+
+def test_odd_numbers_of_blocks(device, assert_close):
+    layer = make_layer(device, ("q8_0", "q4_0", "q8_0", "q4_1", "iq4_nl"), 4, 352, 160, 2, shared=224)
+    x = activation(torch.randn(3, 352).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+def test_columns_are_split_among_warps(device, assert_close):
+    """Wide experts, few of them: many runs to a warp, and several warps to a result."""
+    layer = make_layer(device, ("q4_k", "q4_k", "q6_k"), 2, 2304, 1280, 1)
+    x = activation(torch.randn(1, 2304).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+def test_all_tokens_want_one_expert(device, assert_close):
+    layer = make_layer(device, ("q4_k", "q4_k", "q4_k"), 6, 256, 256, 2)
+    x = activation(torch.randn(1, 256).repeat(8, 1).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+def test_a_token_is_the_same_alone_as_in_a_crowd(device):
+    layer = make_layer(device, ("q4_k", "q4_k", "q6_k", "q8_0", "q8_0"), 9, 256, 256, 3, shared=256)
+    x = activation(torch.randn(11, 256).to(device))
+    crowd = run(layer, x)
+    for t in range(11):
+        assert torch.equal(run(layer, x[t : t + 1]), crowd[t : t + 1])
+
+
+def test_what_is_not_a_number_stays_in_its_row(device, assert_close):
+    layer = make_layer(device, ("q4_k", "q4_k", "q6_k"), 5, 256, 256, 2)
+    clean = activation(torch.randn(3, 256).to(device))
+    values = torch.randn(3, 256).to(device)
+    values[1, 7] = torch.nan
+    values[[0, 2]] = clean.x[[0, 2]]
+    out = sparse_moe(activation(values), **layer.arguments())
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+
+
+def test_the_wrong_experts_are_seen(device, assert_close):
+    layer = make_layer(device, ("q4_k", "q4_k", "q6_k"), 5, 256, 256, 2)
+    x = activation(torch.randn(3, 256).to(device))
+    turned = matrix("f32", 5, 256, device, 2, 256**-0.5)
+    with pytest.raises(AssertionError, match="wrong"):
+        assert_close("wrong", expected(layer, x), run(replace(layer, router=turned), x), 2e-3)
+
+
+def test_what_does_not_fit_is_refused(device):
+    layer = make_layer(device, ("q4_k", "q4_k", "q6_k"), 5, 256, 256, 2)
+    x = activation(torch.randn(3, 256).to(device))
+    with pytest.raises(ValueError, match="as floats"):
+        run_with = replace(x, x=None)
+        sparse_moe(run_with, **layer.arguments())
+    with pytest.raises(ValueError, match="6 of 5 experts"):
+        run(replace(layer, top_k=6), x)
+    with pytest.raises(ValueError, match="a router"):
+        run(replace(layer, router=matrix("q8_0", 5, 256, device)), x)
+    with pytest.raises(ValueError, match="do not fit"):
+        run(replace(layer, down=matrix("q6_k", 5 * 256, 512, device)), x)

@@ -24,6 +24,7 @@ from helexa.ops.moe import (
     moe_route,
     moe_route_reference,
     sparse_moe,
+    sparse_moe_reference,
 )
 from helexa.ops.pack import (
     TILE_ROWS,
@@ -42,15 +43,41 @@ from helexa.ops.quant_matmul import quant_matmul, quant_matmul_reference
 from helexa.ops.quantize import ENCODED, quantize
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
+from helexa.ops.sample import (
+    ANY_TOKEN,
+    FORCED,
+    MASKED_TOKENS,
+    MAX_VOCABULARY,
+    NOT_FINITE,
+    SAMPLE_PARAMETERS,
+    SAMPLE_RECORD,
+    SAMPLED,
+    WEIGHT_ONE,
+    sample,
+    sample_workspace,
+    sample_workspace_bytes,
+)
 from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
+from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader
+from helexa.ops.weight_loader import Source as WeightSource
 
 __all__ = [
+    "ANY_TOKEN",
     "ENCODED",
+    "FORCED",
+    "MASKED_TOKENS",
     "MAX_MATVEC_ROWS",
+    "MAX_VOCABULARY",
+    "NOT_FINITE",
     "PAGE_TOKENS",
+    "SAMPLED",
+    "SAMPLE_PARAMETERS",
+    "SAMPLE_RECORD",
     "SCRATCH_BYTES",
+    "SLOT_BYTES",
     "TILE_ROWS",
+    "WEIGHT_ONE",
     "Activation",
     "Arena",
     "CpuGraph",
@@ -61,6 +88,8 @@ __all__ = [
     "Rows",
     "SharedExpert",
     "WeightArena",
+    "WeightLoader",
+    "WeightSource",
     "as_float",
     "attention",
     "attention_reference",
@@ -92,12 +121,16 @@ __all__ = [
     "rope_append_reference",
     "rope_table",
     "rope_table_reference",
+    "sample",
+    "sample_workspace",
+    "sample_workspace_bytes",
     "set_num_threads",
     "sigmoid_mul",
     "sigmoid_mul_reference",
     "silu_mul",
     "silu_mul_reference",
     "sparse_moe",
+    "sparse_moe_reference",
     "unpacked_matmul",
     "unpacked_matmul_reference",
 ]

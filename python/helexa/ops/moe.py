@@ -12,7 +12,7 @@ from torch.nn import functional
 from helexa import _C
 from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
 from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
-from helexa.ops.quant_matmul import quant_matmul
+from helexa.ops.quant_matmul import quant_matmul, quantize_input_reference
 from helexa.ops.silu_mul import silu_mul
 from helexa.ops.tensor import check, on_cuda, stream
 
@@ -167,6 +167,44 @@ def moe_mlp_reference(
             gate, up = (both[expert] @ x[t]).chunk(2)
             out[t] += share * (down[expert] @ (functional.silu(gate) * up))
     return out
+
+
+def sparse_moe_reference(
+    x: Tensor,
+    router: PackedWeight,
+    gate_up: Sequence[PackedWeight],
+    down: PackedWeight,
+    *,
+    top_k: int,
+    normalize: bool,
+    shared: SharedExpert | None = None,
+) -> Tensor:
+    """The same in float64 over decoded weights, with the inputs of quantized ones rounded as the kernels round them."""
+    stacks = [weight.dequantize().double().unflatten(0, (router.rows, -1)) for weight in (*gate_up, down)]
+    both, last = torch.cat(stacks[:-1], 1), stacks[-1]
+
+    def expert(rows: Tensor, first: Tensor, second: Tensor, formats: tuple[str, str]) -> Tensor:
+        gate, up = (_as_seen(rows, formats[0]) @ first.T).chunk(2, -1)
+        return _as_seen(functional.silu(gate) * up, formats[1]) @ second.T
+
+    logits = x.double() @ router.dequantize().double().T
+    ids, weights = moe_route_reference(logits, top_k, normalize=normalize)
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for e in ids.unique().tolist():
+        tokens, slots = torch.nonzero(ids == e, as_tuple=True)
+        result = expert(x[tokens], both[e], last[e], (gate_up[0].format, down.format))
+        out.index_add_(0, tokens, result * weights[tokens, slots, None])
+    if shared is not None:
+        first = torch.cat([weight.dequantize().double() for weight in shared.gate_up])
+        formats = (shared.gate_up[0].format, shared.down.format)
+        result = expert(x, first, shared.down.dequantize().double(), formats)
+        share = 1.0 if shared.gate is None else (x.double() @ shared.gate.dequantize().double().T).sigmoid()
+        out += share * result
+    return out.float()
+
+
+def _as_seen(rows: Tensor, format: str) -> Tensor:
+    return rows.double() if format in FLOAT_FORMATS else quantize_input_reference(rows.float())
 
 
 def _sparse_moe_cuda(
