@@ -23,6 +23,7 @@
 #include "ops/rope.h"
 #include "ops/sigmoid_mul.h"
 #include "ops/silu_mul.h"
+#include "ops/weight_loader.h"
 
 namespace py = pybind11;
 namespace helexa {
@@ -119,6 +120,19 @@ PYBIND11_MODULE(_C, m) {
 #endif
 #ifdef HELEXA_WITH_CUDA
   m.attr("has_cuda") = true;
+  py::class_<ByteRange>(m, "ByteRange").def(py::init<int, int64_t, int64_t>());
+  py::class_<WeightLoader>(m, "WeightLoader")
+      .def(py::init<>())
+      .def("add", &WeightLoader::add)
+      .def("close", &WeightLoader::close)
+      .def("cancel", &WeightLoader::cancel)
+      .def("done_bytes", &WeightLoader::done_bytes)
+      .def("failure", &WeightLoader::failure);
+  py::class_<WeightCarrier>(m, "WeightCarrier")
+      .def(py::init<WeightLoader&, std::vector<std::uintptr_t>, std::vector<std::uintptr_t>, std::uintptr_t>(),
+           py::keep_alive<1, 2>())
+      .def("work", &WeightCarrier::work, py::call_guard<py::gil_scoped_release>())
+      .def("slot", &WeightCarrier::slot);
   m.def("tiled_bytes", &tiled_bytes);
   m.def("attention_cuda", cuda(&attention_cuda));
   m.def("is_attention_tiled", &is_attention_tiled);

@@ -59,7 +59,7 @@ from helexa.ops.sample import (
 )
 from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
-from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader
+from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader, default_readers
 from helexa.ops.weight_loader import Source as WeightSource
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "cpu_isa",
+    "default_readers",
     "dequantize_rows",
     "embedding",
     "embedding_reference",

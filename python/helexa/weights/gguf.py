@@ -21,7 +21,7 @@ import numpy as np
 
 from helexa.errors import InvalidFile, UnsupportedModel
 from helexa.quant import FORMATS
-from helexa.weights.mapped import MappedFile
+from helexa.weights.mapped import ByteRange, MappedFile
 
 _FORMAT_OF_TYPE = {fmt.ggml_type: fmt for fmt in FORMATS.values()}
 _OTHER_TYPES = {  # named when a well-formed file is refused
@@ -149,6 +149,11 @@ class GGUFFile(MappedFile):
         """The bytes of some rows of a tensor, as `data` gives them all; stacked matrices are one."""
         row_bytes = self.tensors[name].row_bytes
         return self.data(name)[first * row_bytes : end * row_bytes]
+
+    def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange]:
+        """Where the bytes of some rows lie, in order. Raises KeyError or ValueError as `data`."""
+        info = self.tensors[name]
+        return [self.byte_range(info.offset + first * info.row_bytes, (end - first) * info.row_bytes)]
 
     def release_rows(self, name: str, first: int, end: int) -> None:
         """Takes the pages of some rows out of this process, as `release` does."""

@@ -1,6 +1,7 @@
 """A directory as the HuggingFace hub has it (config.json, safetensors), seen as a GGUF file."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +10,8 @@ from helexa.weights.gguf import TensorInfo
 from helexa.weights.hf_config import read_config, sampling_metadata
 from helexa.weights.hf_tensors import count_mtp_layers, gguf_tensors
 from helexa.weights.hf_tokenizer import tokenizer_metadata
+from helexa.weights.mapped import ByteRange
+from helexa.weights.regions import Whole
 from helexa.weights.safetensors import Checkpoint, read_json
 
 CONFIG = "config.json"
@@ -58,6 +61,11 @@ class HFModel:
     def rows(self, name: str, first: int, end: int) -> memoryview:
         """The bytes of some rows of a tensor; stacked matrices are one."""
         return self._regions[name].rows(first, end).reshape(-1).data.toreadonly()
+
+    def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange] | None:
+        """Where the bytes of some rows lie, in order; None for rows that are made of others."""
+        region = self._regions[name]
+        return [region.byte_range(first, end)] if isinstance(region, Whole) else None
 
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Nothing: `rows` reads ahead."""

@@ -1,14 +1,16 @@
 """The tensors of a file as models ask for them: matrices packed for the kernels, vectors as float32.
 
-A matrix is packed slice by slice from the mapped file into its final place, and the slice's pages leave the
-process at once, so that loading needs hardly more memory than the weights themselves.
+For the CPU a matrix is packed slice by slice from the mapped file into its final place, and the slice's pages
+leave the process at once, so that loading needs hardly more memory than the weights themselves. For a CUDA
+device a matrix gets its place when it is asked for, and its content by and by until `finish`.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -16,6 +18,7 @@ from helexa import ops
 from helexa.errors import InvalidFile, OutOfMemory
 from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
+from helexa.weights.mapped import ByteRange
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,9 @@ class TensorFile(Protocol):
     def rows(self, name: str, first: int, end: int) -> memoryview:
         """The bytes of some rows of a tensor; stacked matrices are one."""
 
+    def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange] | None:
+        """Where the bytes of some rows lie in files, in order; None for rows that lie in none."""
+
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Asks the system to read a range, by TensorInfo.offset, soon; does not wait."""
 
@@ -56,19 +62,67 @@ class TensorFile(Protocol):
 class GGUFWeights:
     """What models take their weights from; each tensor is converted once and then shared.
 
-    progress is called on the calling thread: phase header at once, phase weights after each slice; it is the
-    caller who knows when the model is ready.
+    On a CUDA device it is a context: leaving it waits for the weights, or gives up after an exception; the
+    file has to stay open until then. progress is called on the calling thread: phase header at once, phase
+    weights after each slice; it is the caller who knows when the model is ready.
     """
 
-    def __init__(self, file: TensorFile, *, progress: Callable[[LoadProgress], None] | None = None):
+    def __init__(
+        self,
+        file: TensorFile,
+        *,
+        device: torch.device | str = "cpu",
+        num_readers: int | None = None,
+        progress: Callable[[LoadProgress], None] | None = None,
+    ):
+        """num_readers: threads that bring weights to a CUDA device; None: by the number of processors.
+
+        Raises OutOfMemory if the device has no room for the file's tensors.
+        """
         self.file = file
+        self.device = torch.device(device)
         self._progress = progress or (lambda progress: None)
         self._matrices: dict[tuple[str, ops.RowBlocks | None], ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
-        self._arena = ops.WeightArena()
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
         self._progress(LoadProgress("header", 0.0))
+        self._loader: ops.WeightLoader | None = None
+        if self.device.type == "cuda" or num_readers is not None:
+            self._arena: ops.Arena = self._device_arena()
+            self._loader = ops.WeightLoader(
+                self.device, part_bytes=self._part_bytes(), num_readers=num_readers
+            )
+        else:
+            self._arena = ops.WeightArena()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.cancel()
+
+    def finish(self) -> None:
+        """Waits until all tensors that were asked for are in their places. Raises InvalidFile."""
+        if self._loader is not None:
+            loader, self._loader = self._loader, None
+            before = self._done_bytes
+            try:
+                loader.finish(lambda nbytes: self._advance(before + nbytes - self._done_bytes))
+            except (OSError, EOFError) as error:
+                found = "a file cut while open" if isinstance(error, EOFError) else f"{error}"
+                raise InvalidFile(
+                    f"{self.file.path.name}: found {found}, expected all of tensor {error.args[-1]!r}"
+                ) from error
+
+    def cancel(self) -> None:
+        """Gives up what is still on its way; returns when nothing is any more."""
+        if self._loader is not None:
+            loader, self._loader = self._loader, None
+            loader.cancel()
 
     def __contains__(self, name: object) -> bool:
         return name in self.file.tensors
@@ -90,7 +144,7 @@ class GGUFWeights:
             if info.format not in _FLOATS:
                 raise self._misfit(info, f"one of {', '.join(_FLOATS)}")
             values = FORMATS[info.format].dequantize(self.file.data(name))
-            self._vectors[name] = torch.from_numpy(values).view(info.shape)
+            self._vectors[name] = self._placed(torch.from_numpy(values)).view(info.shape)
             self._advance(info.nbytes)
         return self._vectors[name]
 
@@ -113,16 +167,48 @@ class GGUFWeights:
         return InvalidFile(f"{self.file.path.name}: found {found}, expected {expected}")
 
     def _pack(self, info: TensorInfo, blocks: ops.RowBlocks | None) -> ops.PackedWeight:
-        cols, file_rows, row_bytes = info.shape[-1], info.num_rows, info.row_bytes
+        cols, file_rows = info.shape[-1], info.num_rows
         parts = blocks or ((0, file_rows),)
         rows = sum(end - first for first, end in parts)
         if any(not 0 <= first < end <= file_rows for first, end in parts):
             raise self._misfit(info, f"at least {max(end for _, end in parts)} rows")
         try:
             weight = ops.empty_packed(info.format, rows, cols, self._arena)
-        except (OSError, MemoryError) as error:
-            needed = ops.packed_nbytes(info.format, rows, cols)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            needed = ops.packed_nbytes(info.format, rows, cols, self.device)
             raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
+        if self._loader is not None:
+            self._send(info, parts, weight)
+        else:
+            self._pack_slices(info, parts, weight, in_order=blocks is None)
+        return weight
+
+    def _send(self, info: TensorInfo, parts: ops.RowBlocks, weight: ops.PackedWeight) -> None:
+        """Has the rows brought to the weight on the device."""
+        assert self._loader is not None
+        step = max(ops.SLOT_BYTES // info.row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
+        for place in range(0, weight.rows, step):
+            count = min(step, weight.rows - place)
+            pieces = _cut(parts, place, count)
+            self._loader.pack(weight, place, count, self._source(info.name, pieces), info.name)
+
+    def _source(self, name: str, pieces: list[tuple[int, int]]) -> ops.WeightSource:
+        """Where rows of the file come from."""
+        found = [self.file.row_ranges(name, first, end) for first, end in pieces]
+        ranges = [part for parts in found if parts is not None for part in parts]
+        if None not in found:
+            return ranges
+        return lambda: b"".join(self.file.rows(name, first, end) for first, end in pieces)
+
+    def _part_bytes(self) -> int:
+        """The most bytes that `_send` cuts."""
+        tiles = (min(info.num_rows, ops.TILE_ROWS) * info.row_bytes for info in self.file.tensors.values())
+        return max(ops.SLOT_BYTES, *tiles)
+
+    def _pack_slices(
+        self, info: TensorInfo, parts: ops.RowBlocks, weight: ops.PackedWeight, *, in_order: bool
+    ) -> None:
+        row_bytes, rows = info.row_bytes, weight.rows
         step = max(_SLICE_BYTES // row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
         for place in range(0, rows, step):
             count = min(step, rows - place)
@@ -134,9 +220,32 @@ class GGUFWeights:
             ops.pack_rows(
                 info.format, pieces[0] if len(pieces) == 1 else b"".join(pieces), place, count, weight
             )
-            if blocks is None:
+            if in_order:
                 self.file.release_rows(info.name, place, place + count)
-        return weight
+
+    def _device_arena(self) -> ops.DeviceArena:
+        """Room for all tensors of the file."""
+        nbytes = sum(ops.DeviceArena.spaced(self._placed_nbytes(info)) for info in self.file.tensors.values())
+        try:
+            return ops.DeviceArena(nbytes, self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"no {nbytes} bytes of memory on {self.device} for the weights: {error}"
+            ) from error
+
+    def _placed_nbytes(self, info: TensorInfo) -> int:
+        """Bytes that a tensor takes on the device, as a vector or as a matrix."""
+        as_vector = 4 * math.prod(info.shape) if info.format in _FLOATS and len(info.shape) < 3 else 0
+        cols = info.shape[-1]
+        if cols % FORMATS[info.format].block_size:
+            return as_vector  # nobody can ask for it
+        return max(as_vector, ops.packed_nbytes(info.format, info.num_rows, cols, self.device))
+
+    def _placed(self, values: torch.Tensor) -> torch.Tensor:
+        """Values, float32, where the weights are."""
+        if not isinstance(self._arena, ops.DeviceArena):
+            return values.to(self.device)
+        return self._arena.take(values.nbytes).view(torch.float32).copy_(values)
 
     def _read_ahead(self, position: int) -> None:
         """Has the system read the part of the file at `position` and two more, whatever they hold."""

@@ -3,15 +3,18 @@
 import mmap
 import os
 import stat
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from helexa.errors import InvalidFile
 
+ByteRange = tuple[int, int, int]  # descriptor, offset, number of bytes
 
-def map_regular(path: Path, kind: str) -> mmap.mmap:
-    """A mapping of a non-empty regular file, which keeps it open; InvalidFile for anything else."""
+
+def map_regular(path: Path, kind: str) -> tuple[mmap.mmap, int]:
+    """A mapping and a descriptor of a non-empty regular file; InvalidFile for anything else."""
     try:
         # Without O_NONBLOCK opening a named pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -20,9 +23,11 @@ def map_regular(path: Path, kind: str) -> mmap.mmap:
     try:
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_size:
-            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
-    finally:
+            return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ), descriptor
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
     found = "an empty file" if stat.S_ISREG(status.st_mode) else "a directory or device"
     raise InvalidFile(f"{path}: found {found}, expected a {kind} file")
 
@@ -33,8 +38,10 @@ class MappedFile:
     def __init__(self, path: Path, kind: str):
         """kind: what messages call the file. Raises InvalidFile."""
         self.path = path
-        self._map: mmap.mmap | None = map_regular(path, kind)
-        self.nbytes = len(self._map)
+        mapped, self._descriptor = map_regular(path, kind)
+        self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
+        self._map: mmap.mmap | None = mapped
+        self.nbytes = len(mapped)
 
     def view(self, offset: int, nbytes: int, what: str) -> memoryview:
         """A range of the file, read-only and not copied; it stays valid after close().
@@ -47,6 +54,14 @@ class MappedFile:
             found = f"a file cut to {size} bytes while open"
             raise InvalidFile(f"{self.path.name}: found {found}, expected {what} up to byte {end}")
         return memoryview(mapped)[offset:end]
+
+    def byte_range(self, offset: int, nbytes: int) -> ByteRange:
+        """A range of the file for who reads it past the mapping, while it is open; ValueError once closed.
+
+        That is much faster than copying from a view, whose every page the system maps first.
+        """
+        self.open_map()
+        return self._descriptor, offset, nbytes
 
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Asks the system to read a range of the file soon; does not wait. ValueError once closed."""
@@ -72,6 +87,7 @@ class MappedFile:
         """Closes the file; what a view refers to lives as long as the view. May be called again."""
         mapped, self._map = self._map, None
         if mapped is not None:
+            self._close_descriptor()
             with suppress(BufferError):  # a view is alive; the mapping goes with the last of them
                 mapped.close()
 

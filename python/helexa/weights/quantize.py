@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from helexa.quant import FORMATS
 from helexa.weights.gguf import GGUFFile, TensorInfo, open_gguf
 from helexa.weights.gguf_writer import encode_entry, write_gguf
 from helexa.weights.load import TensorFile
+from helexa.weights.mapped import ByteRange
 from helexa.weights.model_file import ModelFile
 from helexa.weights.recipes import FLOATS, Recipe
 from helexa.weights.sources import models_folder
@@ -77,6 +78,10 @@ class QuantizedFile:
             return ops.quantize(info.format, raw, self._formats[name]).data
         except ValueError as error:
             raise InvalidFile(f"{self.path.name}: found in tensor {name!r} that {error}") from None
+
+    def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange] | None:
+        """Where the bytes of some rows lie; None for rows that are quantized when they are asked for."""
+        return None if name in self._formats else self.source.row_ranges(name, first, end)
 
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Nothing: `rows` reads ahead."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helexa.quant import FORMATS
+from helexa.weights.mapped import ByteRange
 from helexa.weights.safetensors import Checkpoint, SafetensorInfo
 
 _AHEAD_BYTES = 32 << 20
@@ -52,6 +53,11 @@ class Whole:
         self.checkpoint.prefetch(self.info.name, first * nbytes, (end - first) * nbytes + _AHEAD_BYTES)
         data = self.checkpoint.data(self.info.name)[first * nbytes : end * nbytes]
         return np.frombuffer(data, np.uint8).reshape(end - first, nbytes)
+
+    def byte_range(self, first: int, end: int) -> ByteRange:
+        """Where the bytes of some rows lie."""
+        nbytes = FORMATS[self.format].nbytes(self.shape[-1])
+        return self.checkpoint.byte_range(self.info.name, first * nbytes, (end - first) * nbytes)
 
     def release(self, first: int, end: int) -> None:
         nbytes = FORMATS[self.format].nbytes(self.shape[-1])

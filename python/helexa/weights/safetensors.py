@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from helexa.errors import InvalidFile, UnsupportedModel
-from helexa.weights.mapped import MappedFile
+from helexa.weights.mapped import ByteRange, MappedFile
 
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -86,6 +86,10 @@ class Checkpoint:
     def data(self, name: str) -> memoryview:
         """The bytes of a tensor, read-only and not copied; KeyError for an unknown name."""
         return self._file_of[name].data(name)
+
+    def byte_range(self, name: str, offset: int, nbytes: int) -> ByteRange:
+        """Where a part of a tensor lies; KeyError for an unknown name."""
+        return self._file_of[name].byte_range(self.tensors[name].offset + offset, nbytes)
 
     def prefetch(self, name: str, offset: int, nbytes: int) -> None:
         """Asks the system to read soon what lies `offset` bytes into a tensor, and may lie behind it."""

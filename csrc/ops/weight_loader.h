@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace helexa {
+
+// Where bytes come from: `offset` in the file behind a descriptor or, with descriptor -1, an address of main memory.
+struct ByteRange {
+  int descriptor;
+  int64_t offset, nbytes;
+};
+
+// Weights on their way to a device, part by part; threads that have a WeightCarrier bring them.
+class WeightLoader {
+ public:
+  struct Part {
+    int64_t number, nbytes;
+    std::vector<ByteRange> ranges;  // one after the other; none if the carrier's owner has to fill the slot
+    int format;                     // -1: the bytes are copied to `target` as they are
+    int64_t first_row, num_rows, cols;
+    uint8_t* target;
+  };
+  // Why a part could not be read: its number, and errno or 0 for a file that ends too early.
+  using Failure = std::pair<int64_t, int>;
+
+  // Adds rows [first_row, first_row + num_rows) of the packed matrix at `target`, in the file's layout; returns the part's number.
+  int64_t add(std::vector<ByteRange> ranges, int64_t nbytes, int format, int64_t first_row, int64_t num_rows,
+              int64_t cols, std::uintptr_t target);
+  // Says that no more parts will come.
+  void close();
+  // Has no further part begun.
+  void cancel();
+  // Bytes of the parts that have been read so far.
+  int64_t done_bytes() const;
+  std::optional<Failure> failure() const;
+
+ private:
+  friend class WeightCarrier;
+  std::optional<Part> take();  // waits; nothing when all have been taken or on cancel
+  void finished(int64_t nbytes);
+  void failed(Failure failure);
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Part> parts_;
+  int64_t num_parts_ = 0, done_bytes_ = 0;
+  bool is_closed_ = false;
+  std::optional<Failure> failure_;
+};
+
+// Brings parts of a loader to the device that is current on its thread: a part is read into a slot of pinned memory, copied to the
+// device and packed there while the next one is read into the other slot.
+class WeightCarrier {
+ public:
+  // pinned, staged: slots of main memory and of the device, each large enough for every part.
+  WeightCarrier(WeightLoader& loader, std::vector<std::uintptr_t> pinned, std::vector<std::uintptr_t> staged,
+                std::uintptr_t stream);
+  ~WeightCarrier();
+  WeightCarrier(const WeightCarrier&) = delete;
+
+  // Brings parts until one comes that the caller has to fill, whose number is returned: its bytes go to slot(), then this is to be
+  // called again.  Returns -1 when there are no more parts and all have arrived.
+  int64_t work();
+  std::uintptr_t slot() const { return reinterpret_cast<std::uintptr_t>(pinned_[current_]); }
+
+ private:
+  bool fill(const WeightLoader::Part& part);
+  void send(const WeightLoader::Part& part);
+
+  WeightLoader& loader_;
+  std::vector<uint8_t*> pinned_, staged_;
+  std::vector<void*> events_;
+  void* stream_;
+  size_t current_ = 0;
+  std::optional<WeightLoader::Part> waiting_;  // for its bytes from the caller
+};
+
+}  // namespace helexa

@@ -1,0 +1,181 @@
+"""Loading to a device: every tensor exact whatever the order, and nothing left behind where it fails."""
+
+import os
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from helexa import ops
+from helexa.errors import InvalidFile, OutOfMemory
+from helexa.quant import FORMATS
+from helexa.weights.gguf import open_gguf
+from helexa.weights.load import GGUFWeights, LoadProgress
+from helexa.weights.quantize import QuantizedFile
+
+pytestmark = pytest.mark.cuda
+
+TENSORS = {
+    "a": ("q4_k", (101, 512)),
+    "b": ("q8_0", (37, 96)),
+    "c": ("f16", (20, 50)),
+    "stack": ("q6_k", (3, 18, 256)),
+    "norm": ("f32", (77,)),
+    "taps": ("f32", (9, 4)),
+    "bias": ("bf16", (33,)),
+    "row": ("f32", (64,)),
+}
+MATRICES, VECTORS = ("a", "b", "c", "stack", "row"), ("norm", "taps", "bias")
+
+
+def values_of(file, name) -> torch.Tensor:
+    info = file.tensors[name]
+    return torch.from_numpy(FORMATS[info.format].dequantize(bytes(file.data(name)))).reshape(info.shape)
+
+
+@pytest.fixture
+def readers() -> int:
+    return ops.default_readers()
+
+
+@pytest.fixture(autouse=True)
+def no_reader_stays():
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 20_000, 8 << 20])
+def test_all_tensors_arrive_bit_for_bit(write_gguf, cuda_device, readers, monkeypatch, slot_bytes):
+    monkeypatch.setattr(ops, "SLOT_BYTES", slot_bytes)
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        matrices = {name: weights.linear(name) for name in MATRICES}
+        vectors = {name: weights.vector(name) for name in VECTORS}
+        assert weights.linear("a") is matrices["a"]
+    for name, matrix in matrices.items():
+        values = values_of(file, name)
+        assert torch.equal(matrix.dequantize().cpu(), values.reshape(matrix.rows, matrix.cols))
+    for name, vector in vectors.items():
+        assert vector.dtype == torch.float32
+        assert torch.equal(vector.cpu(), values_of(file, name))
+    assert weights.unused() == []
+
+
+def test_everything_lies_in_one_allocation(write_gguf, cuda_device, readers):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        tensors = [weights.linear(name).data for name in MATRICES] + [
+            weights.vector(name) for name in VECTORS
+        ]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert len(storages) == 1
+    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+    assert all(first + size <= second for (first, size), (second, _) in pairwise(places))
+    assert sum(size for _, size in places) > 0.8 * tensors[0].untyped_storage().nbytes()
+
+
+def test_blocks_of_rows_are_put_one_after_the_other(write_gguf, cuda_device, readers, monkeypatch):
+    monkeypatch.setattr(ops, "SLOT_BYTES", 7000)
+    file = open_gguf(write_gguf({"m": ("q4_0", (100, 320))}))
+    blocks = ((90, 100), (0, 33), (40, 41))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        weight = weights.linear("m", blocks)
+    values = values_of(file, "m")
+    expected = torch.cat([values[first:end] for first, end in blocks])
+    assert torch.equal(weight.dequantize().cpu(), expected)
+
+
+def test_rows_that_lie_in_no_file_are_asked_for(write_gguf, cuda_device, readers, monkeypatch):
+    monkeypatch.setattr(ops, "SLOT_BYTES", 10_000)
+    source = open_gguf(write_gguf({"m": ("f32", (70, 256)), "kept": ("f32", (70, 256))}))
+    file = QuantizedFile(source, {"m": "q8_0"})
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        quantized, kept = weights.linear("m"), weights.linear("kept")
+    assert torch.equal(quantized.dequantize().cpu(), values_of(file, "m"))
+    assert torch.equal(kept.dequantize().cpu(), values_of(file, "kept"))
+
+
+def test_what_cannot_be_quantized_fails_the_load(write_gguf, cuda_device, readers):
+    source = open_gguf(write_gguf({"m": np.full((16, 32), np.nan, np.float32)}))
+    weights = GGUFWeights(QuantizedFile(source, {"m": "q8_0"}), device=cuda_device, num_readers=readers)
+    weights.linear("m")
+    with pytest.raises(InvalidFile, match="tensor 'm'"):
+        weights.finish()
+
+
+def test_a_file_that_is_cut_fails_the_load_by_name(write_gguf, cuda_device, readers):
+    path = write_gguf({"m": ("q8_0", (4096, 512)), "n": ("q8_0", (4096, 512))})
+    file = open_gguf(path)
+    os.truncate(path, file.nbytes - 100_000)
+    weights = GGUFWeights(file, device=cuda_device, num_readers=readers)
+    weights.linear("m")
+    weights.linear("n")
+    with pytest.raises(InvalidFile, match="found a file cut while open, expected all of tensor 'n'"):
+        weights.finish()
+
+
+def test_a_load_that_fails_elsewhere_is_given_up(write_gguf, cuda_device, readers):
+    file = open_gguf(write_gguf({f"m{i}": ("q8_0", (512, 512)) for i in range(20)}))
+    weights = GGUFWeights(file, device=cuda_device, num_readers=readers)
+
+    def build() -> None:
+        with weights:
+            for name in file.tensors:
+                weights.linear(name)
+            raise RuntimeError("no such layer")
+
+    with pytest.raises(RuntimeError, match="no such layer"):
+        build()
+    weights.finish()  # nothing is left to wait for
+
+
+def test_progress_is_told_on_the_callers_thread_and_ends_at_100_percent(write_gguf, cuda_device, readers):
+    reports: list[tuple[LoadProgress, int]] = []
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(
+        file,
+        device=cuda_device,
+        num_readers=readers,
+        progress=lambda progress: reports.append((progress, threading.get_ident())),
+    ) as weights:
+        for name in MATRICES:
+            weights.linear(name)
+        for name in VECTORS:
+            weights.vector(name)
+    percents = [progress.percent for progress, _ in reports]
+    assert percents == sorted(percents)
+    assert (percents[0], round(percents[-1], 6)) == (0, 100)
+    assert {thread for _, thread in reports} == {threading.get_ident()}
+
+
+def test_a_tensor_that_is_asked_for_after_the_load_is_packed_at_once(write_gguf, cuda_device, readers):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        weights.linear("a")
+    assert torch.equal(weights.linear("b").dequantize().cpu(), values_of(file, "b"))
+
+
+def test_a_device_without_room_is_an_error_with_the_bytes(write_gguf, cuda_device, readers, monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("nothing is free")
+
+    monkeypatch.setattr(ops, "DeviceArena", type("Full", (ops.DeviceArena,), {"__init__": refuse}))
+    file = open_gguf(write_gguf({"m": ("f32", (16, 32))}))
+    with pytest.raises(OutOfMemory, match=r"no 2048 bytes of memory on .* for the weights: nothing is free"):
+        GGUFWeights(file, device=cuda_device, num_readers=readers)
+
+
+def test_bytes_of_main_memory_are_copied_as_they_are(cuda_device, readers):
+    source = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
+    target = torch.zeros(100_000, dtype=torch.uint8, device=cuda_device)
+    loader = ops.WeightLoader(cuda_device, part_bytes=40_000, num_readers=readers)
+    with pytest.raises(ValueError, match="slots 40000"):
+        loader.copy(target, source, "all")
+    for first in range(0, 100_000, 40_000):
+        loader.copy(target[first : first + 40_000], source[first : first + 40_000], "some")
+    done = []
+    loader.finish(done.append)
+    assert done[-1] == 100_000
+    assert torch.equal(target.cpu(), source)
