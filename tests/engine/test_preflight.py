@@ -2,7 +2,8 @@
 
 import pytest
 
-from helexa.engine import preflight
+from helexa.engine import device
+from helexa.engine.device import Device
 from helexa.engine.engine import Engine
 from helexa.engine.options import EngineOptions
 from helexa.engine.preflight import check_memory, weight_nbytes
@@ -17,7 +18,7 @@ CASES = ["qwen3", "qwen3moe", "qwen35_tied"]
 @pytest.fixture
 def free(monkeypatch):
     """Sets the memory that is free."""
-    return lambda nbytes: monkeypatch.setattr(preflight, "available_bytes", lambda: nbytes)
+    return lambda nbytes: monkeypatch.setattr(device, "available_bytes", lambda: nbytes)
 
 
 def check(case, **options):
@@ -52,7 +53,7 @@ def test_the_missing_bytes_are_those_that_make_it_fit(case, free):
 def test_what_passes_loads_and_takes_what_was_said(case):
     path = GOLDEN / f"{case}.gguf"
     with Engine.load(path, max_context=512, num_threads=1) as engine, open_model(path) as file:
-        assert engine.weight_bytes == weight_nbytes(file.tensors)
+        assert engine.weight_bytes == weight_nbytes(file.tensors, Device("cpu"))
 
 
 def test_states_of_recurrent_layers_count_for_every_sequence(free):
@@ -79,7 +80,7 @@ def test_a_load_that_cannot_fit_reads_no_weights(free, monkeypatch):
 
 def test_a_quantized_load_needs_less(free):
     with open_model(GOLDEN / "qwen3.gguf") as file:
-        plain = weight_nbytes(file.tensors)
+        plain = weight_nbytes(file.tensors, Device("cpu"))
     with Engine.load(GOLDEN / "qwen3.gguf", quant="Q8_0", quant_cache=False, max_context=512) as engine:
         assert engine.weight_bytes < plain
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from helexa.engine.cache import KVCache, StateCache
+from helexa.engine.device import HostCopy
 from helexa.engine.prefix_cache import Node, PrefixCache
 from helexa.engine.snapshots import Snapshot
 from helexa.engine.state_store import StateStore, Stored, tail_name
@@ -143,9 +144,9 @@ class Archive:
         if not self._room.acquire(blocking=False):
             return False
         name, ancestors = self._mark_saved(item)
-        tensors = [tensor.clone() for tensor in self._tensors(item.node.page, item.length, item.slot)]
+        copy = HostCopy(self._tensors(item.node.page, item.length, item.slot))
         try:
-            job = self._writer.submit(self._write, name, ancestors, tensors)
+            job = self._writer.submit(self._write, name, ancestors, copy)
         except RuntimeError:  # the interpreter ends
             self._room.release()
             return False
@@ -159,10 +160,10 @@ class Archive:
 
     def _save(self, item: _Item) -> None:
         name, ancestors = self._mark_saved(item)
-        self._write(name, ancestors, self._tensors(item.node.page, item.length, item.slot))
+        self._write(name, ancestors, HostCopy(self._tensors(item.node.page, item.length, item.slot)))
 
-    def _write(self, name: str, ancestors: list[str], tensors: list[Tensor]) -> None:
-        self._store.put(name, [_bytes(tensor) for tensor in tensors])
+    def _write(self, name: str, ancestors: list[str], copy: HostCopy) -> None:
+        self._store.put(name, [_bytes(tensor) for tensor in copy.wait()])
         self._store.touch(ancestors)
 
     def _mark_saved(self, item: _Item) -> tuple[str, list[str]]:
@@ -199,7 +200,7 @@ class Archive:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def _name(parent: str, token_ids: Sequence[int]) -> str:

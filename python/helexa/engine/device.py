@@ -5,7 +5,7 @@ Where the CUDA kernels run on the host (ops.tensor.EMULATED), main memory stands
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -66,6 +66,27 @@ class Device:
     def staging(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Main memory, zeroed, that the device copies from and to while the host goes on."""
         return torch.zeros(shape, dtype=dtype, pin_memory=self.has_streams)
+
+
+class HostCopy:
+    """Copies of tensors in main memory, contiguous, made behind what the calling thread has queued."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self._tensors: list[Tensor] = []
+        self._event: torch.cuda.Event | None = None
+        for tensor in tensors:
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._tensors.append(target.copy_(tensor, non_blocking=True))
+            if tensor.is_cuda and self._event is None:
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        """The copies, once they are made; on any thread."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
 
 
 @contextmanager
