@@ -21,6 +21,16 @@ void rope_append_cpu(const float* qkv, const float* table, const int32_t* slots,
                      int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                      int64_t num_pairs, bool interleaved);
 
+// The same on a CUDA device.  qkv is float32 or bfloat16, as qkv_dtype says; its rows are qkv_stride values apart; q_out is
+// of cache_dtype.
+void rope_table_cuda(const int32_t* positions, const float* inv_freq, float* table, int64_t num_tokens,
+                     int64_t num_pairs, float magnitude, void* stream);
+void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const float* table,
+                      const int32_t* slots, void* k_cache, void* v_cache, int cache_dtype, void* q_out,
+                      const float* q_norm, const float* k_norm, float eps, int64_t num_tokens,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pairs,
+                      bool interleaved, void* stream);
+
 constexpr int64_t kMaxHeadDim = 512;
 
 struct RopeAppend {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from helexa import _C
+from helexa.ops import Rows
 from helexa.ops.tensor import EMULATED
 
 T = TypeVar("T")
@@ -73,3 +74,25 @@ def cuda_capture() -> Callable[[Callable[[], T]], tuple[Callable[[], None], T]]:
         return replay, result
 
     return capture
+
+
+def _decoded(rows: Rows) -> Tensor:
+    """float32 [T, cols] of what an op on a CUDA device hands to the next matmul, as that one sees it."""
+    if isinstance(rows, Tensor):
+        return rows.float()
+    if rows.bf16 is not None:
+        return rows.bf16.float()
+    assert rows.q8 is not None
+    # Groups of 64 columns: lane, half of 32, quarter of 16, 4 columns; then {scale, sum} of each 32.
+    num_groups = rows.q8.shape[1] // 80
+    codes = rows.q8[:, : 64 * num_groups].view(torch.int8).unflatten(1, (num_groups, 4, 2, 2, 4))
+    codes = codes.permute(0, 1, 3, 4, 2, 5).flatten(1).unflatten(1, (-1, 32)).float()
+    scales = rows.q8[:, 64 * num_groups :].contiguous().view(torch.float32).unflatten(1, (-1, 2))
+    sums = (codes.sum(-1) * scales[..., 0], scales[..., 1])
+    assert torch.allclose(*sums, rtol=1e-5, equal_nan=True), "a sum of codes is not that of its block"
+    return (codes * scales[..., :1]).flatten(1)[:, : rows.cols]
+
+
+@pytest.fixture
+def decoded() -> Callable[[Rows], Tensor]:
+    return _decoded

@@ -21,7 +21,7 @@ class Call:
     scale: float
 
     def run(self) -> Tensor:
-        return ops.attention(**vars(self), out=torch.full_like(self.q, torch.nan))
+        return ops.attention(**vars(self), out=torch.full_like(self.q.flatten(1), torch.nan))
 
     def reference(self) -> Tensor:
         return ops.attention_reference(**vars(self))
@@ -146,7 +146,7 @@ def test_all_weight_on_one_key_gives_its_value(isa, key, num_queries, dtype):
     call.k_cache.copy_(call.k_cache.clamp(-1, 1))
     call.k_cache[page, 0, offset] = 200.0
     value = call.v_cache[page, 0, offset].float()
-    assert torch.allclose(call.run(), value.expand(num_queries, 1, -1), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(call.run(), value.expand(num_queries, -1), rtol=1e-6, atol=1e-6)
 
 
 def test_a_later_key_is_not_seen(isa):
@@ -192,15 +192,25 @@ def test_queries_before_the_first_key_give_zeros(isa):
 
 
 def test_no_sequences_at_all_is_fine(isa):
-    assert make_call([], []).run().shape == (0, 4, 64)
+    assert make_call([], []).run().shape == (0, 256)
 
 
 @pytest.mark.parametrize(("query_lengths", "kv_lengths"), [([1, 3], [3000, 5]), ([300], [900])])
 def test_out_may_be_q(isa, query_lengths, kv_lengths):
     call = make_call(query_lengths, kv_lengths, dtype=torch.bfloat16)
     expected = call.run()
-    assert torch.equal(ops.attention(**vars(call), out=call.q), expected)
-    assert torch.equal(call.q, expected)
+    assert torch.equal(ops.attention(**vars(call), out=call.q.flatten(1)), expected)
+    assert torch.equal(call.q.flatten(1), expected)
+
+
+def test_the_gate_and_the_choice_of_rows_come_last(isa, assert_close):
+    call = make_call([3, 40], [300, 500])
+    gate = torch.randn(20, 4 * 64)
+    out = ops.attention(**vars(call), gate=gate, rows=slice(23, 43))
+    expected = ops.attention_reference(**vars(call), gate=gate, rows=slice(23, 43))
+    assert_close("attention", expected, out, 2e-6)
+    assert torch.equal(ops.attention(**vars(call), rows=slice(23, 43)), call.run()[23:])
+    assert ops.attention(**vars(call), rows=slice(0, 0)).shape == (0, 256)
 
 
 @pytest.mark.parametrize(("query_lengths", "kv_lengths"), [([1, 3], [3000, 5]), ([300, 1], [900, 2000])])
@@ -262,7 +272,11 @@ def test_a_replay_reads_new_lengths_and_pages(isa):
         ("page_table", torch.zeros(2, 3, dtype=torch.int64)),
         ("query_start", torch.zeros(2, dtype=torch.int32)),
         ("kv_lengths", torch.zeros(2)),
-        ("out", torch.zeros(2, 4, 64)),
+        ("out", torch.zeros(2, 256)),
+        ("out", torch.zeros(3, 4, 64)),
+        ("gate", torch.zeros(2, 256)),
+        ("gate", torch.zeros(3, 256).half()),
+        ("rows", slice(0, 3, 2)),
     ],
 )
 def test_what_does_not_fit_is_refused(name, value):

@@ -5,6 +5,7 @@ from torch import Tensor
 from helexa import ops
 from helexa.layers.linear import Linear, Scope
 from helexa.layers.step import Step
+from helexa.ops import Rows
 
 
 class Attention:
@@ -49,8 +50,10 @@ class Attention:
             )
             kv = Linear.load(scope, hidden_size, kv_rows, bias=bias)
             q_bias, gate_bias = _biases(scope, num_heads, head_dim)
-            self.qkv_proj = Linear([q, *kv.weights], [q_bias, *(kv.biases or [None, None])])
+            biases = [q_bias, *(kv.biases or [None, None])]
+            self.qkv_proj = Linear([q, *kv.weights], biases)
             self.gate_proj = Linear([gate], [gate_bias])
+            self.qkv_gate_proj = Linear([q, *kv.weights, gate], [*biases, gate_bias])
         else:
             rows = {"q_proj": num_heads * head_dim, **kv_rows}
             self.qkv_proj = Linear.load(scope, hidden_size, rows, bias=bias)
@@ -61,11 +64,12 @@ class Attention:
             self.k_norm = scope.vector("k_norm.weight", head_dim)
         self.o_proj = Linear.load(scope, num_heads * head_dim, {"o_proj": hidden_size})
 
-    def __call__(self, x: Tensor, rope: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
+    def __call__(self, x: Rows, rope: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
         """The output of the given rows of x [T, hidden_size]; keys and values of all T rows are appended."""
         k_cache, v_cache = step.k_cache[self.layer_index], step.v_cache[self.layer_index]
+        qkv, gate = self._project(x, rows)
         q = ops.rope_append(
-            self.qkv_proj(x),  # [T, (H + 2·Hkv)·D]
+            qkv,  # [T, (H + 2·Hkv)·D]
             rope,
             step.slots,
             k_cache,
@@ -77,11 +81,28 @@ class Attention:
             interleaved=self.rope_interleaved,
         )  # [T, H, D]
         out = ops.attention(
-            q, k_cache, v_cache, step.page_table, step.query_start, step.kv_lengths, self.scale
-        ).flatten(1)[rows]
-        if self.gate_proj is not None:
-            out = ops.sigmoid_mul(out, self.gate_proj(x[rows]))
+            q,
+            k_cache,
+            v_cache,
+            step.page_table,
+            step.query_start,
+            step.kv_lengths,
+            self.scale,
+            gate=gate,
+            rows=rows,
+        )  # [R, H·D]
         return self.o_proj(out)
+
+    def _project(self, x: Rows, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """qkv [T, (H + 2·Hkv)·D] and the gate [R, H·D] of the given rows, if there is one."""
+        if self.gate_proj is None:
+            return self.qkv_proj(x), None
+        if isinstance(x, ops.Activation) and x.q8 is not None:
+            # While decoding, a launch costs more than the gates of rows that are not wanted.
+            both = self.qkv_gate_proj(x)
+            width = self.o_proj.weights[0].cols
+            return both[:, :-width], both[rows, -width:]
+        return self.qkv_proj(x), self.gate_proj(x[rows])
 
 
 def _biases(scope: Scope, num_heads: int, head_dim: int) -> tuple[Tensor | None, Tensor | None]:

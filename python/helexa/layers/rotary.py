@@ -48,7 +48,7 @@ class RotaryEmbedding:
         """With the file's frequency factors, if it has them."""
         factors = None
         if "rope_factors.weight" in scope:
-            factors = scope.vector("rope_factors.weight", rotary_dim // 2)
+            factors = scope.vector("rope_factors.weight", rotary_dim // 2).cpu()
             if not bool((factors > 0).all()):
                 name = scope.file_name("rope_factors.weight")
                 raise InvalidFile(
@@ -57,6 +57,8 @@ class RotaryEmbedding:
         return cls(rotary_dim, theta, scaling, factors)
 
     def __call__(self, positions: Tensor) -> Tensor:
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
         return ops.rope_table(positions, self.inv_freq, self.magnitude)
 
 

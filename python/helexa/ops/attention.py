@@ -1,12 +1,21 @@
 """Causal attention over a paged cache, for prefill and decode (Dao et al. 2022; pages: Kwon et al. 2023)."""
 
+import threading
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops.tensor import DTYPE_IDS, check, dtype_id
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, empty_activation
+from helexa.ops.sigmoid_mul import sigmoid_mul
+from helexa.ops.tensor import DTYPE_IDS, EMULATED, check, dtype_id, on_cuda, stream
 
 PAGE_TOKENS = 256  # csrc/ops/attention.h
+# On CUDA, in steps of more than MAX_MATVEC_ROWS tokens: who has at most so many queries splits its keys.
+SPLIT_QUERIES = 16
+MAX_SPLIT_BYTES = 32 << 20  # of partial results on CUDA; steps of many sequences get fewer splits each
+_MIN_SPLIT_KEYS = 128  # csrc/ops/attention_cuda.cuh
 
 
 def attention(
@@ -18,25 +27,37 @@ def attention(
     kv_lengths: Tensor,
     scale: float,
     *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """softmax(q · kᵀ · scale) · v, where a query sees its own position and those before it.
+    gate: Tensor | None = None,
+    rows: slice = slice(None),
+    out: Rows | None = None,
+) -> Rows:
+    """softmax(q · kᵀ · scale) · v of the given rows, [R, H · D]; a query sees its own and earlier positions.
 
-    q: [T, H, D] float32.   k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
+    q: [T, H, D] float32; on CUDA any float dtype, best that of the caches.
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
     page_table: [S, max_pages] int32.   query_start: [S+1] int32.   kv_lengths: [S] int32.
-    Hkv divides H.   out: like q; may be q itself.
+    gate: [R, H · D] float32, on CUDA also bfloat16 and in rows that lie apart; its sigmoid
+    multiplies the result.
+    Hkv divides H.   out: on the CPU [T, H · D] float32, may be q's memory; on CUDA like the result.
     Sequence s has kv_lengths[s] keys, in the pages of its row of page_table; its queries are the rows
     query_start[s] to query_start[s+1] of q and stand at the last of those positions.  A query without keys
-    gives zeros.  Arithmetic is float32, except that q and the softmax weights of more than a few query rows
+    gives zeros.
+
+    On the CPU arithmetic is float32, except that q and the softmax weights of more than a few query rows
     are rounded to bfloat16 for bfloat16 caches where the machine multiplies those.  The result does not
     depend on the number of threads.
-    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`; the tables are read
-    at each replay.
+    On CUDA heads of 64, 128 and 256 with 16-bit caches run on tensor cores, with q and the weights rounded to
+    the caches' dtype, and give an Activation; other shapes are computed slowly in float32 and give a Tensor.
+    Splits depend on a sequence's length only, unless MAX_SPLIT_BYTES limits them.
+    Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates `out` and workspaces;
+    the tables are read at each replay.
     """
-    check(
-        q.ndim == 3 and q.dtype == torch.float32 and q.is_contiguous(),
-        f"attention: q {tuple(q.shape)} {q.dtype} is not a contiguous [T, H, D] float32",
+    fits = (
+        q.ndim == 3
+        and q.is_contiguous()
+        and (q.dtype == torch.float32 or (on_cuda(q) and q.dtype in DTYPE_IDS))
     )
+    check(fits, f"attention: q {tuple(q.shape)} {q.dtype} is not a contiguous [T, H, D] float32")
     num_heads, head_dim = q.shape[1:]
     check_cache("attention", k_cache, v_cache, head_dim)
     num_kv_heads = k_cache.shape[1]
@@ -54,10 +75,21 @@ def attention(
             table.shape == shape and table.dtype == torch.int32 and table.is_contiguous(),
             f"attention: {name} {tuple(table.shape)} {table.dtype} is not a contiguous {shape} int32",
         )
-    out = torch.empty(q.shape, dtype=torch.float32) if out is None else out
+        check(table.device == q.device, f"attention: {name} is on {table.device}, q on {q.device}")
+    check(k_cache.device == q.device, f"attention: the caches are on {k_cache.device}, q on {q.device}")
+    first_row, end_row, step = rows.indices(q.shape[0])
+    check(step == 1, f"attention: {rows} leaves rows out")
+    _check_gate(gate, max(0, end_row - first_row), q)
+    if on_cuda(q):
+        tables = (page_table, query_start, kv_lengths)
+        return _on_cuda(
+            q, k_cache, v_cache, tables, scale, gate, slice(first_row, max(first_row, end_row)), out
+        )
+    out = torch.empty((q.shape[0], num_heads * head_dim), dtype=torch.float32) if out is None else out
+    fits = isinstance(out, Tensor) and out.shape == (q.shape[0], num_heads * head_dim)
     check(
-        out.shape == q.shape and out.dtype == torch.float32 and out.is_contiguous(),
-        f"attention: out {tuple(out.shape)} {out.dtype} is not like q {tuple(q.shape)}",
+        fits and out.dtype == torch.float32 and out.is_contiguous(),  # type: ignore[union-attr]
+        f"attention: out is not a contiguous {(q.shape[0], num_heads * head_dim)} float32",
     )
     _C.attention_cpu(
         q.data_ptr(),
@@ -67,7 +99,7 @@ def attention(
         page_table.data_ptr(),
         query_start.data_ptr(),
         kv_lengths.data_ptr(),
-        out.data_ptr(),
+        out.data_ptr(),  # type: ignore[union-attr]
         num_sequences,
         page_table.shape[1],
         num_heads,
@@ -75,7 +107,119 @@ def attention(
         head_dim,
         scale,
     )
+    wanted = out[first_row:end_row]
+    return wanted if gate is None else sigmoid_mul(wanted, gate)  # type: ignore[arg-type]
+
+
+def _on_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    gate: Tensor | None,
+    rows: slice,
+    out: Rows | None,
+) -> Rows:
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, width = k_cache.shape[1], num_heads * head_dim
+    num_rows = rows.stop - rows.start
+    page_table = tables[0]
+    num_sequences, max_pages = page_table.shape
+    q = q.to(k_cache.dtype)
+    is_tiled = _C.is_attention_tiled(head_dim, dtype_id(k_cache))
+    if out is None:
+        if is_tiled:
+            out = empty_activation(num_rows, width, q.device)
+        else:
+            out = torch.empty((num_rows, width), dtype=torch.float32, device=q.device)
+    check(
+        _is_output(out, num_rows, width, is_tiled),
+        f"attention: out is not {'an Activation' if is_tiled else 'a float32 Tensor'} of {(num_rows, width)}",
+    )
+    counters = partial = None
+    split_queries = max_splits = 0
+    if is_tiled:
+        split_queries = 0 if num_tokens <= MAX_MATVEC_ROWS else SPLIT_QUERIES
+        num_queries = split_queries * num_sequences or num_tokens
+        row_bytes = num_queries * num_heads * (head_dim + 2) * 4
+        # Two blocks for each multiprocessor, as many as it holds, if that leaves them _MIN_SPLIT_KEYS keys.
+        max_splits = -(-2 * num_multiprocessors(q.device) // num_kv_heads)
+        max_splits = min(
+            max_splits, max_pages * PAGE_TOKENS // _MIN_SPLIT_KEYS, MAX_SPLIT_BYTES // max(row_bytes, 1)
+        )
+        max_splits = max(max_splits, 1)
+        partial = torch.empty(row_bytes // 4 * max_splits, dtype=torch.float32, device=q.device)
+        counters = _counters(q.device, num_sequences * num_heads * (num_queries // 64 + 1))
+    x = None if is_tiled else out
+    q8, bf16 = (out.q8, out.bf16) if isinstance(out, Activation) else (None, None)
+    _C.attention_cuda(
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        dtype_id(k_cache),
+        *(table.data_ptr() for table in tables),
+        num_tokens,
+        num_sequences,
+        max_pages,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        rows.start,
+        rows.stop,
+        0 if gate is None else gate.data_ptr(),
+        0 if gate is None else dtype_id(gate),
+        0 if gate is None else gate.stride(0),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (q8, bf16, x)),
+        split_queries,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (counters, partial)),
+        max_splits,
+        stream(q),
+    )
     return out
+
+
+def _is_output(out: Rows, num_rows: int, width: int, is_tiled: bool) -> bool:
+    if isinstance(out, Activation):
+        return is_tiled and out.num_rows == num_rows and out.cols == width
+    return (
+        not is_tiled and out.shape == (num_rows, width) and out.dtype == torch.float32 and out.is_contiguous()
+    )
+
+
+def _check_gate(gate: Tensor | None, num_rows: int, q: Tensor) -> None:
+    if gate is None:
+        return
+    shape = (num_rows, q.shape[1] * q.shape[2])
+    fits = gate.shape == shape and gate.device == q.device
+    if on_cuda(q):
+        # Kernels read four values at once.
+        is_aligned = gate.stride(0) % 4 == 0 and gate.data_ptr() % (4 * gate.element_size()) == 0
+        fits = fits and gate.dtype in (torch.float32, torch.bfloat16)
+        fits = fits and (num_rows == 0 or (gate.stride(1) == 1 and is_aligned))
+    else:
+        fits = fits and gate.dtype == torch.float32 and gate.is_contiguous()
+    check(fits, f"attention: gate {tuple(gate.shape)} {gate.dtype} is not {shape} float32 rows on {q.device}")
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; some where the host stands for one."""
+    return 4 if EMULATED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Counters of finished splits, which kernels leave at 0.  A thread uses one stream at a time.
+_thread = threading.local()
+_NUM_COUNTERS = 1 << 16
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    check(count <= _NUM_COUNTERS, f"attention: {count} blocks of rows, expected at most {_NUM_COUNTERS}")
+    by_device: dict[torch.device, Tensor] = vars(_thread).setdefault("counters", {})
+    if device not in by_device:
+        by_device[device] = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
+    return by_device[device]
 
 
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, head_dim: int) -> None:
@@ -101,9 +245,12 @@ def attention_reference(
     query_start: Tensor,
     kv_lengths: Tensor,
     scale: float,
+    *,
+    gate: Tensor | None = None,
+    rows: slice = slice(None),
 ) -> Tensor:
     """The same with the whole score matrix, in float64."""
-    out = torch.zeros_like(q)
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     group = q.shape[1] // k_cache.shape[1]
     for s, length in enumerate(kv_lengths.tolist()):
         first, end = query_start[s].item(), query_start[s + 1].item()
@@ -113,8 +260,9 @@ def attention_reference(
             for cache in (k_cache, v_cache)
         )  # [length, H, D]
         scores = torch.einsum("qhd,khd->hqk", q[first:end].double(), k) * scale
-        position = torch.arange(length - (end - first), length)
-        masked = scores.masked_fill(torch.arange(length) > position[:, None], -torch.inf)
+        position = torch.arange(length - (end - first), length, device=q.device)
+        masked = scores.masked_fill(torch.arange(length, device=q.device) > position[:, None], -torch.inf)
         weights = masked.softmax(-1).nan_to_num(0.0) if length < end - first else masked.softmax(-1)
-        out[first:end] = torch.einsum("hqk,khd->qhd", weights, v).float()
-    return out
+        out[first:end] = torch.einsum("hqk,khd->qhd", weights, v)
+    wanted = out.flatten(1)[rows]
+    return (wanted if gate is None else wanted * gate.double().sigmoid()).float()

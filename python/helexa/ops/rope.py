@@ -6,7 +6,7 @@ from torch import Tensor
 from helexa import _C
 from helexa.ops.attention import PAGE_TOKENS, check_cache
 from helexa.ops.rms_norm import rms_norm_reference
-from helexa.ops.tensor import check, dtype_id
+from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
 _MAX_HEAD_DIM = 512  # csrc/ops/rope.h
 
@@ -17,7 +17,7 @@ def rope_table(
     """(cos, sin) of positions[t] · inv_freq[i] (a float32 product), times magnitude: [T, R/2, 2] float32.
 
     positions: [T] int32.   inv_freq: [R/2] float32.
-    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
     check(
         positions.ndim == 1 and positions.dtype == torch.int32 and positions.is_contiguous(),
@@ -27,13 +27,21 @@ def rope_table(
         inv_freq.ndim == 1 and inv_freq.dtype == torch.float32 and inv_freq.is_contiguous(),
         f"rope_table: inv_freq {tuple(inv_freq.shape)} {inv_freq.dtype} is not a contiguous [R/2] float32",
     )
+    check(
+        positions.device == inv_freq.device,
+        f"rope_table: positions are on {positions.device}, inv_freq on {inv_freq.device}",
+    )
     shape = (positions.shape[0], inv_freq.shape[0], 2)
-    out = torch.empty(shape, dtype=torch.float32) if out is None else out
+    out = torch.empty(shape, dtype=torch.float32, device=positions.device) if out is None else out
     check(
         out.shape == shape and out.dtype == torch.float32 and out.is_contiguous(),
         f"rope_table: out {tuple(out.shape)} {out.dtype} is not a contiguous {shape} float32",
     )
-    _C.rope_table_cpu(positions.data_ptr(), inv_freq.data_ptr(), out.data_ptr(), *shape[:2], magnitude)
+    arguments = (positions.data_ptr(), inv_freq.data_ptr(), out.data_ptr(), *shape[:2], magnitude)
+    if on_cuda(positions):
+        _C.rope_table_cuda(*arguments, stream(positions))
+    else:
+        _C.rope_table_cpu(*arguments)
     return out
 
 
@@ -57,46 +65,56 @@ def rope_append(
     interleaved: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The queries of qkv, normed and rotated: [T, H, D] float32; keys and values go to the cache.
+    """The queries of qkv, normed and rotated: [T, H, D]; keys and values go to the cache.
 
-    qkv: [T, (H + 2 Hkv) · D] float32.   table: [T, R/2, 2] of `rope_table`, R ≤ D: the first R values of a
-    head are rotated, in pairs (i, i + R/2), or (2i, 2i + 1) if interleaved.
+    qkv: [T, (H + 2 Hkv) · D] float32; on CUDA also bfloat16, and its rows may lie apart.
+    table: [T, R/2, 2] of `rope_table`, R ≤ D: the first R values of a head are rotated, in pairs
+    (i, i + R/2), or (2i, 2i + 1) if interleaved.
     slots: [T] int32, page · 256 + offset; a negative one is not written.
     k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
     q_norm, k_norm: [D] float32 weights of a norm per head.
-    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
+    out: float32; on CUDA of the caches' dtype, which is what attention multiplies.
+    Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
     num_tokens, num_pairs = table.shape[:2]
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    is_cuda = on_cuda(qkv)
     check_cache("rope_append", k_cache, v_cache, head_dim)
     check(head_dim <= _MAX_HEAD_DIM, f"rope_append: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
     check(
         2 * num_pairs <= head_dim,
         f"rope_append: the table rotates {2 * num_pairs} values of heads of {head_dim}",
     )
-    out = torch.empty(num_tokens, num_heads, head_dim, dtype=torch.float32) if out is None else out
-    for name, tensor, shape in (
-        ("qkv", qkv, (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)),
-        ("table", table, (num_tokens, num_pairs, 2)),
-        ("out", out, (num_tokens, num_heads, head_dim)),
-        ("q_norm", q_norm, (head_dim,)),
-        ("k_norm", k_norm, (head_dim,)),
-    ):
-        fits = tensor is None or (
-            tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        )
-        check(fits, f"rope_append: {name} is not a contiguous {shape} float32")
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    in_dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
+    has_rows = qkv.is_contiguous() or (is_cuda and qkv.stride(-1) == 1)
     check(
-        slots.shape == (num_tokens,) and slots.dtype == torch.int32 and slots.is_contiguous(),
-        f"rope_append: slots {tuple(slots.shape)} {slots.dtype} is not a contiguous [{num_tokens}] int32",
+        qkv.shape == (num_tokens, width) and qkv.dtype in in_dtypes and has_rows,
+        f"rope_append: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
     )
-    _C.rope_append_cpu(
-        qkv.data_ptr(),
-        table.data_ptr(),
-        slots.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        dtype_id(k_cache),
+    out_dtype = k_cache.dtype if is_cuda else torch.float32
+    if out is None:
+        out = torch.empty(num_tokens, num_heads, head_dim, dtype=out_dtype, device=qkv.device)
+    for name, tensor, shape, dtype in (
+        ("table", table, (num_tokens, num_pairs, 2), torch.float32),
+        ("slots", slots, (num_tokens,), torch.int32),
+        ("out", out, (num_tokens, num_heads, head_dim), out_dtype),
+        ("q_norm", q_norm, (head_dim,), torch.float32),
+        ("k_norm", k_norm, (head_dim,), torch.float32),
+    ):
+        if tensor is None:
+            continue
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+        check(
+            fits,
+            f"rope_append: {name} {tuple(tensor.shape)} {tensor.dtype} is not a contiguous {shape} {dtype}",
+        )
+        check(tensor.device == qkv.device, f"rope_append: {name} is on {tensor.device}, qkv on {qkv.device}")
+    check(
+        k_cache.device == qkv.device, f"rope_append: the caches are on {k_cache.device}, qkv on {qkv.device}"
+    )
+    caches = (table.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), dtype_id(k_cache))
+    rest = (
         out.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
@@ -108,6 +126,10 @@ def rope_append(
         num_pairs,
         interleaved,
     )
+    if is_cuda:
+        _C.rope_append_cuda(qkv.data_ptr(), dtype_id(qkv), qkv.stride(0), *caches, *rest, stream(qkv))
+    else:
+        _C.rope_append_cpu(qkv.data_ptr(), *caches, *rest)
     return out
 
 
@@ -124,9 +146,9 @@ def rope_append_reference(
     eps: float = 0.0,
     interleaved: bool,
 ) -> Tensor:
-    """The same in torch."""
+    """The same in torch, in float32."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = qkv.float().view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     q = q.clone() if q_norm is None else rms_norm_reference(q, q_norm, eps)
     k = k.clone() if k_norm is None else rms_norm_reference(k, k_norm, eps)
     _rotate(q, table, interleaved)

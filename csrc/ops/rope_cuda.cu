@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// One warp to a head, whether of q, k or v: the head lies in shared memory between its norm and its rotation, since the two values
+// of a pair are read by the same lane but were not normed by it.
+#include "core/cuda.cuh"
+#include "ops/attention.h"
+#include "ops/rope.h"
+
+namespace helexa {
+namespace {
+
+constexpr int kTableThreads = 256;
+// Heads of a block.  Few, so that one token's heads are spread over many multiprocessors.
+constexpr int kWarps = 4;
+
+__global__ void __launch_bounds__(kTableThreads) rope_table_kernel(const int32_t* positions,  // [num_tokens]
+                                                                   const float* inv_freq,     // [num_pairs]
+                                                                   float2* table,  // [num_tokens, num_pairs]
+                                                                   int64_t num_tokens, int64_t num_pairs,
+                                                                   float magnitude) {
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
+  if (i >= num_tokens * num_pairs) return;
+  const float angle = static_cast<float>(positions[i / num_pairs]) * inv_freq[i % num_pairs];
+  float sine, cosine;
+  sincosf(angle, &sine, &cosine);
+  table[i] = make_float2(cosine * magnitude, sine * magnitude);
+}
+
+struct Append {
+  const float2* table;   // [num_tokens, num_pairs]
+  const int32_t* slots;  // [num_tokens]
+  void* k_cache;         // [pages, num_kv_heads, kPageTokens, head_dim]
+  void* v_cache;
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;
+  int64_t qkv_stride;
+  float eps;
+  int num_heads, num_kv_heads, head_dim, num_pairs;
+  bool interleaved;
+};
+
+template <class X,                                                           // type of qkv
+          class C>                                                           // type of the caches and of q_out
+__global__ void __launch_bounds__(32 * kWarps) rope_append_kernel(const X* qkv,  // [num_tokens, qkv_stride]
+                                                                  C* q_out,  // [num_tokens, num_heads, head_dim]
+                                                                  const Append call) {
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+  const int D = call.head_dim, H = call.num_heads, Hkv = call.num_kv_heads;
+  const int lane = threadIdx.x % 32;
+  const int head = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (head >= H + 2 * Hkv) return;
+  const int64_t t = blockIdx.y;
+  const X* from = qkv + t * call.qkv_stride + static_cast<int64_t>(head) * D;
+
+  const int64_t slot = head < H ? 0 : call.slots[t];
+  if (slot < 0) return;
+  const int kv_head = (head - H) % Hkv;
+  const int64_t cache_offset = ((slot / kPageTokens * Hkv + kv_head) * kPageTokens + slot % kPageTokens) * D;
+  if (head >= H + Hkv) {
+    C* v = static_cast<C*>(call.v_cache) + cache_offset;
+    for (int i = lane; i < D; i += 32) v[i] = from_float<C>(to_float(from[i]));
+    return;
+  }
+
+  float* x = dynamic_shared<float>() + threadIdx.x / 32 * D;
+  float squares = 0.0f;
+  for (int i = lane; i < D; i += 32) {
+    const float value = to_float(from[i]);
+    x[i] = value;
+    squares += value * value;
+  }
+  const float* norm = head < H ? call.q_norm : call.k_norm;
+  if (norm != nullptr) {
+    const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(D) + call.eps);
+    for (int i = lane; i < D; i += 32) x[i] = x[i] * scale * norm[i];
+  }
+  __syncwarp();
+
+  C* out = head < H ? q_out + (t * H + head) * D : static_cast<C*>(call.k_cache) + cache_offset;
+  const float2* rotation = call.table + t * call.num_pairs;
+  for (int i = lane; i < call.num_pairs; i += 32) {
+    const int first = call.interleaved ? 2 * i : i;
+    const int second = call.interleaved ? 2 * i + 1 : call.num_pairs + i;
+    const float2 r = rotation[i];
+    const float a = x[first], b = x[second];
+    out[first] = from_float<C>(a * r.x - b * r.y);
+    out[second] = from_float<C>(b * r.x + a * r.y);
+  }
+  for (int i = 2 * call.num_pairs + lane; i < D; i += 32) out[i] = from_float<C>(x[i]);
+}
+
+}  // namespace
+
+void rope_table_cuda(const int32_t* positions, const float* inv_freq, float* table, int64_t num_tokens,
+                     int64_t num_pairs, float magnitude, void* stream) {
+  const int64_t num_blocks = (num_tokens * num_pairs + kTableThreads - 1) / kTableThreads;
+  if (num_blocks == 0) return;
+  launch_kernel(rope_table_kernel,
+                {dim3(static_cast<unsigned>(num_blocks)), dim3(kTableThreads), stream, 0, true}, positions,
+                inv_freq, reinterpret_cast<float2*>(table), num_tokens, num_pairs, magnitude);
+}
+
+void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const float* table,
+                      const int32_t* slots, void* k_cache, void* v_cache, int cache_dtype, void* q_out,
+                      const float* q_norm, const float* k_norm, float eps, int64_t num_tokens,
+                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pairs,
+                      bool interleaved, void* stream) {
+  const int64_t num_blocks = (num_heads + 2 * num_kv_heads + kWarps - 1) / kWarps;
+  // The second dimension of a grid ends at 65,535.
+  constexpr int64_t kMaxTokens = 65535;
+  const Append call{reinterpret_cast<const float2*>(table),
+                    slots,
+                    k_cache,
+                    v_cache,
+                    q_norm,
+                    k_norm,
+                    qkv_stride,
+                    eps,
+                    static_cast<int>(num_heads),
+                    static_cast<int>(num_kv_heads),
+                    static_cast<int>(head_dim),
+                    static_cast<int>(num_pairs),
+                    interleaved};
+  with_dtype(static_cast<DType>(cache_dtype), [&](auto c) {
+    using C = decltype(c);
+    auto append = [&](auto x) {
+      using X = decltype(x);
+      for (int64_t first = 0; first < num_tokens; first += kMaxTokens) {
+        const int64_t count = num_tokens - first < kMaxTokens ? num_tokens - first : kMaxTokens;
+        Append part = call;
+        part.table += first * num_pairs;
+        part.slots += first;
+        launch_kernel(rope_append_kernel<X, C>,
+                      {dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)),
+                       dim3(32 * kWarps), stream, kWarps * head_dim * sizeof(float), true},
+                      static_cast<const X*>(qkv) + first * qkv_stride,
+                      static_cast<C*>(q_out) + first * num_heads * head_dim, part);
+      }
+    };
+    static_cast<DType>(qkv_dtype) == DType::kF32 ? append(float()) : append(__nv_bfloat16());
+  });
+}
+
+}  // namespace helexa
