@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from helexa import ops
@@ -109,5 +110,6 @@ class Linear:
         ]
         return cls(weights, biases)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.quant_matmul(x, self.weights, self.biases)  # [T, in] -> [T, sum of out]
+    def __call__(self, x: ops.Rows, dtype: torch.dtype | None = None) -> Tensor:
+        """[T, in] -> [T, sum of out]; dtype: if it matters, else what is right for so many rows."""
+        return ops.quant_matmul(x, self.weights, self.biases, dtype=dtype)

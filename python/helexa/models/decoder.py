@@ -6,8 +6,10 @@ Follows `modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling
 `modeling_qwen3_next.py` and `modeling_qwen3_5.py` of transformers.
 """
 
+import torch
 from torch import Tensor
 
+from helexa import ops
 from helexa.layers.embedding import Embedding
 from helexa.layers.linear import Linear, Scope, TensorSource
 from helexa.layers.norm import RMSNorm
@@ -34,14 +36,15 @@ class Decoder:
         ]
         self.norm = RMSNorm.load(scope / "norm", size, config.rms_norm_eps)
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Step, *, keep_float: bool = False) -> ops.Rows:
+        """The rows of step.logits_rows [R, hidden_size]; keep_float: an Activation has them in float32 too."""
         rope = self.rotary_emb(step.positions)
         hidden, residual = None, self.embed_tokens(step.token_ids)
         for layer in self.layers[:-1]:
             hidden, residual = layer(hidden, residual, rope, step, slice(None))
         # Behind the keys and values of the last layer only the rows matter whose logits are wanted.
         hidden, residual = self.layers[-1](hidden, residual, rope, step, step.logits_rows)
-        return self.norm(hidden, residual)  # [R, hidden_size]
+        return self.norm(hidden, residual, keep_float=keep_float)
 
 
 class DecoderForCausalLM:
@@ -62,11 +65,11 @@ class DecoderForCausalLM:
             self.mtp = MTPHead(config, layer, self.model, self.lm_head)
 
     def __call__(self, step: Step) -> Tensor:
-        return self.lm_head(self.model(step))
+        return self.lm_head(self.model(step), torch.float32)
 
     def hidden(self, step: Step) -> Tensor:
         """Normalised hidden states [R, hidden_size] float32 of step.logits_rows."""
-        return self.model(step)
+        return ops.as_float(self.model(step, keep_float=True))
 
 
 GGUF_NAMES = {
