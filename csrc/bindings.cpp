@@ -21,6 +21,7 @@
 #include "ops/quantize.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/sample.h"
 #include "ops/sigmoid_mul.h"
 #include "ops/silu_mul.h"
 #include "ops/weight_loader.h"
@@ -146,7 +147,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_route_cuda", cuda(&moe_route_cuda));
   m.def("moe_few_workspace_bytes", &moe_few_workspace_bytes);
   m.def("moe_few_cuda", cuda(&moe_few_cuda));
+  m.def("quant_matmul_cuda", cuda(&quant_matmul_cuda));
+  m.def("gated_matmul_cuda", cuda(&gated_matmul_cuda));
+  m.def("quantize_rows_cuda", cuda(&quantize_rows_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
+  m.def("sample_workspace_bytes", &sample_workspace_bytes);
+  m.def("sample_cuda", cuda(&sample_cuda));
   m.def("silu_mul_cuda", cuda(&silu_mul_cuda));
   m.def("spin_cuda", cuda(&spin_cuda));
   m.def("trap_cuda", cuda(&trap_cuda));

@@ -78,6 +78,15 @@ def embedding_cpu(
     token_ids: int, num_tokens: int, format: int, packed: int, rows: int, cols: int, out: int, /
 ) -> None: ...
 def quant_matmul_cpu(x: int, num_tokens: int, weights: Sequence[WeightView], out: int, /) -> None: ...
+def quant_matmul_cuda(
+    q8: int, x: int, num_tokens: int, weights: Sequence[WeightView], out: int, stream: int, /
+) -> None: ...
+def gated_matmul_cuda(
+    q8: int, x: int, num_tokens: int, weights: Sequence[WeightView], out: int, stream: int, /
+) -> None: ...
+def quantize_rows_cuda(
+    x: int, num_tokens: int, cols: int, dtype: int, q8: int, stream: int, /
+) -> None: ...
 def quantize_cpu(
     source_format: int, source: int, num_values: int, format: int, blocks: int, num_bad: int, /
 ) -> None: ...
@@ -95,6 +104,25 @@ def rms_norm_cuda(
     num_tokens: int,
     width: int,
     eps: float,
+    stream: int,
+    /,
+) -> None: ...
+def sample_workspace_bytes(max_rows: int, vocab_size: int) -> int: ...
+def sample_cuda(
+    logits: int,
+    slots: int,
+    positions: int,
+    parameters: int,
+    forced: int,
+    masks: int,
+    mask_words: int,
+    last_tokens: int,
+    records: int,
+    workspace: int,
+    max_rows: int,
+    num_rows: int,
+    vocab_size: int,
+    greedy_only: bool,
     stream: int,
     /,
 ) -> None: ...

@@ -81,7 +81,18 @@ def test_what_does_not_fit_is_refused(x, weight, arguments):
 
 # On a device: the residual is float32, and the result has the forms that matmuls read.
 
-CUDA_SHAPES = [(1, 1), (1, 63), (1, 64), (2, 100), (3, 1000), (2, 5120), (64, 96), (65, 99), (66, 1024), (1, 12288)]
+CUDA_SHAPES = [
+    (1, 1),
+    (1, 63),
+    (1, 64),
+    (2, 100),
+    (3, 1000),
+    (2, 5120),
+    (64, 96),
+    (65, 99),
+    (66, 1024),
+    (1, 12288),
+]
 
 
 def _poisoned_activation(num_rows, cols, device):
@@ -125,7 +136,9 @@ def _quantized(x):
     scales = most / 127
     tail = torch.cat([scales, scales * codes.sum(-1, keepdim=True)], dim=-1).flatten(1)
     # [rows, group, half of 32, quarter of 16, lane, 4 columns] -> lane, half, quarter, 4 columns
-    ordered = codes.to(torch.int8).flatten(1).unflatten(1, (-1, 2, 2, 4, 4)).permute(0, 1, 4, 2, 3, 5).flatten(1)
+    ordered = (
+        codes.to(torch.int8).flatten(1).unflatten(1, (-1, 2, 2, 4, 4)).permute(0, 1, 4, 2, 3, 5).flatten(1)
+    )
     rows = torch.cat([ordered.view(torch.uint8), tail.contiguous().view(torch.uint8)], dim=1)
     return rows.to(x.device)
 

@@ -24,7 +24,7 @@ __all__ = ["ResolvedParams", "Sampled", "Sampler", "SamplingDefaults", "Sampling
 
 GREEDY_BELOW = 1e-5  # lower temperatures are taken as 0: the softmax is a single token in float32
 
-_FLOOR = -9999.0  # stands for a log-probability of -inf, which JSON cannot carry
+FLOOR = -9999.0  # stands for a log-probability of -inf, which JSON cannot carry
 _BLOCK = 1024  # entries per block of the two-level cumulative sum
 _GROUPS = 64  # a vocabulary is cut into this many interleaved rows to bound the k-th largest logit
 _MASK = 2**64 - 1
@@ -220,7 +220,7 @@ def logprobs_of(gaps: FloatArray, token_id: int, num_top: int) -> tuple[float, l
     ids = ids[np.argsort(gaps[ids], kind="stable")]
 
     def logprob(index: int) -> float:
-        return max(_FLOOR, -float(gaps[index]) - log_total)
+        return max(FLOOR, -float(gaps[index]) - log_total)
 
     return logprob(token_id), [(int(index), logprob(index)) for index in ids]
 

@@ -5,7 +5,14 @@ On the CPU an op runs on a pool of threads that belongs to the calling thread, a
 """
 
 from helexa._C import cpu_isa, has_cuda, num_threads, set_num_threads
-from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, as_float, empty_activation
+from helexa.ops.activation import (
+    MAX_MATVEC_ROWS,
+    Activation,
+    Rows,
+    as_float,
+    empty_activation,
+    quantize_rows,
+)
 from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.dequantize import (
     SCRATCH_BYTES,
@@ -39,7 +46,7 @@ from helexa.ops.pack import (
     pack_weight,
     packed_nbytes,
 )
-from helexa.ops.quant_matmul import quant_matmul, quant_matmul_reference
+from helexa.ops.quant_matmul import gated_matmul, quant_matmul, quant_matmul_reference
 from helexa.ops.quantize import ENCODED, quantize
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
@@ -102,6 +109,7 @@ __all__ = [
     "empty_packed",
     "gated_delta_net",
     "gated_delta_net_reference",
+    "gated_matmul",
     "has_cuda",
     "is_tiled",
     "moe_mlp",
@@ -115,6 +123,7 @@ __all__ = [
     "quant_matmul",
     "quant_matmul_reference",
     "quantize",
+    "quantize_rows",
     "release_scratch",
     "rms_norm",
     "rms_norm_reference",

@@ -7,7 +7,6 @@ from helexa import _C
 from helexa.ops.activation import Activation, Rows, empty_activation
 from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
-
 MAX_CUDA_WIDTH = 16384  # a block of a device keeps a row in registers
 
 
@@ -38,7 +37,7 @@ def rms_norm(
     if on_cuda(x):
         return _on_cuda(x, weight, eps, residual, out, keep_float)
     check(x.dtype == torch.float32, f"rms_norm: x is {x.dtype}; on the CPU it has to be float32")
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty(x.shape) if out is None else out
     check(isinstance(out, Tensor), "rms_norm: on the CPU out is a tensor")
     _check_floats("out", out, x)
     residual_ptr = 0 if residual is None else residual.data_ptr()

@@ -26,10 +26,7 @@ def silu_mul(gate_up: Tensor, *, out: Rows | None = None) -> Rows:
     check(gate_up.dtype == torch.float32, "silu_mul: on the CPU gate_up has to be float32")
     out = torch.empty(shape, dtype=torch.float32) if out is None else out
     check(
-        isinstance(out, Tensor)
-        and out.shape == shape
-        and out.dtype == torch.float32
-        and out.is_contiguous(),
+        isinstance(out, Tensor) and out.shape == shape and out.dtype == torch.float32 and out.is_contiguous(),
         f"silu_mul: out is not a contiguous {shape} float32",
     )
     _C.silu_mul_cpu(gate_up.data_ptr(), out.data_ptr(), *shape)
