@@ -3,7 +3,7 @@
 // are verified at once.  One block holds the whole state of a head in registers (64 KiB at 128 x 128): it is read once and written
 // once for up to kGroup tokens, and the norm over the head's columns needs no other block.
 //
-//   state [d_k, d_v]      a warp has 32 rows and 32 columns, a lane 8 rows and 4 columns of these
+//   state [d_k, d_v]      a warp has 64 rows and 32 columns, a lane 16 rows and 4 columns of these
 //   known = Sᵀk, asked = Sᵀq   summed over a lane's rows, over four lanes, over the warps of a column through shared memory
 //   o = decay · asked + delta · (k·q), so that one exchange serves both sums
 //
@@ -17,11 +17,13 @@
 namespace helexa {
 namespace {
 
-constexpr int kThreads = 512;
+// Two blocks fit on a multiprocessor: one loads while the other computes.
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kGroup = 8;  // tokens between a read and a write of the state
-constexpr int kRows = 8;   // of a lane
+constexpr int kRows = 16;  // of a lane
 constexpr int kCols = 4;
+constexpr int kWarpRows = 4 * kRows;
 
 constexpr int kStateDim = static_cast<int>(kMaxStateDim);
 
@@ -72,6 +74,7 @@ struct Sequence {
 template <class X>
 __device__ void convolve(const DeltaCall& c, const Sequence<X>& sequence, const Channels& channels, int first,
                          int count, Shared& shared) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < channels.count() * count; i += kThreads) {
     const int token = i / channels.count(), place = i - token * channels.count(), channel = channels[place];
     float sum = 0.0f;
@@ -110,54 +113,59 @@ __device__ void prepare(const DeltaCall& c, int head, int token, float a, float 
   shared.beta[token] = sigmoid(b);
 }
 
-// A lane's part of a tile of the state: kRowWarps · 32 rows (0: as many as the keys need), the warps that are left along columns.
-template <int kRowWarps>
+// A lane's part of a tile of the state: as many warps as d_k needs along the rows, the others along columns.  kDim is d_k and d_v, or 0
+// for any.
+template <int kDim>
 struct Tile {
-  int row_warps, row_warp, row, column, columns;  // columns: of the whole tile
-  bool is_idle;                                   // a warp that is left over
+  int depth, width;              // d_k, d_v
+  int row_warps, row_warp, row;  // of the lane
+  int column, columns;           // of the lane, of the whole tile
+  bool is_idle;                  // a warp that is left over
   float s[kRows][kCols];
 
-  __device__ explicit Tile(int depth) {
+  __device__ explicit Tile(const DeltaCall& c)
+      : depth(kDim != 0 ? kDim : c.key_head_dim), width(kDim != 0 ? kDim : c.value_head_dim) {
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    row_warps = kRowWarps != 0 ? kRowWarps : (depth + 31) / 32;
+    row_warps = (depth + kWarpRows - 1) / kWarpRows;
     columns = kWarps / row_warps * 32;
     row_warp = warp % row_warps;
-    row = 32 * row_warp + lane / 8 * kRows;
+    row = kWarpRows * row_warp + lane / 8 * 4;
     column = warp / row_warps * 32 + lane % 8 * kCols;
-    is_idle = column >= columns;
+    is_idle = kDim == 0 && column >= columns;
   }
 
-  __device__ void load(const float* state, const DeltaCall& c, int first_column, bool is_fresh) {
+  __device__ void load(const float* state, int first_column, bool is_fresh) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (!is_fresh && has(c, first_column, i))
-        values = *reinterpret_cast<const float4*>(state + offset(c, first_column, i));
+      if (!is_fresh && has(first_column, i))
+        values = *reinterpret_cast<const float4*>(state + offset(first_column, i));
       s[i][0] = values.x, s[i][1] = values.y, s[i][2] = values.z, s[i][3] = values.w;
     }
   }
-  __device__ void store(float* state, const DeltaCall& c, int first_column) const {
+  __device__ void store(float* state, int first_column) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (has(c, first_column, i))
-        *reinterpret_cast<float4*>(state + offset(c, first_column, i)) =
+      if (has(first_column, i))
+        *reinterpret_cast<float4*>(state + offset(first_column, i)) =
             make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
     }
   }
 
-  __device__ void step(const DeltaCall& c, int token, int first_column, Shared& shared) {
+  __device__ void step(int token, int first_column, Shared& shared) {
     const int parity = token % 2;
-    float k[kRows], sums[2][kCols] = {};
-    {
-      float q[kRows];
-      take(shared.k[token] + row, k);
-      take(shared.q[token] + row, q);
+    float sums[2][kCols] = {};
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
+    for (int part = 0; part < kRows; part += 4) {
+      float k[4], q[4];
+      take(shared.k[token] + row_of(part), k);
+      take(shared.q[token] + row_of(part), q);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int j = 0; j < kCols; ++j) {
-          sums[0][j] = fmaf(k[i], s[i][j], sums[0][j]);
-          sums[1][j] = fmaf(q[i], s[i][j], sums[1][j]);
+          sums[0][j] = fmaf(k[i], s[part + i][j], sums[0][j]);
+          sums[1][j] = fmaf(q[i], s[part + i][j], sums[1][j]);
         }
       }
     }
@@ -177,7 +185,7 @@ struct Tile {
           make_float2(pair[0], pair[1]);
     __syncthreads();
     // The next token writes the other half of `sums`, and the one after it only after another barrier.
-    if (is_idle || first_column + column >= c.value_head_dim) return;
+    if (kDim == 0 && (is_idle || first_column + column >= width)) return;
     const float decay = shared.decay[token], beta = shared.beta[token], key_scale = shared.key_scale[token];
     const float4 known = total(shared.sums[parity][0]);
     const float4 value = *reinterpret_cast<const float4*>(shared.v[token] + first_column + column);
@@ -192,24 +200,28 @@ struct Tile {
                       read * asked.z + written * delta[2], read * asked.w + written * delta[3]);
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int part = 0; part < kRows; part += 4) {
+      float k[4];
+      take(shared.k[token] + row_of(part), k);
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) s[i][j] = fmaf(k[i] * key_scale, delta[j], decay * s[i][j]);
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kCols; ++j)
+          s[part + i][j] = fmaf(k[i] * key_scale, delta[j], decay * s[part + i][j]);
+      }
     }
   }
 
  private:
-  __device__ bool has(const DeltaCall& c, int first_column, int i) const {
-    return !is_idle && row + i < c.key_head_dim && first_column + column < c.value_head_dim;
+  // Four neighbouring rows at a time, so that the four lanes of a column read different banks.
+  __device__ int row_of(int i) const { return row + i / 4 * 16 + i % 4; }
+  __device__ bool has(int first_column, int i) const {
+    return kDim != 0 || (!is_idle && row_of(i) < depth && first_column + column < width);
   }
-  __device__ int offset(const DeltaCall& c, int first_column, int i) const {
-    return (row + i) * c.value_head_dim + first_column + column;
-  }
-  __device__ static void take(const float* from, float (&to)[kRows]) {
-    const float4 low = *reinterpret_cast<const float4*>(from),
-                 high = *reinterpret_cast<const float4*>(from + 4);
-    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+  __device__ int offset(int first_column, int i) const { return row_of(i) * width + first_column + column; }
+  __device__ static void take(const float* from, float (&to)[4]) {
+    const float4 values = *reinterpret_cast<const float4*>(from);
+    to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
   }
   __device__ float4 total(const float* sums) const {
     float4 sum = *reinterpret_cast<const float4*>(sums + column);
@@ -238,9 +250,9 @@ __device__ void prefetch_inputs(const DeltaCall& c, int sequence, int head, cons
   }
 }
 
-template <class X,        // of x
-          int kRowWarps>  // d_k / 32, or 0: any
-__global__ void __launch_bounds__(kThreads)
+template <class X,   // of x
+          int kDim>  // d_k and d_v, or 0: any
+__global__ void __launch_bounds__(kThreads, 2)
     delta_step_kernel(const X* __restrict__ x,  // [num_tokens, row]
                       DeltaCall c,
                       uint32_t* counters,  // [slots, H_k], zero before and after
@@ -265,17 +277,18 @@ __global__ void __launch_bounds__(kThreads)
                              c.kv_lengths[number] == num_tokens};
   const int heads_per_key = c.num_value_heads / c.num_key_heads;
   float* state = c.state(slot, head);
-  Tile<kRowWarps> tile(c.key_head_dim);
+  Tile<kDim> tile(c);
   uint32_t readers_before = 0;
 
   // Rows of the tile beyond the head's keys meet zeros.
-  for (int i = threadIdx.x; i < kGroup * (tile.row_warps * 32 - c.key_head_dim); i += kThreads) {
-    const int place = c.key_head_dim + i / kGroup;
+  for (int i = threadIdx.x; i < kGroup * (tile.row_warps * kWarpRows - tile.depth); i += kThreads) {
+    const int place = tile.depth + i / kGroup;
     shared.q[i % kGroup][place] = shared.k[i % kGroup][place] = 0.0f;
   }
+#pragma unroll 1
   for (int start = 0; start < num_tokens; start += kGroup) {
     const int count = min(kGroup, num_tokens - start);
-    tile.load(state, c, 0, start == 0 && sequence.is_fresh);
+    tile.load(state, 0, start == 0 && sequence.is_fresh);
     float b = 0.0f, a = 0.0f;
     if (warp < count) {
       const X* gates = sequence.x + (start + warp) * sequence.row + c.conv_dim() + c.value_dim() + head;
@@ -289,17 +302,20 @@ __global__ void __launch_bounds__(kThreads)
       readers_before = atomicInc(&counters[slot * c.num_key_heads + c.key_head(head)], heads_per_key - 1);
     if (warp < count) prepare(c, head, warp, a, b, shared);
     __syncthreads();
-    for (int column = 0; column < c.value_head_dim; column += tile.columns) {
+#pragma unroll 1
+    for (int column = 0; column < tile.width; column += tile.columns) {
       if (column > 0) {
-        tile.load(state, c, column, start == 0 && sequence.is_fresh);
+        tile.load(state, column, start == 0 && sequence.is_fresh);
         __syncthreads();  // before `sums` are written again
       }
-      for (int token = 0; token < count; ++token) tile.step(c, token, column, shared);
-      tile.store(state, c, column);
+#pragma unroll 1
+      for (int token = 0; token < count; ++token) tile.step(token, column, shared);
+      tile.store(state, column);
     }
     if (threadIdx.x == 0) shared.replaces_keys = readers_before == static_cast<uint32_t>(heads_per_key - 1);
     __syncthreads();
     const int blocks = (c.value_head_dim + 31) / 32;
+#pragma unroll 1
     for (int i = warp; i < count * blocks; i += kWarps) {
       const int token = i / blocks;
       write_gated_norm(c, out, first + start + token, head, i % blocks * 32, shared.o[token],
@@ -363,12 +379,12 @@ void gated_delta_net_cuda(const void* x, const float* conv_weight, const float* 
                   rows, call, counters, output);
   };
   if (is_chunked && num_sequences == 1) return;
-  const bool is_usual = key_head_dim == 128;
+  const bool is_usual = key_head_dim == 128 && value_head_dim == 128;
   if (static_cast<DType>(dtype) == DType::kBF16) {
-    launch(is_usual ? delta_step_kernel<__nv_bfloat16, 4> : delta_step_kernel<__nv_bfloat16, 0>,
+    launch(is_usual ? delta_step_kernel<__nv_bfloat16, 128> : delta_step_kernel<__nv_bfloat16, 0>,
            static_cast<const __nv_bfloat16*>(x));
   } else {
-    launch(is_usual ? delta_step_kernel<float, 4> : delta_step_kernel<float, 0>,
+    launch(is_usual ? delta_step_kernel<float, 128> : delta_step_kernel<float, 0>,
            static_cast<const float*>(x));
   }
 }
