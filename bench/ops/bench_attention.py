@@ -20,7 +20,7 @@ def case(name: str, num_sequences: int, num_queries: int, depth: int, dtype: tor
     query_start = torch.arange(num_sequences + 1, dtype=torch.int32) * num_queries
     kv_lengths = torch.full((num_sequences,), length, dtype=torch.int32)
     q = torch.randn(num_sequences * num_queries, NUM_HEADS, HEAD_DIM)
-    out = torch.empty_like(q)
+    out = torch.empty(len(q), NUM_HEADS * HEAD_DIM)
     pairs = num_sequences * num_queries * (depth + (num_queries + 1) / 2)
     return Case(
         name,
@@ -73,8 +73,7 @@ def device_case(
     table = torch.randperm(shape[0], dtype=torch.int32).view(num_sequences, pages_each).cuda()
     start = (torch.arange(num_sequences + 1, dtype=torch.int32) * num_queries).cuda()
     lengths = torch.full((num_sequences,), length, dtype=torch.int32).cuda()
-    dtype = torch.float32 if tokens <= ops.MAX_MATVEC_ROWS else torch.bfloat16
-    q = torch.randn(tokens, num_heads, head_dim, device="cuda", dtype=dtype)
+    q = torch.randn(tokens, num_heads, head_dim, device="cuda", dtype=torch.bfloat16)
 
     def run() -> None:
         for k_cache, v_cache in caches:
