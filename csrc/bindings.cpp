@@ -147,6 +147,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_route_cuda", cuda(&moe_route_cuda));
   m.def("moe_few_workspace_bytes", &moe_few_workspace_bytes);
   m.def("moe_few_cuda", cuda(&moe_few_cuda));
+  m.def("moe_many_workspace_bytes", &moe_many_workspace_bytes);
+  m.def("moe_many_cuda", cuda(&moe_many_cuda));
   m.def("quant_matmul_cuda", cuda(&quant_matmul_cuda));
   m.def("gated_matmul_cuda", cuda(&gated_matmul_cuda));
   m.def("quantize_rows_cuda", cuda(&quantize_rows_cuda));

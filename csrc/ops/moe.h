@@ -45,6 +45,14 @@ int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, i
 void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
                   int32_t* counters, uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream);
 
+// The same for many rows, from bfloat16 x [num_tokens, cols] and the logits that the routers make of it: [num_tokens, num_experts] and,
+// of the shared expert's gate, [num_tokens] or null.  shared: what the shared expert makes of x, [num_tokens, cols], or null.
+// The weights of shared experts are not looked at.
+int64_t moe_many_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, int64_t top_k);
+void moe_many_cuda(const void* x, const float* logits, const float* shared_logits, MoeWeights weights,
+                   bool normalize, const void* shared, int shared_dtype, void* out, int out_dtype,
+                   uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream);
+
 HELEXA_ISA_KERNEL(void, moe_route_rows, const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
                   int64_t num_experts, int64_t top_k, bool normalize)
 // out[i] = (accumulate ? out[i] : 0) + factor * x[i]
