@@ -20,10 +20,11 @@ struct ByteRange {
 // Weights on their way to a device, part by part; threads that have a WeightCarrier bring them.
 class WeightLoader {
  public:
+  static constexpr int kCopy = -1, kStore = -2;
   struct Part {
     int64_t number, nbytes;
     std::vector<ByteRange> ranges;  // one after the other; none if the carrier's owner has to fill the slot
-    int format;                     // -1: the bytes are copied to `target` as they are
+    int format;                     // kCopy: the bytes go to `target` as they are; kStore: from there to the range of main memory
     int64_t first_row, num_rows, cols;
     uint8_t* target;
   };
@@ -73,6 +74,7 @@ class WeightCarrier {
  private:
   bool fill(const WeightLoader::Part& part);
   void send(const WeightLoader::Part& part);
+  void store(const WeightLoader::Part& part);
 
   WeightLoader& loader_;
   std::vector<uint8_t*> pinned_, staged_;

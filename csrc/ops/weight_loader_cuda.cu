@@ -135,7 +135,11 @@ int64_t WeightCarrier::work() {
       waiting_ = std::move(part);
       return waiting_->number;
     }
-    if (fill(*part)) send(*part);
+    if (part->format == WeightLoader::kStore) {
+      store(*part);
+    } else if (fill(*part)) {
+      send(*part);
+    }
   }
   wait_for_stream(stream_);
   return -1;
@@ -153,8 +157,16 @@ bool WeightCarrier::fill(const WeightLoader::Part& part) {
   return true;
 }
 
+void WeightCarrier::store(const WeightLoader::Part& part) {
+  // Nothing is gained by a second slot: other threads' copies fill the time.
+  copy_bytes(pinned_[current_], part.target, part.nbytes, stream_);
+  wait_for_stream(stream_);
+  std::memcpy(reinterpret_cast<void*>(part.ranges[0].offset), pinned_[current_], static_cast<size_t>(part.nbytes));
+  loader_.finished(part.nbytes);
+}
+
 void WeightCarrier::send(const WeightLoader::Part& part) {
-  if (part.format < 0) {
+  if (part.format == WeightLoader::kCopy) {
     copy_bytes(part.target, pinned_[current_], part.nbytes, stream_);
   } else {
     copy_bytes(staged_[current_], pinned_[current_], part.nbytes, stream_);

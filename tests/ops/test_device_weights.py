@@ -1,5 +1,7 @@
 """Weights in the layout of devices: packed, looked up, unpacked, and multiplied by many rows."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,20 @@ def test_the_scratch_is_given_back(packed, cuda_device):
     weight, _ = packed("q8_0", 16, 64)
     x = torch.zeros(70, 64, dtype=torch.bfloat16, device=cuda_device)
     ops.unpacked_matmul(x, [weight], None, torch.empty(70, 16, device=cuda_device))
-    assert x.device in dequantize._scratches
-    ops.release_scratch(x.device)
-    assert x.device not in dequantize._scratches
+    assert x.device in dequantize._scratches()
+    ops.release_scratch()
+    assert x.device not in dequantize._scratches()
+
+
+def test_threads_have_scratches_of_their_own(cuda_device):
+    device, found = torch.device(cuda_device), []
+
+    def take() -> None:
+        found.append(dequantize._scratch(device, 64))
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0].data_ptr() != found[1].data_ptr()

@@ -170,12 +170,71 @@ def test_a_device_without_room_is_an_error_with_the_bytes(write_gguf, cuda_devic
 def test_bytes_of_main_memory_are_copied_as_they_are(cuda_device, readers):
     source = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
     target = torch.zeros(100_000, dtype=torch.uint8, device=cuda_device)
-    loader = ops.WeightLoader(cuda_device, part_bytes=40_000, num_readers=readers)
-    with pytest.raises(ValueError, match="slots 40000"):
+    loader = ops.WeightLoader(cuda_device, part_bytes=40_960, num_readers=readers)
+    with pytest.raises(ValueError, match="slots 40960"):
         loader.copy(target, source, "all")
-    for first in range(0, 100_000, 40_000):
-        loader.copy(target[first : first + 40_000], source[first : first + 40_000], "some")
+    for first in range(0, 100_000, 40_960):
+        loader.copy(target[first : first + 40_960], source[first : first + 40_960], "some")
     done = []
     loader.finish(done.append)
     assert done[-1] == 100_000
     assert torch.equal(target.cpu(), source)
+
+
+@pytest.mark.parametrize("slot_bytes", [4096, 8 << 20])
+def test_parked_weights_come_back_as_they_were_without_the_file(
+    write_gguf, cuda_device, readers, monkeypatch, slot_bytes
+):
+    monkeypatch.setattr(ops, "SLOT_BYTES", slot_bytes)
+    path = write_gguf(TENSORS)
+    file = open_gguf(path)
+    blocks, whole = ((16, 32), (0, 8)), [name for name in MATRICES if name != "stack"]
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        for name in whole:
+            weights.linear(name)
+        weights.linear("stack", blocks)
+        vectors = {name: weights.vector(name).cpu() for name in VECTORS}
+    before = {name: weights.linear(name).dequantize().cpu() for name in whole}
+    before_blocks = weights.linear("stack", blocks).dequantize().cpu()
+    parked = weights.park()
+    assert parked is not None
+    del weights
+    monkeypatch.setattr(file, "row_ranges", None)
+    monkeypatch.setattr(file, "data", None)
+    again = GGUFWeights(file, device=cuda_device, num_readers=readers, parked=parked)
+    with again:
+        for name, values in vectors.items():
+            assert torch.equal(again.vector(name).cpu(), values)
+            assert again.vector(name).shape == values.shape
+        matrices = {name: again.linear(name) for name in whole}
+        cut = again.linear("stack", blocks)
+    for name, values in before.items():
+        assert torch.equal(matrices[name].dequantize().cpu(), values)
+    assert torch.equal(cut.dequantize().cpu(), before_blocks)
+    assert again.unused() == []
+
+
+def test_what_was_not_parked_is_read(write_gguf, cuda_device, readers):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        weights.linear("a")
+    parked = weights.park()
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, parked=parked) as weights:
+        a, b, norm = weights.linear("a"), weights.linear("b"), weights.vector("norm")
+    assert torch.equal(a.dequantize().cpu(), values_of(file, "a"))
+    assert torch.equal(b.dequantize().cpu(), values_of(file, "b"))
+    assert torch.equal(norm.cpu(), values_of(file, "norm"))
+
+
+def test_weights_that_main_memory_has_no_room_for_are_not_parked(
+    write_gguf, cuda_device, readers, monkeypatch, caplog
+):
+    with GGUFWeights(open_gguf(write_gguf(TENSORS)), device=cuda_device, num_readers=readers) as weights:
+        weights.linear("a")
+
+    def refuse(self: object, nbytes: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(ops.WeightArena, "take", refuse)
+    assert weights.park() is None
+    assert "weights_not_parked" in caplog.text

@@ -4,6 +4,7 @@ With enough rows the tensor cores limit a product, and no longer the reading of 
 to bfloat16 then, a part that fits a scratch at a time, and multiplied by torch.mm.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,7 +25,7 @@ _PART_STEP = 256  # rows; keeps parts whole tiles of the products
 _FLOATS = ("f32", "f16", "bf16")
 _Piece = tuple[PackedWeight, int, int]  # first row and end
 
-_scratches: dict[torch.device, Tensor] = {}  # one for each device: all work of a device is on one stream
+_thread = threading.local()  # its scratches, by device: a thread uses one stream at a time
 
 
 def dequantize_rows(weight: PackedWeight, first_row: int, num_rows: int, out: Tensor) -> Tensor:
@@ -104,17 +105,24 @@ def unpacked_matmul_reference(
     return torch.cat(outs, 1)
 
 
-def release_scratch(device: torch.device) -> None:
-    """Gives the memory for unpacked weights back; the next product takes it again."""
-    _scratches.pop(device, None)
+def release_scratch() -> None:
+    """Gives back this thread's memory for unpacked weights, as its end does; a product takes it anew."""
+    _scratches().clear()
+
+
+def _scratches() -> dict[torch.device, Tensor]:
+    if not hasattr(_thread, "scratches"):
+        _thread.scratches = {}
+    scratches: dict[torch.device, Tensor] = _thread.scratches
+    return scratches
 
 
 def _scratch(device: torch.device, cols: int) -> Tensor:
-    """The device's scratch as rows of `cols` numbers, whole tiles of them."""
-    scratch = _scratches.get(device)
+    """The thread's scratch on the device as rows of `cols` numbers, whole tiles of them."""
+    scratch = _scratches().get(device)
     if scratch is None or scratch.numel() < TILE_ROWS * cols:
         size = max(SCRATCH_BYTES // 2, TILE_ROWS * cols)
-        scratch = _scratches[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
+        scratch = _scratches()[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
     rows = scratch.numel() // cols // TILE_ROWS * TILE_ROWS
     return scratch[: rows * cols].view(rows, cols)
 

@@ -1,4 +1,4 @@
-"""The way of weights to a CUDA device, while the model that asked for them is still being put together.
+"""The way of weights to a CUDA device, while the model that asked for them is put together, and back.
 
 Several threads read into pinned memory, from where the bytes are copied to the device and packed there while
 the threads read on. Each has two slots, so that it fills one while the other is copied, and a stream of its
@@ -26,8 +26,9 @@ from helexa.quant import FORMATS
 SLOT_BYTES = 8 << 20
 MOST_READERS = 8  # more do not get more of memory's bandwidth
 _NUM_SLOTS = 2  # of each reader
+_ALIGNMENT = 256
 _PROGRESS_S = 0.02
-_COPY = (-1, 0, 0, 0)  # in the place of a format, rows and columns
+_COPY, _STORE = (-1, 0, 0, 0), (-2, 0, 0, 0)  # in the place of a format, rows and columns
 
 Range = tuple[int, int, int]  # descriptor of a file, offset, bytes
 Source = Sequence[Range] | Callable[[], object]  # what lies in files, or is given as a buffer
@@ -49,7 +50,7 @@ class WeightLoader:
     ):
         """part_bytes: of the largest part that will come."""
         self._device = torch.device(device)
-        self._slot_bytes = max(part_bytes, 1)
+        self._slot_bytes = -(-part_bytes // _ALIGNMENT) * _ALIGNMENT
         self._loader = _C.WeightLoader()
         self._parts: list[_Part] = []  # by number
         self._ends: SimpleQueue[BaseException | None] = SimpleQueue()  # how each thread ended
@@ -85,6 +86,11 @@ class WeightLoader:
         check(target.nbytes == source.nbytes, f"{name} has {source.nbytes} bytes, expected {target.nbytes}")
         self._put(name, [(-1, source.data_ptr(), source.nbytes)], source.nbytes, _COPY, target, source)
 
+    def store(self, target: Tensor, source: Tensor, name: str) -> None:
+        """Has bytes of the device copied to main memory."""
+        check(target.nbytes == source.nbytes, f"{name} has {source.nbytes} bytes, expected {target.nbytes}")
+        self._put(name, [(-1, target.data_ptr(), target.nbytes)], target.nbytes, _STORE, source, target)
+
     def finish(self, progress: Callable[[int], None]) -> None:
         """Waits until all parts are in their places, and ends the loader.
 
@@ -116,6 +122,8 @@ class WeightLoader:
         self._loader.cancel()
         for thread in self._threads:
             thread.join()
+        if self._origin is not None:
+            torch.cuda.empty_cache()  # the slots on the device
 
     def _put(
         self,

@@ -16,9 +16,11 @@ import torch
 
 from helexa import ops
 from helexa.errors import InvalidFile, OutOfMemory
+from helexa.log import fields
 from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
 from helexa.weights.mapped import ByteRange
+from helexa.weights.parking import ParkedMatrix, ParkedWeights, Place
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,10 @@ class GGUFWeights:
         device: torch.device | str = "cpu",
         num_readers: int | None = None,
         progress: Callable[[LoadProgress], None] | None = None,
+        parked: ParkedWeights | None = None,
     ):
         """num_readers: threads that bring weights to a CUDA device; None: by the number of processors.
+        parked: what `park` gave for the same tensors; these are copied back then, and the file is not read.
 
         Raises OutOfMemory if the device has no room for the file's tensors.
         """
@@ -85,6 +89,7 @@ class GGUFWeights:
         self._matrices: dict[tuple[str, ops.RowBlocks | None], ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
+        self._parked = parked
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
         self._progress(LoadProgress("header", 0.0))
         self._loader: ops.WeightLoader | None = None
@@ -93,6 +98,9 @@ class GGUFWeights:
             self._loader = ops.WeightLoader(
                 self.device, part_bytes=self._part_bytes(), num_readers=num_readers
             )
+            if parked is not None:
+                self._all_bytes = parked.memory.nbytes
+                self._copy_back(parked)
         else:
             self._arena = ops.WeightArena()
 
@@ -133,13 +141,23 @@ class GGUFWeights:
         With blocks, the rows first … end of each block, one after the other.  Raises InvalidFile if it is
         missing, no matrix or has fewer rows, OutOfMemory if it does not fit.
         """
-        if (name, blocks) not in self._matrices:
-            self._matrices[name, blocks] = self._pack(self._find(name, "a matrix", 1, 2, 3), blocks)
-        return self._matrices[name, blocks]
+        key = name, blocks
+        if key not in self._matrices and self._parked is not None and key in self._parked.matrices:
+            found = self._parked.matrices[key]
+            data = found.place.of(self._device_memory)
+            self._matrices[key] = ops.PackedWeight(found.format, found.rows, found.cols, data)
+        elif key not in self._matrices:
+            self._matrices[key] = self._pack(self._find(name, "a matrix", 1, 2, 3), blocks)
+        return self._matrices[key]
 
     def vector(self, name: str) -> torch.Tensor:
         """The small tensor `name`, float32; InvalidFile if missing, too deep or not of a float format."""
-        if name not in self._vectors:
+        if name not in self._vectors and self._parked is not None and name in self._parked.vectors:
+            shape, place = self._parked.vectors[name]
+            # Copied now, because models compute with vectors while they are put together.
+            data = place.of(self._device_memory).copy_(place.of(self._parked.memory))
+            self._vectors[name] = data.view(torch.float32).view(shape)
+        elif name not in self._vectors:
             info = self._find(name, "a vector", 1, 2)
             if info.format not in _FLOATS:
                 raise self._misfit(info, f"one of {', '.join(_FLOATS)}")
@@ -147,6 +165,30 @@ class GGUFWeights:
             self._vectors[name] = self._placed(torch.from_numpy(values)).view(info.shape)
             self._advance(info.nbytes)
         return self._vectors[name]
+
+    def park(self) -> ParkedWeights | None:
+        """A copy of all weights in main memory, for another load; None if there is no room for it.
+
+        Only for weights on a device, after `finish`.
+        """
+        memory = self._device_memory
+        matrices, vectors = {}, {}
+        try:
+            for key, weight in self._matrices.items():
+                matrices[key] = ParkedMatrix(
+                    weight.format, weight.rows, weight.cols, _place(weight.data, memory)
+                )
+            for name, vector in self._vectors.items():
+                vectors[name] = vector.shape, _place(vector, memory)
+            copy = ops.WeightArena().take(memory.nbytes)
+        except (OSError, MemoryError, ValueError) as error:
+            logger.warning("weights_not_parked", extra=fields(model=self.file.path.name, error=error))
+            return None
+        loader = ops.WeightLoader(self.device)
+        for place in _slices(memory.nbytes):
+            loader.store(place.of(copy), place.of(memory), "the weights")
+        loader.finish(lambda nbytes: None)
+        return ParkedWeights(copy, matrices, vectors)
 
     def unused(self) -> list[str]:
         """The tensors that nobody asked for, in file order."""
@@ -223,9 +265,22 @@ class GGUFWeights:
             if in_order:
                 self.file.release_rows(info.name, place, place + count)
 
+    @property
+    def _device_memory(self) -> torch.Tensor:
+        assert isinstance(self._arena, ops.DeviceArena)
+        return self._arena.memory
+
+    def _copy_back(self, parked: ParkedWeights) -> None:
+        """Has all parked weights brought to where they were."""
+        assert self._loader is not None
+        self._arena.take(parked.memory.nbytes)
+        for place in _slices(parked.memory.nbytes):
+            self._loader.copy(place.of(self._device_memory), place.of(parked.memory), "the weights")
+
     def _device_arena(self) -> ops.DeviceArena:
         """Room for all tensors of the file."""
-        nbytes = sum(ops.DeviceArena.spaced(self._placed_nbytes(info)) for info in self.file.tensors.values())
+        placed = (ops.DeviceArena.spaced(self._placed_nbytes(info)) for info in self.file.tensors.values())
+        nbytes = sum(placed) if self._parked is None else self._parked.memory.nbytes
         try:
             return ops.DeviceArena(nbytes, self.device)
         except torch.OutOfMemoryError as error:
@@ -269,3 +324,16 @@ def _cut(parts: ops.RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
             found.append((first + low, first + high))
         place -= end - first
     return found
+
+
+def _place(data: torch.Tensor, memory: torch.Tensor) -> Place:
+    """Where data lies in the memory; ValueError if it does not."""
+    first = data.data_ptr() - memory.data_ptr()
+    if first < 0 or first + data.nbytes > memory.nbytes:
+        raise ValueError("the weights are not in one piece")
+    return Place(first, data.nbytes)
+
+
+def _slices(nbytes: int) -> list[Place]:
+    step = ops.SLOT_BYTES
+    return [Place(first, min(step, nbytes - first)) for first in range(0, nbytes, step)]
