@@ -117,9 +117,10 @@ def verify(op: str, device: str) -> None:
 
 def bench_op(op: str, device: str, bandwidth: float) -> dict[str, Any]:
     module = load_bench(op)
-    if device != "cpu" and not hasattr(module, "cuda_cases"):
-        sys.exit(f"{op} has no cases for a CUDA device")
-    cases: Iterable[Case] = module.cases() if device == "cpu" else module.cuda_cases()
+    name = "cases" if device == "cpu" else "cuda_cases"
+    if not hasattr(module, name):
+        sys.exit(f"{op} has no cases for {device}")
+    cases: Iterable[Case] = getattr(module, name)()
     timed = measure if device == "cpu" else measure_on_device
     rows = []
     print(f"{'case':44} {'least us':>10} {'median us':>10} {'GB/s':>8} {'of best':>8} {'GFLOP/s':>9}")
