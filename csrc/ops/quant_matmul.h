@@ -23,6 +23,21 @@ struct WeightView {
 // the blocks in float32.  Float formats multiply in float32.
 void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView> weights, float* out);
 
+// The same on a device for up to 64 rows; the weights are device tiles (quant/tiles.cuh).
+// q8: [num_tokens, activation_row_bytes(cols)], see ops/activation.cuh.  x: the same rows as float32 [num_tokens, cols], or null; weights
+// of float formats take them where they are there and the values of q8 otherwise.  At most kMaxMatvecWeights weights.
+constexpr int kMaxMatvecWeights = 8;
+void quant_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
+                       float* out, void* stream);
+
+// out = silu(x · weights_0ᵀ + bias_0) · (x · weights_1ᵀ + bias_1) as rows of q8, for two weights of the same shape.
+void gated_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
+                       uint8_t* out, void* stream);
+
+// Rows of x [num_tokens, cols] (dtype float32 or bfloat16) as q8.
+void quantize_rows_cuda(const void* x, int64_t num_tokens, int64_t cols, int dtype, uint8_t* q8,
+                        void* stream);
+
 // The input as the integer kernels read it.  Tokens are taken in groups of `width`; a group is cols / 32 records, one for each
 // block of 32 columns, so that a kernel walks one contiguous run:
 //   int8 codes[width][32], float scale[width], float sum[width] (scale * sum of codes),

@@ -14,5 +14,5 @@ class MLP:
         self.gate_up_proj = Linear.load(scope, hidden_size, rows)
         self.down_proj = Linear.load(scope, intermediate_size, {"down_proj": hidden_size})
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
+    def __call__(self, x: ops.Rows) -> Tensor:
+        return self.down_proj(ops.gated_matmul(x, self.gate_up_proj.weights, self.gate_up_proj.biases))

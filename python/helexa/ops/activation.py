@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helexa import _C
+from helexa.ops.tensor import check, dtype_id, stream
+
 MAX_MATVEC_ROWS = (
     64  # up to here weights are multiplied as they are, beyond they are first unpacked to bfloat16
 )
@@ -14,7 +17,8 @@ MAX_MATVEC_ROWS = (
 class Activation:
     """T rows of `cols` values; who produces them writes the forms, so that no launch is spent on conversion.
 
-    q8: [T, bytes] uint8, int8 codes with their scales (csrc/ops/activation.cuh); of up to MAX_MATVEC_ROWS rows.
+    q8: [T, bytes] uint8, int8 codes with their scales (csrc/ops/activation.cuh); of up to MAX_MATVEC_ROWS
+    rows.
     bf16: [T, cols] bfloat16; of more rows.
     x: [T, cols] float32, only where somebody wants it besides, such as the router of a mixture of experts.
     """
@@ -77,3 +81,23 @@ def as_float(rows: Rows) -> Tensor:
     if isinstance(rows, Tensor):
         return rows
     return rows.values() if rows.x is None else rows.x
+
+
+def quantize_rows(x: Tensor) -> Activation:
+    """Rows on a CUDA device as the input of matmuls.
+
+    Few rows have `q8`, and `x` itself if that is float32; more have `bf16`.
+
+    x: [T, K] float32 or bfloat16, contiguous.  Raises ValueError if a shape or dtype does not fit.
+    """
+    check(
+        x.ndim == 2 and x.is_contiguous() and x.dtype in (torch.float32, torch.bfloat16),
+        f"quantize_rows: x {tuple(x.shape)} {x.dtype} is not contiguous float32 or bfloat16 rows",
+    )
+    num_rows, cols = x.shape
+    if num_rows > MAX_MATVEC_ROWS:
+        return Activation(cols, bf16=x.bfloat16())
+    rows = empty_activation(num_rows, cols, x.device)
+    assert rows.q8 is not None
+    _C.quantize_rows_cuda(x.data_ptr(), num_rows, cols, dtype_id(x), rows.q8.data_ptr(), stream(x))
+    return Activation(cols, q8=rows.q8, x=x if x.dtype == torch.float32 else None)

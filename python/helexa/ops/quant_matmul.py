@@ -6,59 +6,147 @@ import torch
 from torch import Tensor
 
 from helexa import _C
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, empty_activation, quantize_rows
+from helexa.ops.dequantize import unpacked_matmul
 from helexa.ops.pack import FORMAT_IDS, PackedWeight
-from helexa.ops.tensor import check
+from helexa.ops.silu_mul import silu_mul
+from helexa.ops.tensor import check, on_cuda, stream
+
+Biases = Sequence[Tensor | None] | None
+
+_MAX_WEIGHTS = 8  # of one launch on a device
 
 
 def quant_matmul(
-    x: Tensor,
+    x: Rows,
     weights: Sequence[PackedWeight],
-    biases: Sequence[Tensor | None] | None = None,
+    biases: Biases = None,
     *,
     out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """[x · w₀ᵀ + b₀ | x · w₁ᵀ + b₁ | …] for weights that share the input x.
 
-    x: [T, K] float32, contiguous.   weights: [Nᵢ, K] each, of any formats.   biases: [Nᵢ] float32 or None
-    each.
-    out: [T, ΣNᵢ] float32, not x.
+    x: [T, K] float32, contiguous; on CUDA an Activation, and a tensor is first made one.
+    weights: [Nᵢ, K] each, of any formats.   biases: [Nᵢ] float32 or None each.
+    out: [T, ΣNᵢ], not x; float32, but on CUDA of more than MAX_MATVEC_ROWS rows bfloat16 unless `dtype` is
+    float32.
     Quantized formats see x rounded to int8 with one scale per 32 columns (absmax / 127) and sum in float32;
-    float formats
-    compute in float32.  Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only
-    `out`.
+    float formats compute in float32, on CUDA with the exact x where the Activation has it.  Many rows on CUDA
+    are multiplied in bfloat16 with float32 sums.
+    Up to MAX_MATVEC_ROWS rows, a row's result does not depend on the rows beside it.
+    Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
     """
-    num_tokens, cols = x.shape
-    check(x.dtype == torch.float32 and x.is_contiguous(), "quant_matmul: x must be contiguous float32")
+    if isinstance(x, Activation) or on_cuda(x):
+        return _on_cuda(x, weights, biases, out, dtype)
+    check(dtype in (None, torch.float32), f"quant_matmul: on the CPU out is float32, not {dtype}")
+    check(
+        x.ndim == 2 and x.dtype == torch.float32 and x.is_contiguous(),
+        "quant_matmul: x must be contiguous float32",
+    )
+    views, shape = _views(weights, biases, x.shape[1]), (x.shape[0], _total_rows(weights))
+    out = torch.empty(shape) if out is None else out
+    _check_out(out, shape, torch.float32)
+    check(shape[0] == 0 or out.data_ptr() != x.data_ptr(), "quant_matmul: out is not memory of its own")
+    _C.quant_matmul_cpu(x.data_ptr(), shape[0], views, out.data_ptr())
+    return out
+
+
+def gated_matmul(x: Rows, weights: Sequence[PackedWeight], biases: Biases = None) -> Rows:
+    """silu(x · w₀ᵀ + b₀) · (x · w₁ᵀ + b₁), the input of the next matmul.
+
+    x and weights as in quant_matmul; two weights of the same shape.   Returns [T, N]: float32 on the CPU, an
+    Activation on CUDA.  Raises ValueError if a shape or dtype does not fit.
+    """
+    check(
+        len(weights) == 2 and weights[0].rows == weights[1].rows,
+        "gated_matmul: there have to be two weights with as many rows",
+    )
+    num_rows = x.num_rows if isinstance(x, Activation) else x.shape[0]
+    is_fused = (isinstance(x, Activation) or on_cuda(x)) and num_rows <= MAX_MATVEC_ROWS
+    if not is_fused:
+        return silu_mul(quant_matmul(x, weights, biases))
+    rows = _few_rows(x)
+    out = empty_activation(num_rows, weights[0].rows, weights[0].data.device)
+    assert out.q8 is not None
+    views = _views(weights, biases, rows.cols)
+    _C.gated_matmul_cuda(*_addresses(rows), num_rows, views, out.q8.data_ptr(), stream(out.q8))
+    return out
+
+
+def _on_cuda(
+    x: Rows, weights: Sequence[PackedWeight], biases: Biases, out: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
+    num_rows = x.num_rows if isinstance(x, Activation) else x.shape[0]
+    is_few = num_rows <= MAX_MATVEC_ROWS
+    wanted = dtype or (torch.float32 if is_few else torch.bfloat16)
+    check(
+        wanted == torch.float32 or (wanted == torch.bfloat16 and not is_few),
+        f"quant_matmul: {num_rows} rows on CUDA make float32{'' if is_few else ' or bfloat16'}, not {dtype}",
+    )
+    shape = (num_rows, _total_rows(weights))
+    out = torch.empty(shape, dtype=wanted, device=weights[0].data.device) if out is None else out
+    _check_out(out, shape, wanted)
+    if is_few:
+        check(len(weights) <= _MAX_WEIGHTS, f"quant_matmul: more than {_MAX_WEIGHTS} weights")
+        rows = _few_rows(x)
+        views = _views(weights, biases, rows.cols)
+        _C.quant_matmul_cuda(*_addresses(rows), num_rows, views, out.data_ptr(), stream(out))
+    else:
+        rows = x if isinstance(x, Activation) else quantize_rows(x)
+        check(rows.bf16 is not None, f"quant_matmul: {num_rows} rows on CUDA have to be bfloat16")
+        assert rows.bf16 is not None
+        unpacked_matmul(rows.bf16, weights, biases, out)
+    return out
+
+
+def _few_rows(x: Rows) -> Activation:
+    """x with int8 rows; those of a slice of many rows are made here."""
+    if isinstance(x, Tensor):
+        return quantize_rows(x)
+    if x.q8 is not None:
+        check(x.q8.is_contiguous(), "quant_matmul: the rows of x must be contiguous")
+        return x
+    assert x.bf16 is not None
+    return quantize_rows(x.bf16)
+
+
+def _addresses(rows: Activation) -> tuple[int, int]:
+    assert rows.q8 is not None
+    return rows.q8.data_ptr(), 0 if rows.x is None else rows.x.data_ptr()
+
+
+def _views(weights: Sequence[PackedWeight], biases: Biases, cols: int) -> list[_C.WeightView]:
     biases = [None] * len(weights) if biases is None else biases
     views = []
     for weight, bias in zip(weights, biases, strict=True):
         check(
             weight.cols == cols,
-            f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x {tuple(x.shape)}",
+            f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x of {cols} columns",
         )
         check(
             bias is None or (bias.shape == (weight.rows,) and bias.dtype == torch.float32),
             f"quant_matmul: a bias is not [{weight.rows}] float32",
         )
+        bias_ptr = 0 if bias is None else bias.data_ptr()
         views.append(
             _C.WeightView(
-                FORMAT_IDS[weight.format],
-                weight.data.data_ptr(),
-                weight.rows,
-                weight.cols,
-                0 if bias is None else bias.data_ptr(),
+                FORMAT_IDS[weight.format], weight.data.data_ptr(), weight.rows, weight.cols, bias_ptr
             )
         )
-    total = sum(weight.rows for weight in weights)
-    out = torch.empty(num_tokens, total) if out is None else out
+    check(len(views) > 0, "quant_matmul: there are no weights")
+    return views
+
+
+def _total_rows(weights: Sequence[PackedWeight]) -> int:
+    return sum(weight.rows for weight in weights)
+
+
+def _check_out(out: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(
-        out.shape == (num_tokens, total)
-        and out.is_contiguous()
-        and (num_tokens == 0 or out.data_ptr() != x.data_ptr()),
-        f"quant_matmul: out {tuple(out.shape)} is not a contiguous [{num_tokens}, {total}] of its own",
+        out.shape == shape and out.is_contiguous() and out.dtype == dtype,
+        f"quant_matmul: out {tuple(out.shape)} {out.dtype} is not a contiguous {shape} {dtype}",
     )
-    _C.quant_matmul_cpu(x.data_ptr(), num_tokens, views, out.data_ptr())
-    return out
 
 
 def quantize_input_reference(x: Tensor) -> Tensor:

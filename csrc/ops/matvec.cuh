@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// What a warp does in a product of quantized weights and a few rows of int8 activations: 16 weight rows times 256 columns (a chunk:
+// one unit of tiles.cuh or four) against up to 8 rows for each of kTiles, on the integer tensor cores.
+//
+// mma m16n8k32 multiplies a step, 16 weight rows x 32 columns, with 8 columns of activations.  8 rows of activations fill them (kSplit
+// 1).  Fewer rows leave columns free, and these take other steps: column n stands for row n % (8 / kSplit) and for step or pair
+// n / (8 / kSplit), the operand being zero everywhere else, so that the products of kSplit steps follow one another into one result
+// whose columns are the steps' separate sums.  The scales, which cost most instructions, are then applied once to 8 useful columns
+// instead of once per step to a few.
+//
+// Sums of a row run in the same order whatever kSplit and kTiles are: each pair of steps has a float32 sum of its own over all chunks
+// of a warp, first step before second; then (pair 0 + pair 1) + (pair 2 + pair 3); then the warps one after the other.  So a row's
+// result does not depend on the rows beside it.
+#pragma once
+
+#include "core/cuda.cuh"
+#include "ops/activation.cuh"
+#include "quant/tiles.cuh"
+
+namespace helexa {
+
+constexpr int kChunkCols = 256;
+constexpr int kChunkPairs = 4;
+
+template <class F>
+constexpr int chunk_bytes() {
+  return kChunkCols / Unit<F>::kCols * Unit<F>::kBytes;
+}
+
+// What of the activations a lane reads; with g = lane / 4 and t = lane % 4 as everywhere.
+template <int kSplit>
+struct LaneColumns {
+  static_assert(kSplit == 1 || kSplit == 2 || kSplit == 8);
+  static constexpr int kRows = 8 / kSplit;  // of activations per tile
+  static constexpr int kOwnPairs = kSplit == 1   ? 4
+                                   : kSplit == 2 ? 2
+                                                 : 1;  // pairs of a chunk that a column stands for
+
+  // Operand: the lane supplies column g.
+  static __device__ __forceinline__ int operand_row(int g) { return g % kRows; }
+  static __device__ __forceinline__ int operand_pair(int g, int j) {
+    return kSplit == 8 ? g / 2 : g / kRows * kOwnPairs + j;
+  }
+  // Result: the lane holds columns 2t and 2t + 1, which stand for the same pair.
+  static __device__ __forceinline__ int result_row(int t, int i) { return (2 * t + i) % kRows; }
+  static __device__ __forceinline__ int result_pair(int t, int j) {
+    return kSplit == 8 ? t : 2 * t / kRows * kOwnPairs + j;
+  }
+};
+
+// Integer sums become floats without a conversion: they start at the bits of 1.5 * 2^23, whose last place is one.
+constexpr int kSumStart = 0x4b400000;
+__device__ __forceinline__ float sum_to_float(int sum) { return __int_as_float(sum) - 12582912.0f; }
+
+// Sums of kTiles tiles of activations: [j][2 * r + i] for the weight row g + 8r and the lane's i-th result column.  With kSplit 8 both
+// columns belong to one row and the sum is that of i = 0.
+template <int kSplit, int kTiles>
+struct LaneSums {
+  using Columns = LaneColumns<kSplit>;
+  float sum[kTiles][Columns::kOwnPairs][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int j = 0; j < Columns::kOwnPairs; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[n][j][i] = 0.0f;
+  }
+
+  // The sums over all pairs of tile n, out[2 * r + i]; meaningful in lanes with t < 4 / kSplit.
+  __device__ __forceinline__ void total(int n, float (&out)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kSplit == 1) {
+        out[i] = (sum[n][0][i] + sum[n][1][i]) + (sum[n][2][i] + sum[n][3][i]);
+      } else if constexpr (kSplit == 2) {
+        const float half = sum[n][0][i] + sum[n][1][i];
+        out[i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
+      } else {
+        const float half = sum[n][0][i] + __shfl_xor_sync(0xffffffffu, sum[n][0][i], 1);
+        out[i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
+      }
+    }
+  }
+};
+
+// A lane's part of one chunk of activations, of one tile of rows.
+template <int kSplit>
+struct LaneActivations {
+  using Columns = LaneColumns<kSplit>;
+  static constexpr int kOwnPairs = Columns::kOwnPairs;
+  uint32_t code[kOwnPairs][2][2];  // [pair][step][word of the operand]
+  float4 scale[kOwnPairs][2];      // [pair][column]: {scale, sum} of both steps
+
+  // Pair j alone.  x: the rows of q8, of which `num_rows` exist from the tile's first on; others read the last one's.
+  __device__ __forceinline__ void load(const uint8_t* x, int64_t row_bytes, int64_t padded_cols, int num_rows,
+                                       int lane, int first_pair, int num_pairs, int j) {
+    const int g = lane / 4, t = lane % 4;
+    const int own = min(Columns::operand_pair(g, j), num_pairs - 1);
+    const uint8_t* from = x + min(Columns::operand_row(g), num_rows - 1) * row_bytes +
+                          64 * static_cast<int64_t>(first_pair + own) + 16 * t;
+    if constexpr (kSplit == 8) {
+      // The column stands for one step, so that the other one's words are not needed.
+      const uint2 v = *reinterpret_cast<const uint2*>(from + 8 * (g % 2));
+      code[j][0][0] = code[j][1][0] = v.x, code[j][0][1] = code[j][1][1] = v.y;
+    } else {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      code[j][0][0] = v.x, code[j][0][1] = v.y, code[j][1][0] = v.z, code[j][1][1] = v.w;
+    }
+    const int result = min(Columns::result_pair(t, j), num_pairs - 1);
+#pragma unroll
+    for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+      const uint8_t* row = x + min(Columns::result_row(t, i), num_rows - 1) * row_bytes + padded_cols;
+      scale[j][i] = *reinterpret_cast<const float4*>(row + 16 * static_cast<int64_t>(first_pair + result));
+    }
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* x, int64_t row_bytes, int64_t padded_cols, int num_rows,
+                                       int lane, int first_pair, int num_pairs) {
+#pragma unroll
+    for (int j = 0; j < kOwnPairs; ++j) {
+      load(x, row_bytes, padded_cols, num_rows, lane, first_pair, num_pairs, j);
+    }
+  }
+
+  __device__ __forceinline__ float step_scale(int j, int column, int step) const {
+    return step == 0 ? scale[j][column].x : scale[j][column].z;
+  }
+  __device__ __forceinline__ float step_sum(int j, int column, int step) const {
+    return step == 0 ? scale[j][column].y : scale[j][column].w;
+  }
+};
+
+// The integer sums of the steps of pair j of one tile of activations.
+template <class F, int kSplit>
+struct StepProducts {
+  using U = Unit<F>;
+  using Columns = LaneColumns<kSplit>;
+  static constexpr int kResults = kSplit == 8 ? 1 : 2;  // with kSplit 8 both steps are columns of one result
+  int dot[kResults][U::kHalves][4];
+
+  // Adds the products of the step `step` of a pair that stands in columns `q`.  The first addition starts the sum.
+  __device__ __forceinline__ void add(const uint32_t (&a)[4], const LaneActivations<kSplit>& x, int j,
+                                      int step, int g, int q) {
+    bool mine = true;
+    if constexpr (kSplit == 8) mine = g == 2 * q + step;
+    if constexpr (kSplit == 2) mine = g / Columns::kRows == q;
+    const uint32_t b[2] = {mine ? x.code[j][step][0] : 0, mine ? x.code[j][step][1] : 0};
+    const bool first = q == 0 && (kSplit != 8 || step == 0);
+    const int result = kSplit == 8 ? 0 : step;
+    if constexpr (U::kHalves == 1) {
+      if (first) {
+        ptx::mma_s8(dot[result][0], a, b, kSumStart);
+      } else {
+        ptx::mma_s8(dot[result][0], a, b);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t half[2] = {a[2 * h], a[2 * h + 1]};
+        if (first) {
+          ptx::mma_s8(dot[result][h], half, b[h], kSumStart);
+        } else {
+          ptx::mma_s8(dot[result][h], half, b[h]);
+        }
+      }
+    }
+  }
+
+  // sum[2 * r + i] += the scaled products; `weights` are the scales of the rows g and g + 8, in which the pair's first step is
+  // number `first_step`.
+  __device__ __forceinline__ void scale_into(float (&sum)[4], const RowScales<F> (&weights)[2],
+                                             int first_step, const LaneActivations<kSplit>& x, int j) const {
+    float half_sum[kResults][2][2];  // [step][column][half]: of formats with an offset per half
+    if constexpr (U::kHalves == 2 && U::kHasOffset) sum_halves(half_sum, x, j);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < kResults; ++i) {
+          const int result = kSplit == 8 ? 0 : step, place = 2 * r + (kSplit == 8 ? step : i);
+          const float scale = x.step_scale(j, i, step);
+          float& s = sum[2 * r + i];
+          if constexpr (U::kHalves == 1) {
+            s = fmaf(sum_to_float(dot[result][0][place]), weights[r].scale(first_step + step) * scale, s);
+            if constexpr (U::kHasOffset)
+              s = fmaf(weights[r].offset(first_step + step), x.step_sum(j, i, step), s);
+          } else {
+            float both = sum_to_float(dot[result][0][place]) * weights[r].scale(first_step + step, 0);
+            both = fmaf(sum_to_float(dot[result][1][place]), weights[r].scale(first_step + step, 1), both);
+            if constexpr (U::kHasOffset) {
+              const int column = kSplit == 8 ? step : i;
+              both = fmaf(half_sum[result][column][0], weights[r].offset(first_step + step, 0), both);
+              both = fmaf(half_sum[result][column][1], weights[r].offset(first_step + step, 1), both);
+            }
+            s = fmaf(both, scale, s);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // The sums of the codes of each half of the steps: products with ones.
+  __device__ __forceinline__ void sum_halves(float (&out)[kResults][2][2], const LaneActivations<kSplit>& x,
+                                             int j) const {
+    const uint32_t ones[2] = {0x01010101u, 0x01010101u};
+#pragma unroll
+    for (int result = 0; result < kResults; ++result) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int d[4];
+        ptx::mma_s8(d, ones, x.code[j][result][h], kSumStart);
+        out[result][0][h] = sum_to_float(d[0]), out[result][1][h] = sum_to_float(d[1]);
+      }
+    }
+  }
+};
+
+// sums += chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns, the first of which is
+// pair `first_pair` of the row.  x0: the activations of tile 0, loaded before the chunk was there; the other tiles are loaded here.
+template <class F, int kSplit, int kTiles>
+__device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk,
+                                               const uint8_t* x, int64_t row_bytes, int64_t padded_cols,
+                                               int num_rows, int lane, int first_pair, int num_pairs,
+                                               LaneActivations<kSplit>& x0) {
+  static_assert(kSplit == 1 || kTiles == 1);
+  using U = Unit<F>;
+  using Columns = LaneColumns<kSplit>;
+  constexpr bool kWhole = U::kPairs == kChunkPairs;  // a chunk is one unit, which is never cut short
+  constexpr int kGroups = kChunkPairs / Columns::kOwnPairs;
+  const int g = lane / 4, t = lane % 4;
+  RowScales<F> scales[2];
+  if constexpr (kWhole) scales[0].load(chunk, g), scales[1].load(chunk, g + 8);
+#pragma unroll
+  for (int j = 0; j < Columns::kOwnPairs; ++j) {
+    PairCodes<F> codes[kGroups];
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q) {
+      const int pair = q * Columns::kOwnPairs + j;
+      if (kWhole) codes[q].load(chunk, lane, pair);
+      if (!kWhole && pair < num_pairs) codes[q].load(chunk + pair * U::kBytes, lane, 0);
+    }
+    const int pair = Columns::result_pair(t, j);
+    if constexpr (!kWhole) {
+      const uint8_t* unit = chunk + min(pair, num_pairs - 1) * U::kBytes;
+      scales[0].load(unit, g), scales[1].load(unit, g + 8);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      LaneActivations<kSplit> other;
+      if (kTiles > 1) {
+        other.load(x + 8 * n * row_bytes, row_bytes, padded_cols, num_rows - 8 * n, lane, first_pair,
+                   num_pairs, j);
+      }
+      const LaneActivations<kSplit>& rows = kTiles > 1 ? other : x0;
+      StepProducts<F, kSplit> products;
+#pragma unroll
+      for (int q = 0; q < kGroups; ++q) {
+        if (!kWhole && q * Columns::kOwnPairs + j >= num_pairs) continue;
+        uint32_t a[4];
+        codes[q].template operand<0>(a);
+        products.add(a, rows, j, 0, g, q);
+        codes[q].template operand<1>(a);
+        products.add(a, rows, j, 1, g, q);
+      }
+      if (kWhole || pair < num_pairs) {
+        products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, rows, j);
+      }
+    }
+  }
+}
+
+}  // namespace helexa

@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// Products of quantized weights with 1 to 64 rows, which memory's bandwidth bounds.
+//
+// A block has 16 weight rows of one weight (gated: 32 rows of both) and all of K: its warps take the chunks of 256 columns in turn, so
+// that even a small matrix keeps many of them busy, and their sums meet in shared memory.  Each warp streams its chunks, which are
+// contiguous runs of bytes whatever the format, through a ring in shared memory that it fills by itself: no barrier stands between
+// a warp and its next bytes, and the bytes in flight do not depend on registers.  The ring is filled before the kernel waits for its
+// input, so that weights arrive while the kernels before this one still run; with a few thousand columns that is all of a block's
+// weights.
+//
+// matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2, 4 or 8 tiles of
+// 8 rows.  Weights of float formats, which are small or rare, are multiplied by a plain loop of each warp over whole rows.
+#include <algorithm>
+#include <stdexcept>
+
+#include "ops/matvec.cuh"
+#include "ops/quant_matmul.h"
+
+namespace helexa {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int kMaxStages = 4;
+constexpr int kTileRows = kDeviceTileRows;
+constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
+// Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
+constexpr int kPartStride = kTileRows + 4;
+constexpr int kPartFloats = 8 * kPartStride;
+
+struct Part {
+  const uint8_t* weight;
+  const float* bias;  // [rows], or null
+  int format, rows;
+  int column;       // of out
+  int first_block;  // of the grid
+  int tile_bytes, chunk_bytes;
+};
+
+struct Arguments {
+  const uint8_t* q8;  // [num_tokens, activation_row_bytes(cols)]
+  const float* x;     // [num_tokens, cols], or null
+  int num_tokens, cols;
+  int num_parts, num_chunks;  // chunks of 256 columns
+  int num_stages, stage_bytes;
+  int out_stride;
+  float* out;      // [num_tokens, out_stride]; null if gated
+  uint8_t* gated;  // [num_tokens, activation_row_bytes(parts[0].rows)], or null
+  Part parts[kMaxMatvecWeights];
+};
+
+__device__ __forceinline__ bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
+
+// The tiles that a block computes, one after the other; of a gated block 0 and 2 are gate's, 1 and 3 up's.
+struct BlockTiles {
+  int first_part, first_tile, count;
+
+  __device__ __forceinline__ explicit BlockTiles(const Arguments& a) {
+    const int block = static_cast<int>(blockIdx.x);
+    first_part = 0;
+    if (a.gated != nullptr) {
+      first_tile = 2 * block;
+      count = (first_tile + 1) * kTileRows < a.parts[0].rows ? 4 : 2;
+    } else {
+      while (first_part + 1 < a.num_parts && block >= a.parts[first_part + 1].first_block) ++first_part;
+      first_tile = block - a.parts[first_part].first_block;
+      count = 1;
+    }
+  }
+  __device__ __forceinline__ int part(int i) const { return first_part + i % 2; }
+  __device__ __forceinline__ int tile(int i) const { return first_tile + i / 2; }
+};
+
+// The ring of one warp: which chunk is fetched next, and the stages where it goes and where the next one to use lies.
+struct Ring {
+  uint8_t* memory;
+  int tile = 0, chunk;
+  int fill = 0, use = 0;
+
+  __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int warp, int num_warps,
+                                        int lane) {
+    while (tile < tiles.count && is_float(a.parts[tiles.part(tile)].format)) ++tile;
+    if (tile < tiles.count) {
+      const Part& part = a.parts[tiles.part(tile)];
+      const int offset = chunk * part.chunk_bytes;
+      const int bytes = min(part.chunk_bytes, part.tile_bytes - offset);
+      const uint8_t* from = part.weight + static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + offset;
+      uint8_t* to = memory + fill * a.stage_bytes;
+      for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async(to + i, from + i);
+      fill = fill + 1 == a.num_stages ? 0 : fill + 1;
+      chunk += num_warps;
+      if (chunk >= a.num_chunks) chunk = warp, ++tile;
+    }
+    ptx::commit_copies();  // also where there was nothing to copy: the groups are counted
+  }
+
+  // The next chunk to use, once it is there.
+  __device__ __forceinline__ const uint8_t* wait(const Arguments& a) {
+    switch (a.num_stages) {
+      case 1: ptx::wait_for_copies<0>(); break;
+      case 2: ptx::wait_for_copies<1>(); break;
+      case 3: ptx::wait_for_copies<2>(); break;
+      default: ptx::wait_for_copies<3>(); break;
+    }
+    __syncwarp();
+    const uint8_t* stage = memory + use * a.stage_bytes;
+    use = use + 1 == a.num_stages ? 0 : use + 1;
+    return stage;
+  }
+};
+static_assert(kMaxStages == 4, "Ring::wait");
+
+// The sums of this warp's chunks of one tile.
+template <class F, int kSplit, int kTiles>
+__device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, const Arguments& a, Ring& ring,
+                                              const BlockTiles& tiles, int warp, int num_warps, int lane) {
+  const int64_t row_bytes = activation_row_bytes(a.cols), padded_cols = activation_padded_cols(a.cols);
+  const int pairs = static_cast<int>(padded_cols / 64);
+  for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
+    const int first_pair = chunk * kChunkPairs, num_pairs = min(kChunkPairs, pairs - first_pair);
+    LaneActivations<kSplit> x0;
+    if constexpr (kTiles == 1)
+      x0.load(a.q8, row_bytes, padded_cols, a.num_tokens, lane, first_pair, num_pairs);
+    const uint8_t* stage = ring.wait(a);
+    multiply_chunk<F>(sums, stage, a.q8, row_bytes, padded_cols, a.num_tokens, lane, first_pair, num_pairs,
+                      x0);
+    __syncwarp();  // all lanes are done with the stage that is filled next
+    ring.fetch(a, tiles, warp, num_warps, lane);
+  }
+}
+
+template <class T>
+struct FloatVector;
+template <>
+struct FloatVector<float> {
+  static __device__ __forceinline__ void load(const float* p, float (&w)[8]) {
+    const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+    w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
+  }
+};
+template <class T>
+struct FloatVector {
+  static __device__ __forceinline__ void load(const T* p, float (&w)[8]) {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T pair[2];
+      memcpy(pair, &words[i], 4);
+      w[2 * i] = to_float(pair[0]), w[2 * i + 1] = to_float(pair[1]);
+    }
+  }
+};
+
+// Eight columns of a row of the input, the first a multiple of 8.
+__device__ __forceinline__ void load_input(const Arguments& a, int64_t row, int col, float (&x)[8]) {
+  if (a.x != nullptr) {
+    FloatVector<float>::load(a.x + row * a.cols + col, x);
+    return;
+  }
+  const uint8_t* codes = a.q8 + row * activation_row_bytes(a.cols);
+  const float scale = q8_scales(codes, a.cols)[col / 32].x;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + q8_offset(col + 4 * i));
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      x[4 * i + j] = static_cast<float>(static_cast<int8_t>(word >> (8 * j))) * scale;
+  }
+}
+
+// Rows of a tile of floats against 8 rows of the input: sums[row of the input * kPartStride + weight row].
+template <class T>
+__device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& part, int tile,
+                                                int first_token, float* sums, int warp, int num_warps,
+                                                int lane) {
+  const int num_tokens = min(8, a.num_tokens - first_token);
+  const int num_rows = min(kTileRows, part.rows - tile * kTileRows);
+  for (int i = warp; i < num_rows * num_tokens; i += num_warps) {
+    const int r = i / num_tokens, t = i % num_tokens;
+    const T* weight =
+        reinterpret_cast<const T*>(part.weight) + static_cast<int64_t>(tile * kTileRows + r) * a.cols;
+    const int64_t token = first_token + t;
+    float sum = 0.0f;
+    if (a.cols % 8 == 0) {
+#pragma unroll 2
+      for (int col = 8 * lane; col < a.cols; col += 256) {
+        float w[8], x[8];
+        FloatVector<T>::load(weight + col, w);
+        load_input(a, token, col, x);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum = fmaf(w[k], x[k], sum);
+      }
+    } else {
+      for (int col = lane; col < a.cols; col += 32) {
+        const float x = a.x != nullptr ? a.x[token * a.cols + col]
+                                       : q8_value(a.q8 + token * activation_row_bytes(a.cols), a.cols, col);
+        sum = fmaf(to_float(weight[col]), x, sum);
+      }
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) sums[t * kPartStride + r] = sum;
+  }
+}
+
+// A warp's sums of tile n of activations to memory.
+template <int kSplit, int kTiles>
+__device__ __forceinline__ void store_sums(const LaneSums<kSplit, kTiles>& sums, int n, float* part,
+                                           int lane) {
+  using Columns = LaneColumns<kSplit>;
+  const int g = lane / 4, t = lane % 4;
+  float total[4];
+  sums.total(n, total);
+  if (t >= 4 / kSplit + (kSplit == 8)) return;
+#pragma unroll
+  for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+    float* row = part + Columns::result_row(t, i) * kPartStride;
+    row[g] = total[i], row[g + 8] = total[2 + i];
+  }
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
+          int kTiles>  // tiles of 8 rows
+__global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? 2 : 1)
+    matvec_kernel(const __grid_constant__ Arguments a) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_warps = static_cast<int>(blockDim.x) / 32;
+  float* parts = dynamic_shared<float>();          // [num_warps][8][kPartStride]
+  float* gated = parts + num_warps * kPartFloats;  // [2][8 * kTiles][kGatedRows] if gated
+  const BlockTiles tiles(a);
+  Ring ring;
+  ring.memory = reinterpret_cast<uint8_t*>(gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0)) +
+                warp * a.num_stages * a.stage_bytes;
+  ring.chunk = warp;
+  ptx::allow_consumers();
+  for (int i = 0; i < a.num_stages; ++i) ring.fetch(a, tiles, warp, num_warps, lane);
+  ptx::wait_for_producers();
+
+  for (int i = 0; i < tiles.count; ++i) {
+    const Part& part = a.parts[tiles.part(i)];
+    const int tile = tiles.tile(i);
+    LaneSums<kSplit, kTiles> sums;
+    sums.clear();
+    switch (static_cast<Format>(part.format)) {
+#define HELEXA_FORMAT(type, name)                                       \
+  case Format::k##type:                                                 \
+    if constexpr (type::kScales != Scales::kPlain) {                    \
+      multiply_tile<type>(sums, a, ring, tiles, warp, num_warps, lane); \
+    }                                                                   \
+    break;
+#include "quant/formats.def"
+#undef HELEXA_FORMAT
+    }
+    for (int n = 0; n < kTiles && 8 * n < a.num_tokens; ++n) {
+      if (i + n > 0) __syncthreads();  // the sums before these are read
+      if (is_float(part.format)) {
+        if (part.format == static_cast<int>(Format::kF32)) {
+          multiply_floats<float>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+        } else if (part.format == static_cast<int>(Format::kF16)) {
+          multiply_floats<__half>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+        } else {
+          multiply_floats<__nv_bfloat16>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+        }
+      } else {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          if (m == n) store_sums(sums, m, parts + warp * kPartFloats, lane);
+        }
+      }
+      __syncthreads();
+      const int count = kTileRows * min(8, a.num_tokens - 8 * n);
+      const int num_parts = is_float(part.format) ? 1 : num_warps;
+      for (int k = static_cast<int>(threadIdx.x); k < count; k += static_cast<int>(blockDim.x)) {
+        const int r = k % kTileRows, token = k / kTileRows, row = tile * kTileRows + r;
+        if (row >= part.rows) continue;
+        float sum = 0.0f;
+        for (int w = 0; w < num_parts; ++w) sum += parts[w * kPartFloats + token * kPartStride + r];
+        if (part.bias != nullptr) sum += part.bias[row];
+        if (a.gated == nullptr) {
+          a.out[static_cast<int64_t>(8 * n + token) * a.out_stride + part.column + row] = sum;
+        } else {
+          gated[(i % 2 * 8 * kTiles + 8 * n + token) * kGatedRows + i / 2 * kTileRows + r] = sum;
+        }
+      }
+    }
+  }
+
+  if (a.gated == nullptr) return;
+  __syncthreads();
+  const int rows = a.parts[0].rows;
+  for (int token = warp; token < a.num_tokens; token += num_warps) {
+    const float* gate = gated + token * kGatedRows;
+    const float* up = gate + 8 * kTiles * kGatedRows;
+    const bool exists = static_cast<int>(blockIdx.x) * kGatedRows + lane < rows;
+    quantize_lanes(exists ? silu(gate[lane]) * up[lane] : 0.0f, a.gated + token * activation_row_bytes(rows),
+                   rows, blockIdx.x);
+  }
+}
+
+constexpr int kQuantizeWarps = 4;
+
+template <class T>
+__global__ void __launch_bounds__(32 * kQuantizeWarps)
+    quantize_rows_kernel(const T* x,   // [num_tokens, cols]
+                         uint8_t* q8,  // [num_tokens, activation_row_bytes(cols)]
+                         int64_t cols) {
+  ptx::allow_consumers();
+  ptx::wait_for_producers();
+  const int64_t row = blockIdx.y;
+  const int64_t col = 4 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+  float v[4] = {};
+  for (int i = 0; i < 4; ++i) {
+    if (col + i < cols) v[i] = to_float(x[row * cols + col + i]);
+  }
+  quantize_quads(make_float4(v[0], v[1], v[2], v[3]), q8 + row * activation_row_bytes(cols), cols, col / 32);
+}
+
+// Shared memory that a block may take so that three of them fit on a multiprocessor of this device.
+int third_of_shared_memory() {
+#ifdef HELEXA_EMULATED_CUDA
+  return 72 * 1024;
+#else
+  static thread_local int known_device = -1, bytes = 0;
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  if (device != known_device) {
+    int total = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    bytes = total / 3 - 1024;
+    known_device = device;
+  }
+  return bytes;
+#endif
+}
+
+template <int kSplit, int kTiles>
+void launch_matvec(const Arguments& a, int num_blocks, int num_warps, size_t shared_bytes, void* stream) {
+  launch_kernel(matvec_kernel<kSplit, kTiles>,
+                {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a);
+}
+
+// Fills in what follows from the shapes and launches.
+void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* stream) {
+  if (weights.empty() || weights.size() > kMaxMatvecWeights) {
+    throw std::invalid_argument("quant_matmul: too many weights for one launch");
+  }
+  a.num_parts = static_cast<int>(weights.size());
+  a.num_chunks = (a.cols + kChunkCols - 1) / kChunkCols;
+  int num_blocks = 0, column = 0, stage_bytes = 0;
+  for (int i = 0; i < a.num_parts; ++i) {
+    const WeightView& w = weights[i];
+    Part& part = a.parts[i];
+    part = {w.packed, w.bias, w.format, static_cast<int>(w.rows), column, num_blocks, 0, 0};
+    with_format(static_cast<Format>(w.format), [&](auto f) {
+      using F = decltype(f);
+      if constexpr (F::kScales != Scales::kPlain) {
+        part.tile_bytes = static_cast<int>(device_tile_bytes<F>(a.cols));
+        part.chunk_bytes = chunk_bytes<F>();
+        stage_bytes = std::max(stage_bytes, part.chunk_bytes);
+      }
+    });
+    column += part.rows;
+    num_blocks += (part.rows + kTileRows - 1) / kTileRows;
+  }
+  a.out_stride = column;
+  a.stage_bytes = stage_bytes;
+  if (a.gated != nullptr) num_blocks = (a.parts[0].rows + kGatedRows - 1) / kGatedRows;
+
+  const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : a.num_tokens <= 32 ? 4 : 8;
+  const int num_warps = std::min(kMaxWarps, a.num_chunks);
+  const size_t fixed_bytes =
+      sizeof(float) * (num_warps * kPartFloats + (a.gated ? 2 * 8 * tiles * kGatedRows : 0));
+  // As deep as three blocks per multiprocessor allow, but no deeper than a warp has chunks; two stages where that is too little.
+  const int chunks_per_warp = (a.num_chunks + num_warps - 1) / num_warps * (a.gated ? 4 : 1);
+  const int ring_bytes = std::max(1, num_warps * stage_bytes);
+  const int affordable = (third_of_shared_memory() - static_cast<int>(fixed_bytes)) / ring_bytes;
+  a.num_stages = std::min(std::max(std::min(affordable, kMaxStages), 2), chunks_per_warp);
+  const size_t shared_bytes = fixed_bytes + static_cast<size_t>(a.num_stages) * num_warps * stage_bytes;
+
+  const auto launch = a.num_tokens == 1   ? launch_matvec<8, 1>
+                      : a.num_tokens <= 4 ? launch_matvec<2, 1>
+                      : tiles == 1        ? launch_matvec<1, 1>
+                      : tiles == 2        ? launch_matvec<1, 2>
+                      : tiles == 4        ? launch_matvec<1, 4>
+                                          : launch_matvec<1, 8>;
+  launch(a, num_blocks, num_warps, shared_bytes, stream);
+}
+
+Arguments input(const uint8_t* q8, const float* x, int64_t num_tokens,
+                const std::vector<WeightView>& weights) {
+  Arguments a = {};
+  a.q8 = q8;
+  a.x = x;
+  a.num_tokens = static_cast<int>(num_tokens);
+  a.cols = static_cast<int>(weights.at(0).cols);
+  return a;
+}
+
+}  // namespace
+
+void quant_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
+                       float* out, void* stream) {
+  if (num_tokens == 0) return;
+  Arguments a = input(q8, x, num_tokens, weights);
+  a.out = out;
+  run_matvec(a, weights, stream);
+}
+
+void gated_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
+                       uint8_t* out, void* stream) {
+  if (num_tokens == 0) return;
+  Arguments a = input(q8, x, num_tokens, weights);
+  a.gated = out;
+  run_matvec(a, weights, stream);
+}
+
+void quantize_rows_cuda(const void* x, int64_t num_tokens, int64_t cols, int dtype, uint8_t* q8,
+                        void* stream) {
+  if (num_tokens == 0) return;
+  const int64_t quads = (cols + 31) / 32 * 8;
+  const dim3 grid(static_cast<unsigned>((quads + 32 * kQuantizeWarps - 1) / (32 * kQuantizeWarps)),
+                  static_cast<unsigned>(num_tokens));
+  with_dtype(static_cast<DType>(dtype), [&](auto value) {
+    using T = decltype(value);
+    launch_kernel(quantize_rows_kernel<T>, {grid, dim3(32 * kQuantizeWarps), stream, 0, true},
+                  static_cast<const T*>(x), q8, cols);
+  });
+}
+
+}  // namespace helexa
