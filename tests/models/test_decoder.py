@@ -45,6 +45,20 @@ def test_prefill_in_chunks_equals_prefill_at_once(case, chunk):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_long_prompt_in_chunks_of_512_equals_one_at_once_and_begins_as_the_short_one(case):
+    expected = golden(case)
+    known = len(expected.token_ids)
+    more = torch.randint(
+        expected.config.vocab_size, (700 - known,), generator=torch.Generator().manual_seed(3)
+    )
+    token_ids, model = torch.cat([expected.token_ids, more.to(torch.int32)]), expected.build()
+    at_once = run(model, token_ids)
+    assert error_ratio(at_once[:known], expected.logits) < TOLERANCE
+    assert error_ratio(run(model, token_ids, 512), at_once) < TOLERANCE
+    assert error_ratio(run(model, token_ids.roll(1), 512)[-1:], at_once[-1:]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_decode_after_prefill_continues_the_sequence(case):
     expected = golden(case)
     model, caches = expected.build(), Caches(expected.config)

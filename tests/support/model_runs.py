@@ -86,7 +86,7 @@ class Caches:
 
 def run(model: Model, token_ids: Tensor, chunk: int | None = None) -> Tensor:
     """Logits [T, vocab_size] of one sequence, in one step or in steps of `chunk` tokens."""
-    caches = Caches(model.config)
+    caches = Caches(model.config, pages_each=max(2, -(-len(token_ids) // PAGE_TOKENS)))
     return torch.cat([model(caches.step({0: part})) for part in token_ids.split(chunk or len(token_ids))])
 
 
