@@ -3,8 +3,6 @@
 
 namespace helexa {
 
-void attention_64_cuda(const AttentionCall& call, void* stream) {
-  attention_tiled::launch<64>(call, stream);
-}
+void attention_64_cuda(const AttentionCall& call, void* stream) { attention_tiled::launch<64>(call, stream); }
 
 }  // namespace helexa

@@ -99,20 +99,21 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall cal
 
 void attention_plain(const AttentionCall& call, void* stream) {
   with_dtype(static_cast<DType>(call.cache_dtype), [&](auto value) {
-      constexpr int64_t kMaxRows = 65535;  // the end of a grid's second dimension
-      AttentionCall part = call;
-      for (; part.first_row < call.end_row; part.first_row += kMaxRows) {
-        const int64_t rows = call.end_row - part.first_row < kMaxRows ? call.end_row - part.first_row : kMaxRows;
-        launch_kernel(plain_kernel<decltype(value)>,
-                      {dim3(static_cast<unsigned>(call.num_heads), static_cast<unsigned>(rows)), dim3(kThreads),
-                       stream, 0, true},
-                      part);
-        part.x += rows * call.num_heads * call.head_dim;
-        if (part.gate != nullptr) {
-          const int64_t bytes = static_cast<DType>(call.gate_dtype) == DType::kF32 ? 4 : 2;
-          part.gate = static_cast<const uint8_t*>(part.gate) + rows * call.gate_stride * bytes;
-        }
+    constexpr int64_t kMaxRows = 65535;  // the end of a grid's second dimension
+    AttentionCall part = call;
+    for (; part.first_row < call.end_row; part.first_row += kMaxRows) {
+      const int64_t rows =
+          call.end_row - part.first_row < kMaxRows ? call.end_row - part.first_row : kMaxRows;
+      launch_kernel(plain_kernel<decltype(value)>,
+                    {dim3(static_cast<unsigned>(call.num_heads), static_cast<unsigned>(rows)), dim3(kThreads),
+                     stream, 0, true},
+                    part);
+      part.x += rows * call.num_heads * call.head_dim;
+      if (part.gate != nullptr) {
+        const int64_t bytes = static_cast<DType>(call.gate_dtype) == DType::kF32 ? 4 : 2;
+        part.gate = static_cast<const uint8_t*>(part.gate) + rows * call.gate_stride * bytes;
       }
+    }
   });
 }
 
@@ -131,11 +132,11 @@ void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int
                     int64_t split_queries, uint32_t* counters, float* partial, int64_t max_splits,
                     void* stream) {
   if (first_row >= end_row || num_sequences == 0) return;
-  const AttentionCall call{q,         k_cache,       v_cache,   cache_dtype,  page_table, query_start,
-                           kv_lengths, num_tokens,   num_sequences, max_pages, num_heads, num_kv_heads,
-                           head_dim,  scale,         first_row, end_row,      gate,       gate_dtype,
-                           gate_stride, q8,          bf16,      x,            split_queries, counters,
-                           partial,   max_splits};
+  const AttentionCall call{q,           k_cache,    v_cache,       cache_dtype, page_table,    query_start,
+                           kv_lengths,  num_tokens, num_sequences, max_pages,   num_heads,     num_kv_heads,
+                           head_dim,    scale,      first_row,     end_row,     gate,          gate_dtype,
+                           gate_stride, q8,         bf16,          x,           split_queries, counters,
+                           partial,     max_splits};
   if (!is_attention_tiled(head_dim, cache_dtype)) return attention_plain(call, stream);
   switch (head_dim) {
     case 64: return attention_64_cuda(call, stream);

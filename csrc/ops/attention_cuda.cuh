@@ -16,6 +16,8 @@
 //   a captured grid is fixed; a block reads the length and finds its range of keys, which depends on nothing but that length; blocks
 //   without one end at once.  Whoever finishes last of a sequence and kv head joins the partial results.
 //
+// Tables and keys of earlier steps are read before the kernel just before has ended; that one writes neither (it appends the new keys).
+//
 // Rows leave in the form that the next matmul takes, multiplied by the sigmoid of the output gate if there is one.
 #include "core/cuda.cuh"
 #include "ops/activation.cuh"
@@ -162,7 +164,8 @@ __device__ void store(const AttentionCall& call, int token, int head, int column
     const int64_t block = is_there ? index / 32 : width;  // beyond the row: nothing is written
     quantize_quads(value, call.q8 + row * activation_row_bytes(width), width, block);
   } else if (is_there) {
-    uint2 packed = make_uint2(pair(value.x, value.y, __nv_bfloat16()), pair(value.z, value.w, __nv_bfloat16()));
+    uint2 packed =
+        make_uint2(pair(value.x, value.y, __nv_bfloat16()), pair(value.z, value.w, __nv_bfloat16()));
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(call.bf16) + row * width + index) = packed;
   }
 }
@@ -214,6 +217,9 @@ struct Block {
   static constexpr int kKeys = Shape::kKeys / kKeyParts;  // of a warp and tile
   static constexpr int kDims = kDim / kDimParts;          // of v in a warp
   static_assert(kKeys % 16 == 0);
+  // Where reading is all that takes time, both stages are on their way while the first is waited for, at the price of a second
+  // barrier for each tile.
+  static constexpr bool kBothAhead = kKeyParts > 1;
 
   // Starts copying the tile of keys from `key` on; none from part.end_key on.
   static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, T* stage) {
@@ -235,18 +241,21 @@ struct Block {
     ptx::commit_copies();
   }
 
-  static __device__ void load_queries(const AttentionCall& call, const Part& part, int first_row, T* queries) {
+  static __device__ void load_queries(const AttentionCall& call, const Part& part, int first_row,
+                                      T* queries) {
     for (int i = threadIdx.x; i < kRows * Shape::kRowChunks; i += kThreads) {
       const int row = i / Shape::kRowChunks, chunk = i % Shape::kRowChunks;
       const bool valid = first_row + row < part.num_rows;
       const int64_t from =
-          valid ? (part.token(first_row + row) * call.num_heads + part.head(first_row + row)) * kDim + chunk * 8
-                : 0;
+          valid
+              ? (part.token(first_row + row) * call.num_heads + part.head(first_row + row)) * kDim + chunk * 8
+              : 0;
       ptx::copy_async(queries + chunk_offset<kDim>(row, chunk), static_cast<const T*>(call.q) + from, valid);
     }
   }
 
-  // The rows from first_row on over the part's keys.  All of the block's threads call it; results are there for all of them.
+  // The rows from first_row on over the part's keys.  All of the block's threads call it; results are there for all of them.  Waits
+  // for the producers of q and of the newest keys, but, where both stages are filled ahead, has older keys copied before that.
   static __device__ Results attend(const AttentionCall& call, Part part, int first_row, T* shared) {
     __shared__ float row_max[kKeyParts * kRows], row_weights[kKeyParts * kRows];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
@@ -271,19 +280,37 @@ struct Block {
         weights[r][i] = 0.0f;
       }
 #pragma unroll
-      for (int j = 0; j < kDims / 8; ++j) sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
+      for (int j = 0; j < kDims / 8; ++j)
+        sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
     }
-    const int least_limit =
-        min(part.end_key, part.first_position + (first_row + warp_row) / part.group + 1);
+    const int least_limit = min(part.end_key, part.first_position + (first_row + warp_row) / part.group + 1);
 
+    constexpr int kTilesAhead = kBothAhead ? 2 : 1;
+    int num_early = 0;
+    for (; kBothAhead && num_early < kTilesAhead; ++num_early) {
+      const int key = part.first_key + num_early * Shape::kKeys;
+      if (key + Shape::kKeys > part.first_position) break;
+      load_tile(call, part, key, shared + num_early * Shape::kStageValues);
+    }
+    ptx::wait_for_producers();
+    ptx::allow_consumers();
     load_queries(call, part, first_row, queries);
-    load_tile(call, part, part.first_key, shared);
+    for (int i = num_early; i < kTilesAhead; ++i)
+      load_tile(call, part, part.first_key + i * Shape::kKeys, shared + i * Shape::kStageValues);
+    ptx::commit_copies();
     int stage = 0;
     for (int tile_key = part.first_key; tile_key < part.end_key; tile_key += Shape::kKeys, stage ^= 1) {
-      ptx::wait_for_copies<0>();
-      // Everybody's copies are there, and everybody is done with the stage that the next tile goes to.
+      // The queries came last, so at first all copies have to be there; later those of the next tile may be under way.
+      if (kBothAhead && tile_key != part.first_key) {
+        ptx::wait_for_copies<1>();
+      } else {
+        ptx::wait_for_copies<0>();
+      }
+      // Everybody's copies are there, and everybody is done with the stage before.
       __syncthreads();
-      load_tile(call, part, tile_key + Shape::kKeys, shared + (stage ^ 1) * Shape::kStageValues);
+      if (!kBothAhead) {
+        load_tile(call, part, tile_key + Shape::kKeys, shared + (stage ^ 1) * Shape::kStageValues);
+      }
       const T* k = shared + stage * Shape::kStageValues + key_part * kKeys * kDim;
       const T* v = k + Shape::kKeys * kDim;
       const int key = tile_key + key_part * kKeys;
@@ -300,13 +327,14 @@ struct Block {
         uint32_t a[kRowTiles][4];
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          ptx::load_matrices(a[r], queries + chunk_offset<kDim>(warp_row + 16 * r + lane % 16, 2 * d + lane / 16));
+          ptx::load_matrices(a[r],
+                             queries + chunk_offset<kDim>(warp_row + 16 * r + lane % 16, 2 * d + lane / 16));
         }
 #pragma unroll
         for (int j = 0; j < kKeys / 16; ++j) {
           uint32_t b[4];
-          ptx::load_matrices(
-              b, k + chunk_offset<kDim>(16 * j + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
+          ptx::load_matrices(b,
+                             k + chunk_offset<kDim>(16 * j + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             multiply(scores[r][2 * j], a[r], b[0], b[1], T());
@@ -384,6 +412,10 @@ struct Block {
           }
         }
       }
+      if (kBothAhead) {
+        __syncthreads();
+        load_tile(call, part, tile_key + 2 * Shape::kKeys, shared + stage * Shape::kStageValues);
+      }
     }
     ptx::wait_for_copies<0>();
     __syncthreads();  // the tiles' memory takes the results
@@ -416,7 +448,8 @@ struct Block {
             best = fmaxf(best, row_max[part_index * kRows + row]);
           factor = ptx::exp2_fast(max[r][i] - best);
         }
-        float* to = results + (key_part * kRows + row) * Shape::kResultStride + dim_part * kDims + lane % 4 * 2;
+        float* to =
+            results + (key_part * kRows + row) * Shape::kResultStride + dim_part * kDims + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kDims / 8; ++j) {
           *reinterpret_cast<float2*>(to + 8 * j) =
@@ -431,7 +464,8 @@ struct Block {
 
 // Writes the final results of a block's rows.
 template <int kDim>
-__device__ void store_rows(const AttentionCall& call, const Part& part, int first_row, const Results& results) {
+__device__ void store_rows(const AttentionCall& call, const Part& part, int first_row,
+                           const Results& results) {
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < results.rows && first_row + i < part.num_rows; i += kWarps) {
     const int row = first_row + i;
@@ -450,8 +484,6 @@ __device__ void store_rows(const AttentionCall& call, const Part& part, int firs
 template <class T,  // of q and the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall call) {
-  ptx::wait_for_producers();
-  ptx::allow_consumers();
   using Rows = Block<T, kDim, kDim <= 128 ? 2 : 1, 4, 1, 1>;
   // Which rows of which sequence: blocks count through all of them.  Later rows come first, since they see more keys.
   const int group = static_cast<int>(call.num_heads / call.num_kv_heads);
@@ -468,6 +500,8 @@ __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall ca
     }
     remaining -= num_blocks;
   }
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
   if (sequence < 0) return;
   const Part part = part_of(call, sequence, blockIdx.y);
   const int first_row = remaining * Rows::kRows;
@@ -479,8 +513,6 @@ __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall ca
 template <class T,  // of q and the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall call) {
-  ptx::wait_for_producers();
-  ptx::allow_consumers();
   using FewRows = Block<T, kDim, 1, 1, kDim <= 128 ? 4 : 2, kDim <= 128 ? 1 : 2>;
   using ManyRows = Block<T, kDim, 1, 4, 1, 1>;
   constexpr int kRows = ManyRows::kRows;
@@ -489,20 +521,24 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
   const int block = blockIdx.x / num_kv_heads, num_blocks = gridDim.x / num_kv_heads;
   Part part = part_of(call, sequence, blockIdx.x % num_kv_heads);
   const int num_queries = part.num_rows / part.group;
-  if (block * kRows >= part.num_rows || (call.split_queries != 0 && num_queries > call.split_queries)) return;
-  if (part.first_query >= call.end_row || part.first_query + num_queries <= call.first_row) return;
-
   const int max_splits = static_cast<int>(call.max_splits);
   const int share = ((part.end_key + max_splits - 1) / max_splits + 63) / 64 * 64;
   const int split_keys = share > kMinSplitKeys ? share : kMinSplitKeys;
   const int num_splits = part.end_key > split_keys ? (part.end_key + split_keys - 1) / split_keys : 1;
-  if (split >= num_splits) return;
+  const bool is_idle = block * kRows >= part.num_rows || split >= num_splits ||
+                       (call.split_queries != 0 && num_queries > call.split_queries) ||
+                       part.first_query >= call.end_row || part.first_query + num_queries <= call.first_row;
+  if (is_idle) {
+    ptx::wait_for_producers();  // so that this kernel does not end before them
+    return;
+  }
   part.first_key = split * split_keys;
   part.end_key = min(part.end_key, part.first_key + split_keys);
 
   // Row of the memory for partial results.
   auto partial_row = [&](int row) {
-    const int query = call.split_queries == 0 ? part.token(row) : sequence * call.split_queries + row / part.group;
+    const int query =
+        call.split_queries == 0 ? part.token(row) : sequence * call.split_queries + row / part.group;
     return static_cast<int64_t>(query) * call.num_heads + part.head(row);
   };
   const int64_t num_partial_rows =
@@ -535,8 +571,8 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned before = atomicInc(
-        call.counters + static_cast<int64_t>(sequence) * gridDim.x + blockIdx.x, static_cast<unsigned>(num_splits - 1));
+    const unsigned before = atomicInc(call.counters + static_cast<int64_t>(sequence) * gridDim.x + blockIdx.x,
+                                      static_cast<unsigned>(num_splits - 1));
     is_last = before == static_cast<unsigned>(num_splits - 1);
   }
   __syncthreads();
@@ -548,7 +584,8 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
       const int64_t from = partial_row(row) * max_splits;
       float best = kLowest;
       for (int s = lane; s < num_splits; s += 32) best = fmaxf(best, __ldcg(softmax + from + s).x);
-      for (int offset = 16; offset > 0; offset /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, offset));
+      for (int offset = 16; offset > 0; offset /= 2)
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, offset));
       constexpr int kChunks = kDim <= 128 ? 1 : kDim / 128;
       float4 values[kChunks];
       for (float4& value : values) value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -599,12 +636,13 @@ void launch(const AttentionCall& call, void* stream) {
   }
   constexpr int kRows = 16 * kWarps;
   // Blocks go on through the rows of sequences that have more than their share of the tokens.
-  const int64_t queries = call.split_queries != 0 ? call.split_queries
-                                                  : (call.num_tokens + call.num_sequences - 1) / call.num_sequences;
+  const int64_t queries = call.split_queries != 0
+                              ? call.split_queries
+                              : (call.num_tokens + call.num_sequences - 1) / call.num_sequences;
   const unsigned num_blocks = static_cast<unsigned>((queries * group + kRows - 1) / kRows);
   launch_kernel(split_kernel<T, kDim>,
-                {dim3(num_blocks * num_kv_heads, static_cast<unsigned>(call.max_splits), num_sequences), dim3(kThreads),
-                 stream, shared_bytes<kDim, kRows>(), true},
+                {dim3(num_blocks * num_kv_heads, static_cast<unsigned>(call.max_splits), num_sequences),
+                 dim3(kThreads), stream, shared_bytes<kDim, kRows>(), true},
                 call);
 }
 

@@ -12,11 +12,11 @@ constexpr int kTableThreads = 256;
 // Heads of a block.  Few, so that one token's heads are spread over many multiprocessors.
 constexpr int kWarps = 4;
 
-__global__ void __launch_bounds__(kTableThreads) rope_table_kernel(const int32_t* positions,  // [num_tokens]
-                                                                   const float* inv_freq,     // [num_pairs]
-                                                                   float2* table,  // [num_tokens, num_pairs]
-                                                                   int64_t num_tokens, int64_t num_pairs,
-                                                                   float magnitude) {
+__global__ void __launch_bounds__(kTableThreads)
+    rope_table_kernel(const int32_t* positions,  // [num_tokens]
+                      const float* inv_freq,     // [num_pairs]
+                      float2* table,             // [num_tokens, num_pairs]
+                      int64_t num_tokens, int64_t num_pairs, float magnitude) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTableThreads + threadIdx.x;
@@ -40,11 +40,12 @@ struct Append {
   bool interleaved;
 };
 
-template <class X,                                                           // type of qkv
-          class C>                                                           // type of the caches and of q_out
-__global__ void __launch_bounds__(32 * kWarps) rope_append_kernel(const X* qkv,  // [num_tokens, qkv_stride]
-                                                                  C* q_out,  // [num_tokens, num_heads, head_dim]
-                                                                  const Append call) {
+template <class X,  // type of qkv
+          class C>  // type of the caches and of q_out
+__global__ void __launch_bounds__(32 * kWarps)
+    rope_append_kernel(const X* qkv,  // [num_tokens, qkv_stride]
+                       C* q_out,      // [num_tokens, num_heads, head_dim]
+                       const Append call) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
   const int D = call.head_dim, H = call.num_heads, Hkv = call.num_kv_heads;
