@@ -10,6 +10,17 @@ class CpuGraph:
     def replay(self) -> None: ...
     def __len__(self) -> int: ...
 
+class MoeWeights:
+    def __init__(
+        self,
+        router: WeightView,
+        shared_router: Sequence[WeightView],
+        gate_up: Sequence[WeightView],
+        down: WeightView,
+        shared_gate_up: Sequence[WeightView],
+        shared_down: Sequence[WeightView],
+    ) -> None: ...
+
 class WeightView:
     def __init__(self, format: int, packed: int, rows: int, cols: int, bias: int) -> None: ...
 
@@ -311,5 +322,47 @@ def moe_mlp_cpu(
     num_tokens: int,
     num_experts: int,
     top_k: int,
+    /,
+) -> None: ...
+def moe_route_cuda(
+    logits: int,
+    ids: int,
+    weights: int,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    normalize: bool,
+    stream: int,
+    /,
+) -> None: ...
+def moe_few_workspace_bytes(weights: MoeWeights, num_tokens: int, top_k: int) -> int: ...
+def moe_few_cuda(
+    x: int,
+    q8: int,
+    weights: MoeWeights,
+    normalize: bool,
+    out: int,
+    counters: int,
+    workspace: int,
+    num_tokens: int,
+    top_k: int,
+    stream: int,
+    /,
+) -> None: ...
+def moe_many_workspace_bytes(weights: MoeWeights, num_tokens: int, top_k: int) -> int: ...
+def moe_many_cuda(
+    x: int,
+    logits: int,
+    shared_logits: int,
+    weights: MoeWeights,
+    normalize: bool,
+    shared: int,
+    shared_dtype: int,
+    out: int,
+    out_dtype: int,
+    workspace: int,
+    num_tokens: int,
+    top_k: int,
+    stream: int,
     /,
 ) -> None: ...

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from helexa import ops
+from helexa.ops import moe
 from helexa.ops.moe import moe_route, moe_route_reference, sparse_moe, sparse_moe_reference
 
 from .test_pack import random_raw
@@ -71,9 +72,10 @@ def activation(x: Tensor) -> ops.Activation:
 
 
 def run(layer, x: ops.Activation) -> Tensor:
-    out = torch.full_like(x.x, torch.nan)
+    dtype = torch.float32 if x.num_rows <= ops.MAX_MATVEC_ROWS else torch.bfloat16
+    out = torch.full_like(x.x, torch.nan, dtype=dtype)
     assert sparse_moe(x, **layer.arguments(), out=out) is out
-    return out
+    return out.float()
 
 
 def expected(layer, x: ops.Activation) -> Tensor:
@@ -180,6 +182,49 @@ def test_what_is_not_a_number_stays_in_its_row(device, assert_close):
     out = sparse_moe(activation(values), **layer.arguments())
     assert out[1].isnan().all()
     assert not out[[0, 2]].isnan().any()
+
+
+# Products of many rows see the exact input rounded to bfloat16, where the reference rounds it to int8.
+MANY_ROWS = 0.02
+
+
+@pytest.mark.parametrize("format", [*ALL, "f32", "f16", "bf16"])
+def test_every_format_in_many_rows(device, format, assert_close):
+    layer = make_layer(device, (format,) * 5, 3, 256, 256, 2, shared=256)
+    x = activation(torch.randn(17, 256).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
+
+
+@pytest.mark.parametrize("tokens", [65, 150])
+def test_many_rows_of_mixed_formats_and_groups_of_all_sizes(device, tokens, assert_close):
+    layer = make_layer(device, ("q4_k", "q5_k", "q5_0", "q8_0", "q6_k"), 5, 512, 160, 3, shared=256)
+    x = activation(torch.randn(tokens, 512).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
+
+
+def test_many_rows_of_fused_stacks_without_a_shared_expert(device, assert_close):
+    layer = make_layer(device, ("", "q8_0", "q4_0"), 4, 96, 352, 2, fused=True, normalize=False)
+    x = activation(torch.randn(40, 96).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
+
+
+def test_many_rows_of_small_layers_of_floats(device, assert_close):
+    layer = make_layer(device, ("f32",) * 5, 5, 48, 16, 3, shared=32)
+    x = activation(torch.randn(30, 48).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
+
+
+def test_more_rows_than_are_multiplied_at_a_time(device, monkeypatch, assert_close):
+    monkeypatch.setattr(moe, "_PART_ROWS", 32)
+    layer = make_layer(device, ("q8_0",) * 5, 4, 64, 32, 2, shared=64)
+    x = activation(torch.randn(70, 64).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
+
+
+def test_all_of_many_tokens_want_one_expert(device, assert_close):
+    layer = make_layer(device, ("q4_k", "q4_k", "q4_k"), 6, 256, 256, 1)
+    x = activation(torch.randn(1, 256).repeat(130, 1).to(device))
+    assert_close("out", expected(layer, x), run(layer, x), MANY_ROWS)
 
 
 def test_the_wrong_experts_are_seen(device, assert_close):

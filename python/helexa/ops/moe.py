@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from helexa import _C
-from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows
+from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, quantize_rows
 from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
-from helexa.ops.quant_matmul import quant_matmul, quantize_input_reference
+from helexa.ops.quant_matmul import gated_matmul, quant_matmul, quantize_input_reference
 from helexa.ops.silu_mul import silu_mul
-from helexa.ops.tensor import check, on_cuda, stream
+from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
-MAX_EXPERTS, MAX_TOP_K, BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
+MAX_EXPERTS, MAX_TOP_K, _BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
 FLOAT_FORMATS = ("f32", "f16", "bf16")
+MAX_DECODE_ROWS = 16  # up to here most experts have no second token, and their weights are multiplied as they are
+_PART_ROWS = 4096  # that are multiplied at a time, so that memory for what lies between is bounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,45 @@ class SharedExpert:
     gate_up: Sequence[PackedWeight]
     down: PackedWeight
     gate: PackedWeight | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """The weights of sparse_moe."""
+
+    router: PackedWeight
+    gate_up: Sequence[PackedWeight]
+    down: PackedWeight
+    shared: SharedExpert | None
+
+    def check(self, top_k: int, cols: int) -> None:
+        """Raises ValueError unless the CUDA kernels take rows of `cols` and these weights."""
+        num_experts = self.router.rows
+        check(
+            1 <= top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
+            f"sparse_moe: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+        )
+        _check_stacks("sparse_moe", self.gate_up, self.down, num_experts, cols)
+        if self.shared is not None:
+            _check_stacks("sparse_moe", self.shared.gate_up, self.shared.down, 1, cols)
+        for weight in self._routers():
+            check(
+                weight.format in FLOAT_FORMATS and weight.cols == cols,
+                f"sparse_moe: a router [{weight.rows}, {weight.cols}] of {weight.format} for {cols} columns",
+            )
+
+    def views(self) -> _C.MoeWeights:
+        router, *shared_router = [_view(weight) for weight in self._routers()]
+        gate_up = [_view(stack) for stack in self.gate_up]
+        shared_gate_up, shared_down = [], []
+        if self.shared is not None:
+            shared_gate_up = [_view(weight) for weight in self.shared.gate_up]
+            shared_down = [_view(self.shared.down)]
+        return _C.MoeWeights(router, shared_router, gate_up, _view(self.down), shared_gate_up, shared_down)
+
+    def _routers(self) -> list[PackedWeight]:
+        gate = None if self.shared is None else self.shared.gate
+        return [self.router] if gate is None else [self.router, gate]
 
 
 def sparse_moe(
@@ -46,11 +87,13 @@ def sparse_moe(
     """A whole mixture of experts: moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
 
     x: [T, H]; on CUDA with the float32 rows besides, which the router reads.   router: [E, H], on CUDA of a float format.
-    gate_up, down: the stacks of moe_mlp.   out: [T, H] float32, on CUDA bfloat16 for many rows.
+    gate_up, down: the stacks of moe_mlp.   out: [T, H] float32, on CUDA of more than MAX_MATVEC_ROWS rows bfloat16.
+    On CUDA up to MAX_DECODE_ROWS rows are multiplied as quant_matmul multiplies few rows, and a row's result does not
+    depend on the rows beside it; more are multiplied in bfloat16 with float32 sums, in an order that does not change.
     Raises ValueError if a shape, dtype or format does not fit.  Capturable.
     """
     if isinstance(x, Activation):
-        return _sparse_moe_cuda(x, router, gate_up, down, top_k, normalize, shared, out)
+        return _on_cuda(x, _Layer(router, gate_up, down, shared), top_k, normalize, out)
     ids, weights = moe_route(quant_matmul(x, [router]), top_k, normalize=normalize)
     mixed = shared_gate = None
     if shared is not None:
@@ -207,58 +250,74 @@ def _as_seen(rows: Tensor, format: str) -> Tensor:
     return rows.double() if format in FLOAT_FORMATS else quantize_input_reference(rows.float())
 
 
-def _sparse_moe_cuda(
-    x: Activation,
-    router: PackedWeight,
-    gate_up: Sequence[PackedWeight],
-    down: PackedWeight,
-    top_k: int,
-    normalize: bool,
-    shared: SharedExpert | None,
-    out: Tensor | None,
+def _on_cuda(
+    x: Activation, layer: _Layer, top_k: int, normalize: bool, out: Tensor | None
 ) -> Tensor:
-    num_tokens, cols, num_experts = x.num_rows, x.cols, router.rows
+    num_tokens, cols = x.num_rows, x.cols
     rows = x.x
     if rows is None:
         raise ValueError("sparse_moe: the router needs the rows as floats")
     _check_like("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
-    check(
-        1 <= top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
-        f"sparse_moe: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
-    )
-    _check_stacks("sparse_moe", gate_up, down, num_experts, cols)
-    if shared is not None:
-        _check_stacks("sparse_moe", shared.gate_up, shared.down, 1, cols)
-    shared_router = [] if shared is None or shared.gate is None else [shared.gate]
-    for weight in (router, *shared_router):
-        check(
-            weight.format in FLOAT_FORMATS and weight.cols == cols,
-            f"sparse_moe: a router [{weight.rows}, {weight.cols}] of {weight.format} for {cols} columns",
-        )
-    weights = _C.MoeWeights(
-        _view(router),
-        [_view(weight) for weight in shared_router],
-        [_view(stack) for stack in gate_up],
-        _view(down),
-        [] if shared is None else [_view(weight) for weight in shared.gate_up],
-        [] if shared is None else [_view(shared.down)],
-    )
-    q8 = x.q8
+    layer.check(top_k, cols)
+    dtype = torch.float32 if num_tokens <= MAX_MATVEC_ROWS else torch.bfloat16
+    out = torch.empty((num_tokens, cols), dtype=dtype, device=rows.device) if out is None else out
+    _check_like("sparse_moe", "out", out, (num_tokens, cols), dtype)
+    if num_tokens <= MAX_DECODE_ROWS:
+        _few_rows(x, rows, layer, top_k, normalize, out)
+        return out
+    for first in range(0, num_tokens, _PART_ROWS):
+        part = slice(first, first + _PART_ROWS)
+        _many_rows(x[part], rows[part], layer, top_k, normalize, out[part])
+    return out
+
+
+def _few_rows(
+    x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor
+) -> None:
+    q8 = quantize_rows(rows).q8 if x.q8 is None else x.q8
     assert q8 is not None
-    out = torch.empty_like(rows) if out is None else out
-    _check_like("sparse_moe", "out", out, (num_tokens, cols), torch.float32)
-    nbytes = _C.moe_few_workspace_bytes(weights, num_tokens, top_k)
-    workspace = torch.empty(nbytes, dtype=torch.uint8, device=rows.device)
+    weights, num_tokens = layer.views(), rows.shape[0]
+    workspace = _workspace(_C.moe_few_workspace_bytes(weights, num_tokens, top_k), rows.device)
     arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, normalize, out.data_ptr()]
     arguments += (_counters(rows.device).data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_few_cuda(*arguments)
-    return out
+
+
+def _many_rows(
+    x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor
+) -> None:
+    bf16 = rows.bfloat16() if x.bf16 is None else x.bf16
+    logits = rows @ _as_floats(layer.router).T
+    mixed = shared_logits = None
+    if (shared := layer.shared) is not None:
+        mixed = quant_matmul(gated_matmul(x, shared.gate_up), [shared.down])
+        shared_logits = None if shared.gate is None else rows @ _as_floats(shared.gate).T
+    weights, num_tokens = layer.views(), rows.shape[0]
+    workspace = _workspace(_C.moe_many_workspace_bytes(weights, num_tokens, top_k), rows.device)
+    arguments: list[Any] = [bf16.data_ptr(), logits.data_ptr(), _address(shared_logits), weights, normalize]
+    arguments += (_address(mixed), 0 if mixed is None else dtype_id(mixed), out.data_ptr(), dtype_id(out))
+    arguments += (workspace.data_ptr(), num_tokens, top_k, stream(rows))
+    _C.moe_many_cuda(*arguments)
+
+
+def _workspace(nbytes: int, device: torch.device) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _as_floats(weight: PackedWeight) -> Tensor:
+    """A matrix of a float format as float32."""
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[weight.format]
+    return weight.data.view(dtype).view(weight.rows, weight.cols).float()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @cache
 def _counters(device: torch.device) -> Tensor:
-    """Of the router's blocks: every launch leaves zeros.  Launches of one device are in one stream."""
-    return torch.zeros(MAX_MATVEC_ROWS // BATCH_ROWS, dtype=torch.int32, device=device)
+    """For the router's blocks: every launch leaves zeros.  Those of a device are in one stream at a time."""
+    return torch.zeros(-(-MAX_DECODE_ROWS // _BATCH_ROWS), dtype=torch.int32, device=device)
 
 
 def _check_stacks(
