@@ -40,18 +40,21 @@ from helexa.engine.snapshots import borders
 from helexa.engine.state_store import StateStore
 from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
+from helexa.engine.weight_keeper import WeightKeeper
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, config_from_gguf
 from helexa.weights.load import LoadProgress
 from helexa.weights.model_file import open_model
+from helexa.weights.parking import Parking
 from helexa.weights.quantize import fingerprint
 
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 10.0  # how long closing waits for the step under way
 SAVE_S = 30.0  # and how long it may take to save what the caches hold
+PARK_S = 30.0  # and to park the weights
 
 
 class Engine:
@@ -70,11 +73,12 @@ class Engine:
         pooling: Pooling | None = "last",
         store: StateStore | None = None,
         model_key: str = "",
+        keeper: WeightKeeper | None = None,
     ):
         """Calls `build` on the device thread and returns when the model is ready.
 
         store: keeps what the caches hold beyond this engine, for others with the same `model_key`, which says
-        what weights and vocabulary these are.
+        what weights and vocabulary these are. keeper: knows the weights by then, and parks them in the end.
         """
         self.config = config
         self.name = name
@@ -88,6 +92,7 @@ class Engine:
         self.model_key = model_key
         self.weight_bytes = 0  # of a model that was loaded from files
         self.cache_bytes = 0  # reserved for keys and values, committed as they are written
+        self._keeper = keeper or WeightKeeper(None, "")
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._grammars: GrammarCompiler | None = None
@@ -107,12 +112,14 @@ class Engine:
         *,
         progress: Progress | None = None,
         store: StateStore | None = None,
+        parking: Parking | None = None,
         **options: Any,
     ) -> Self:
         """The model of a GGUF file or of a directory with safetensors; `options` are those of EngineOptions.
 
         progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a
-        vocabulary has no tokenizer and serves token ids. `store` keeps prompts when the model is unloaded.
+        vocabulary has no tokenizer and serves token ids. When the model is unloaded, `store` keeps prompts and
+        `parking` weights that were on a CUDA device.
         Raises InvalidFile, UnsupportedModel, InvalidParameter or OutOfMemory.
         """
         started_s = time.perf_counter()
@@ -123,17 +130,20 @@ class Engine:
             config = config_from_gguf(file.metadata, file.tensors)
             tensors = planned_tensors(file, engine_options)
             engine_options, weight_bytes = place(tensors, config, engine_options)
+            model_key = f"{fingerprint(file)} {engine_options.quant}"
+            keeper = WeightKeeper(parking, model_key)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
                 text = pool.submit(read_text_parts, file)
                 engine = cls(
-                    partial(read_model, file, config, engine_options, progress),
+                    partial(read_model, file, config, engine_options, progress, keeper),
                     config,
                     engine_options,
                     name=str(file.metadata.get("general.name") or Path(path).stem),
                     generation_defaults=SamplingDefaults.from_gguf(file.metadata),
                     pooling=pooling_of(file.metadata.get(f"{config.model_type}.pooling_type")),
                     store=store,
-                    model_key=f"{fingerprint(file)} {engine_options.quant}",
+                    model_key=model_key,
+                    keeper=keeper,
                 )
                 try:
                     parts = text.result()
@@ -295,11 +305,13 @@ class Engine:
             with contextlib.suppress(HelexaError, TimeoutError):
                 self._worker.call(core.stop).result(CLOSE_S)
                 self._worker.call(partial(core.save, time.monotonic() + SAVE_S)).result(SAVE_S + CLOSE_S)
+                self._worker.call(self._keeper.park).result(PARK_S)
             with contextlib.suppress(HelexaError, TimeoutError):
                 self._worker.call(core.close).result(CLOSE_S)
         self._worker.close(CLOSE_S)
         if core is not None:
             core.runner = None
+        self._keeper.forget()
         if self.device.has_streams:
             release()
 

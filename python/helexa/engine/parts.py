@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from helexa import ops
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Pooling
 from helexa.engine.device import Device
 from helexa.engine.grammar import GrammarCompiler
 from helexa.engine.options import EngineOptions
 from helexa.engine.tokenizer import Tokenizer
+from helexa.engine.weight_keeper import WeightKeeper
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model
 from helexa.weights.gguf import TensorInfo
@@ -40,14 +42,24 @@ def planned_tensors(file: ModelFile, options: EngineOptions) -> Mapping[str, Ten
     return QuantizedFile(file, plan(file, find_recipe(options.quant))).tensors
 
 
-def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, progress: Progress) -> Model:
-    """The model with the weights of the file. Raises InvalidFile."""
-    device = Device(options.device).tensors
+def read_model(
+    file: ModelFile, config: ModelConfig, options: EngineOptions, progress: Progress, keeper: WeightKeeper
+) -> Model:
+    """The model with the weights of the file, or those that are parked. Raises InvalidFile."""
+    device = Device(options.device)
+    parked = keeper.find() if device.is_cuda else None
     with (
-        _weights(file, options, progress) as tensors,
-        GGUFWeights(tensors, device=device, progress=progress) as weights,
+        _weights(file, options, progress, is_read=parked is None) as tensors,
+        GGUFWeights(
+            tensors,
+            device=device.tensors,
+            num_readers=ops.default_readers() if device.is_cuda else None,
+            progress=progress,
+            parked=parked,
+        ) as weights,
     ):
         model = build_model(config, weights)
+    keeper.keep(weights)
     if config.num_mtp_layers:
         logger.info("mtp_loaded", extra=fields(model=file.path.name, layers=config.num_mtp_layers))
     if file.unread:
@@ -59,10 +71,12 @@ def read_model(file: ModelFile, config: ModelConfig, options: EngineOptions, pro
 
 
 def _weights(
-    file: ModelFile, options: EngineOptions, progress: Progress
+    file: ModelFile, options: EngineOptions, progress: Progress, *, is_read: bool
 ) -> AbstractContextManager[TensorFile]:
     if options.quant is None:
         return nullcontext(file)
+    if not is_read:  # but only asked for its layout
+        return nullcontext(QuantizedFile(file, plan(file, find_recipe(options.quant))))
     return quantized(
         file,
         find_recipe(options.quant),

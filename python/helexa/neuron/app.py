@@ -38,6 +38,7 @@ from helexa.neuron.texts import TextRoutes
 from helexa.neuron.turns import TurnStore
 from helexa.serving import is_loopback, listen, server_settings, url_of
 from helexa.settings import log_settings, private_folder
+from helexa.weights.parking import Parking
 from helexa.weights.sources import pull
 from helexa.wire.errors import error_bytes, error_headers, internal_error
 
@@ -75,6 +76,8 @@ class Neuron:
             load = partial(load, store=self.store)
             if self.turns is not None and (kept := self.store.get(_TURNS)) is not None:
                 self.turns.restore(kept)
+        if config.neuron.park_bytes:
+            load = partial(load, parking=Parking(config.neuron.park_bytes))
         self.registry = Registry(config, self.metrics, fetch=fetch, load=load)
         self.text_work = TextWork()
         self.control = Control(config, self.registry, self.metrics)

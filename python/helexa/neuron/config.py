@@ -19,6 +19,7 @@ class NeuronSection:
     max_body_bytes: int = 64 * 2**20
     keep_alive_s: float = 1.0  # silence of a stream after which a comment shows that it is alive
     shutdown_grace_s: float = 30.0  # how long running requests may go on after a signal, or an unload
+    park_bytes: int = 0  # of main memory, for the weights of models that have left a CUDA device
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -27,6 +28,8 @@ class NeuronSection:
             raise ValueError(f"max_body_bytes must be at least 1024, not {self.max_body_bytes}")
         if self.keep_alive_s <= 0 or self.shutdown_grace_s < 0:
             raise ValueError("keep_alive_s must be positive and shutdown_grace_s not negative")
+        if self.park_bytes < 0:
+            raise ValueError(f"park_bytes must not be negative, not {self.park_bytes}")
 
 
 @dataclass(frozen=True)

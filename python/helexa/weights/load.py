@@ -166,12 +166,19 @@ class GGUFWeights:
             self._advance(info.nbytes)
         return self._vectors[name]
 
+    @property
+    def placed_bytes(self) -> int:
+        """Of the one allocation on a device that has the weights; 0 for weights in main memory."""
+        return self._arena.memory.nbytes if isinstance(self._arena, ops.DeviceArena) else 0
+
     def park(self) -> ParkedWeights | None:
         """A copy of all weights in main memory, for another load; None if there is no room for it.
 
-        Only for weights on a device, after `finish`.
+        Only for weights on a device, once they are all there.
         """
-        memory = self._device_memory
+        if not isinstance(self._arena, ops.DeviceArena):
+            return None
+        memory = self._arena.memory
         matrices, vectors = {}, {}
         try:
             for key, weight in self._matrices.items():
