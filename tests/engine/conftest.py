@@ -104,7 +104,7 @@ class Largest:
             allowed = np.arange(10_000) == allowed
         self.allowed[slot] = allowed
 
-    def launch(self, logits, slots, positions):
+    def launch(self, logits, slots, positions, *, greedy_only=False):
         for row, slot in enumerate(slots.tolist()):
             scores = logits[row].clone()
             if (allowed := self.allowed.get(slot)) is not None:

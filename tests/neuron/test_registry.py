@@ -179,7 +179,8 @@ async def test_defragmenting_unloads_everything_before_it_loads_anything(make_ne
         assert response.status_code == 200
         assert isinstance(response.json()["freed_bytes"], int)
         assert closed_at_load == [[True, True], [True, True]]
-        assert script.loads[2:] == [("/models/a", {"max_context": 64}), ("/models/b", {"max_context": 64})]
+        options = {"device": "auto", "max_context": 64}
+        assert script.loads[2:] == [("/models/a", options), ("/models/b", options)]
         assert (await client.post("/v1/chat/completions", json=CHAT | {"model": "b"})).status_code == 200
 
 

@@ -16,9 +16,10 @@ from helexa.engine.cache import (
 )
 from helexa.engine.core import EngineCore
 from helexa.engine.cpu_runner import CpuRunner
-from helexa.engine.cuda_runner import CudaRunner, HostChoice
+from helexa.engine.cuda_runner import CudaRunner
 from helexa.engine.device import Device
-from helexa.engine.flight import Runner
+from helexa.engine.device_sampler import DeviceSampler
+from helexa.engine.flight import Runner, bucket_of
 from helexa.engine.options import EngineOptions
 from helexa.engine.pages import PagePool
 from helexa.engine.prefix_cache import PrefixCache
@@ -93,7 +94,8 @@ def _runner(
     sizes = {"max_sequences": options.max_sequences, "max_context": max_context}
     if not device.is_cuda:
         return CpuRunner(model, cache, states, **sizes, capture=options.capture)
-    chooser = HostChoice(options.max_sequences + 1, device)
+    rows = bucket_of(options.max_sequences)
+    chooser = DeviceSampler(model.config.vocab_size, options.max_sequences + 1, rows, device.tensors)
     return CudaRunner(
         model,
         cache,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.device import Device, request_errors
+from helexa.engine.device_sampler import is_greedy
 from helexa.engine.device_step import FLIGHTS, DecodeInputs, Landing, PrefillInputs
 from helexa.engine.flight import Flight, Runner, bucket_of
 from helexa.engine.pages import SCRATCH_PAGE
@@ -40,36 +41,13 @@ class Chooser(Protocol):
 
     def allow(self, slot: int, allowed: npt.NDArray[np.bool_] | int | None) -> None: ...
 
-    def launch(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None: ...
+    def launch(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, *, greedy_only: bool = False
+    ) -> None: ...
 
     def read(
         self, records: npt.NDArray[np.int32], row: int, slot: int
     ) -> tuple[int, float | None, list[tuple[int, float]]]: ...
-
-
-class HostChoice:
-    """Leaves the choice to the samplers of the sequences, which get rows of logits in main memory."""
-
-    def __init__(self, num_slots: int, device: Device):
-        self.last_tokens = torch.zeros(num_slots, dtype=torch.int32, device=device.tensors)
-        self.records = torch.zeros(1, 1, dtype=torch.int32, device=device.tensors)
-
-    def serves(self, params: ResolvedParams) -> bool:
-        return False
-
-    def bind(self, slot: int, sampler: Sampler, token_ids: list[int], num_prompt_tokens: int) -> None:
-        raise NotImplementedError
-
-    def allow(self, slot: int, allowed: npt.NDArray[np.bool_] | int | None) -> None:
-        raise NotImplementedError
-
-    def launch(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
-        self.records.zero_()
-
-    def read(
-        self, records: npt.NDArray[np.int32], row: int, slot: int
-    ) -> tuple[int, float | None, list[tuple[int, float]]]:
-        raise NotImplementedError
 
 
 class CudaFlight(Flight):
@@ -114,7 +92,8 @@ class CudaFlight(Flight):
                     self._runner.chooser.allow(sequence.slot, sampler.constrain())
                 except HelexaError as error:
                     self._errors[row] = error
-        self._runner.launch_choice(self._logits, self._slots, self._positions)
+        greedy_only = all(is_greedy(sampler.params) for sampler in self._samplers)
+        self._runner.launch_choice(self._logits, self._slots, self._positions, greedy_only)
         self._landing.mark(self._runner.chooser.records)
 
     def wait(self) -> None:
@@ -175,7 +154,7 @@ class CudaRunner(Runner):
         self._bound: dict[int, tuple[int, int]] = {}  # by slot: which sequence the chooser knows
         self._logits: dict[int, Tensor] = {}  # of the captured steps, by batch size
         self._bodies: dict[int, torch.cuda.CUDAGraph] = {}
-        self._choices: dict[int, torch.cuda.CUDAGraph] = {}
+        self._choices: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # also by whether all are greedy
 
     @request_errors()
     def start(self, plan: Plan) -> Flight:
@@ -205,12 +184,12 @@ class CudaRunner(Runner):
         """Whether the device chooses a sequence's tokens; if not, its own sampler does."""
         return self.chooser.serves(sampler.params)
 
-    def launch_choice(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def launch_choice(self, logits: Tensor, slots: Tensor, positions: Tensor, greedy_only: bool) -> None:
         rows = len(logits)
         if logits is self._logits.get(rows):
-            self._choices[rows].replay()
+            self._choices[rows, greedy_only].replay()
         else:
-            self.chooser.launch(logits, slots, positions)
+            self.chooser.launch(logits, slots, positions, greedy_only=greedy_only)
 
     def put_token(self, slot: int, token_id: int) -> None:
         """Has the next step compute this token."""
@@ -298,15 +277,18 @@ class CudaRunner(Runner):
         )
 
     def _capture_step(self, rows: int, pool: Any) -> None:
-        """Two graphs: what a guide allows becomes known while the first one runs."""
+        """The choice has graphs of its own: what a guide allows becomes known while the first one runs."""
         state_slots, positions = self._inputs.state_slots[:rows], self._inputs.positions[:rows]
         self._inputs.fill([], rows)
-        self.chooser.launch(self._decode_logits(rows), state_slots, positions)  # so that all is loaded
-        self._bodies[rows], self._choices[rows] = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        logits = self._decode_logits(rows)  # so that all is loaded
+        self._bodies[rows] = torch.cuda.CUDAGraph()
         with _captured(self._bodies[rows], pool):
             self._logits[rows] = self._decode_logits(rows)
-        with _captured(self._choices[rows], pool):
-            self.chooser.launch(self._logits[rows], state_slots, positions)
+        for greedy_only in (True, False):
+            self.chooser.launch(logits, state_slots, positions, greedy_only=greedy_only)
+            self._choices[rows, greedy_only] = torch.cuda.CUDAGraph()
+            with _captured(self._choices[rows, greedy_only], pool):
+                self.chooser.launch(self._logits[rows], state_slots, positions, greedy_only=greedy_only)
 
 
 def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 CLOSE_S = 10.0  # how long closing waits for the step under way
 SAVE_S = 30.0  # and how long it may take to save what the caches hold
 PARK_S = 30.0  # and to park the weights
+SWITCH_S = 0.0005  # seconds after which a thread gives up the interpreter to one that waits for it
 
 
 class Engine:
@@ -117,9 +119,9 @@ class Engine:
     ) -> Self:
         """The model of a GGUF file or of a directory with safetensors; `options` are those of EngineOptions.
 
-        progress is called on the device thread with LoadProgress; its last phase is "ready". A file without a
-        vocabulary has no tokenizer and serves token ids. When the model is unloaded, `store` keeps prompts and
-        `parking` weights that were on a CUDA device.
+        progress is called on the device thread with LoadProgress; its last phase is "ready". A file without
+        a vocabulary has no tokenizer and serves token ids. When the model is unloaded, `store` keeps prompts
+        and `parking` weights that were on a CUDA device.
         Raises InvalidFile, UnsupportedModel, InvalidParameter or OutOfMemory.
         """
         started_s = time.perf_counter()
@@ -273,6 +275,7 @@ class Engine:
         """Counters as they stand; never waits for the device."""
         core = self._core
         assert core is not None
+        snapshots = None if core.prefix is None else core.prefix.snapshots
         return EngineStats(
             in_flight=len(core.scheduler.running),
             queued=len(core.scheduler.waiting),
@@ -284,6 +287,9 @@ class Engine:
             prefill_tokens=core.prefill_rate.total_tokens,
             decode_tokens=core.decode_rate.total_tokens,
             cached_tokens=core.scheduler.num_cached_tokens,
+            stored_tokens=core.scheduler.num_stored_tokens,
+            snapshots_used=0 if snapshots is None else snapshots.num_kept,
+            snapshots_total=0 if snapshots is None else snapshots.num_slots,
             preemptions=core.scheduler.num_preemptions,
             poisoned=self._worker.poisoned,
         )
@@ -332,6 +338,10 @@ class Engine:
         # glibc keeps free memory up to the size of the largest block that it saw freed, within 32 MB.
         # Sampling takes and frees a few megabytes a token; new pages each time would double what it costs.
         np.empty(30 << 20, np.uint8)
+        if self.device.has_streams:
+            # Between two steps this thread needs the interpreter for a tenth of a millisecond; by default it
+            # would wait 5 ms for others to give it up.
+            sys.setswitchinterval(SWITCH_S)
         core = build_core(build(), self.config, options, self._worker.post, store, model_key)
         assert core.runner is not None
         self.max_context = core.scheduler.max_context

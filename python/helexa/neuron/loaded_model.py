@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from helexa.engine.device import AUTO
 from helexa.engine.engine import Engine
 from helexa.errors import DevicePoisoned, HelexaError, LoadFailed, ModelLoading, Unavailable
 from helexa.neuron.admission import Admission
@@ -126,7 +127,7 @@ class LoadedModel:
             id=self.id,
             status=status,
             source=self.source,
-            device=engine.options.device if engine else str(self.options.get("device", "cpu")),
+            device=engine.options.device if engine else str(self.options.get("device", AUTO)),
             architecture=engine.config.model_type if engine else None,
             memory_bytes=self.memory_bytes,
             capabilities=_capabilities(engine) if engine else [],
@@ -155,6 +156,10 @@ class LoadedModel:
             rejected_per_principal=self.admission.rejected_per_principal,
             kv_tokens_used=stats.kv_tokens_used,
             kv_tokens_total=stats.kv_tokens_total,
+            kv_tokens_cached=stats.kv_tokens_cached,
+            snapshots_used=stats.snapshots_used,
+            snapshots_total=stats.snapshots_total,
+            stored_tokens=stats.stored_tokens,
             tok_s_prefill=stats.prefill_tok_s,
             tok_s_decode=stats.decode_tok_s,
             poisoned=stats.poisoned,
@@ -166,7 +171,9 @@ class LoadedModel:
         self.engine, self.admission = engine, admission
         self.memory_bytes = size + engine.cache_bytes or None
         # The cache grows into its memory, and vocabularies are no part of either.
-        self.claimed_bytes = max(grown_bytes, size + engine.cache_bytes)
+        self.claimed_bytes = max(grown_bytes, self.memory_bytes or 0)
+        if engine.options.device != "cpu":  # whose memory is not the process's
+            self.claimed_bytes = grown_bytes
         self.loaded_at = int(time.time())
         self.status = "loaded"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from helexa.engine import memory
+from helexa.engine.device import AUTO
 from helexa.engine.engine import Engine
 from helexa.errors import (
     BadRequest,
@@ -303,7 +304,7 @@ class Registry:
             path,
             progress=lambda step: report(step.phase, step.percent),
             reserved_bytes=self._promised_bytes(),
-            **(_quant(model.source, path) | model.options),
+            **({"device": AUTO} | _quant(model.source, path) | model.options),
         )
 
     async def _in_thread(self, model: LoadedModel, work: Callable[[Report], T]) -> T:
