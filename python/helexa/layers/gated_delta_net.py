@@ -55,7 +55,7 @@ class GatedDeltaNet:
         )
         self.out_proj = Linear.load(scope, value_dim, {"out_proj": hidden_size})
 
-    def __call__(self, x: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
+    def __call__(self, x: ops.Rows, step: Step, rows: slice = slice(None)) -> Tensor:
         """The output of the given rows of x [T, hidden_size]; the states take in all T rows."""
         assert step.state_slots is not None
         out = ops.gated_delta_net(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from helexa import _C
-from helexa.ops.activation import Activation, Rows, empty_activation
+from helexa.ops.activation import Activation, Rows, empty_activation, quantize_rows
 from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
 MAX_STATE_DIM = 256
@@ -155,7 +155,7 @@ def _on_cuda(
         plain = Activation(p.value_dim, x=torch.empty(num_tokens, p.value_dim, device=x.device))
         _on_cuda(x, p, pointers, num_sequences, num_slots, sizes, plain)
         assert plain.x is not None
-        return plain
+        return quantize_rows(plain.x)
     out = empty_activation(num_tokens, p.value_dim, x.device) if out is None else out
     check(
         isinstance(out, Activation) and (out.num_rows, out.cols) == (num_tokens, p.value_dim),
