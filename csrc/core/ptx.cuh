@@ -72,6 +72,52 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Copies of whole runs of bytes that one thread starts, on devices that have them (sm_90 and later).
+__device__ __forceinline__ constexpr bool has_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+// A barrier in shared memory that `copy_bulk` completes: phase 0, 1, … at each copy's end.  One thread makes it, and the others of its
+// warp may use it after __syncwarp().
+__device__ __forceinline__ void make_copy_barrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Copies `bytes` (addresses and number multiples of 16) from global to shared memory and completes the barrier's phase.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                          uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(global), "r"(bytes), "r"(at)
+      : "memory");
+#endif
+}
+// Waits for the end of a phase; `parity` is its number's last bit.
+__device__ __forceinline__ void wait_for_bulk(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(at),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
 // Four (two) 8x8 matrices of 16-bit values from shared memory into the registers of mma operands: lane l gives the address of
 // row l % 8 of matrix l / 8 (16 bytes, a multiple of 16).  Transposed with `load_matrices_transposed`.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared) {

@@ -3,6 +3,7 @@
 
 // core/ptx.cuh for runs on the host; it documents the functions.
 #include <chrono>
+#include <cstdlib>
 
 #include "emulation/cuda.h"
 
@@ -31,6 +32,24 @@ inline void commit_copies() { emulation::end_copy_group(); }
 template <int kPending>
 void wait_for_copies() {
   emulation::finish_copies(kPending);
+}
+
+// Both ways of copying are there, so that both are tested: HELEXA_EMULATION_BULK=0 is a device without bulk copies.
+inline bool has_bulk_copies() {
+  static const char* wanted = std::getenv("HELEXA_EMULATION_BULK");
+  return wanted == nullptr || wanted[0] != '0';
+}
+inline void make_copy_barrier(uint64_t* barrier) { *barrier = 0; }
+inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 ||
+      bytes % 16 != 0) {
+    emulation::trap("a misaligned bulk copy");
+  }
+  std::memcpy(shared, global, bytes);
+  ++*barrier;
+}
+inline void wait_for_bulk(uint64_t* barrier, uint32_t parity) {
+  if (*barrier % 2 == parity) emulation::trap("a wait for a copy that nobody has started");
 }
 
 template <int kCount, bool kTransposed>

@@ -8,8 +8,8 @@
 // input, so that weights arrive while the kernels before this one still run; with a few thousand columns that is all of a block's
 // weights.
 //
-// matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2, 4 or 8 tiles of
-// 8 rows.  Weights of float formats, which are small or rare, are multiplied by a plain loop of each warp over whole rows.
+// matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2 or 4 tiles of 8
+// rows, and more than 32 rows are launched 32 at a time.  Weights of float formats, which are small or rare, are multiplied by a plain loop of each warp over whole rows.
 #include <algorithm>
 #include <stdexcept>
 
@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 4;
+constexpr int kMaxTokens = 32;  // of a launch; of more the sums of a warp do not fit into its registers
 constexpr int kTileRows = kDeviceTileRows;
 constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
 // Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
@@ -70,11 +71,24 @@ struct BlockTiles {
   __device__ __forceinline__ int tile(int i) const { return first_tile + i / 2; }
 };
 
-// The ring of one warp: which chunk is fetched next, and the stages where it goes and where the next one to use lies.
+// The ring of one warp: which chunk is fetched next, and the stages where it goes and where the next one to use lies.  Where there are
+// bulk copies a lane starts one for a chunk, else all lanes copy 16 bytes at a time.
 struct Ring {
   uint8_t* memory;
+  uint64_t* barriers;  // one for each stage
   int tile = 0, chunk;
   int fill = 0, use = 0;
+  uint32_t parity = 0;  // of the phase in which the stages' copies are waited for
+
+  __device__ __forceinline__ void start(uint8_t* stages, uint64_t* stage_barriers, int warp, int lane) {
+    memory = stages;
+    barriers = stage_barriers;
+    chunk = warp;
+    if (ptx::has_bulk_copies()) {
+      if (lane < kMaxStages) ptx::make_copy_barrier(barriers + lane);
+      __syncwarp();
+    }
+  }
 
   __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int warp, int num_warps,
                                         int lane) {
@@ -83,27 +97,36 @@ struct Ring {
       const Part& part = a.parts[tiles.part(tile)];
       const int offset = chunk * part.chunk_bytes;
       const int bytes = min(part.chunk_bytes, part.tile_bytes - offset);
-      const uint8_t* from = part.weight + static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + offset;
+      const uint8_t* from = part.weight + (static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + offset);
       uint8_t* to = memory + fill * a.stage_bytes;
-      for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async(to + i, from + i);
+      if (ptx::has_bulk_copies()) {
+        if (lane == 0) ptx::copy_bulk(to, from, bytes, barriers + fill);
+        __syncwarp();
+      } else {
+        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async(to + i, from + i);
+      }
       fill = fill + 1 == a.num_stages ? 0 : fill + 1;
       chunk += num_warps;
       if (chunk >= a.num_chunks) chunk = warp, ++tile;
     }
-    ptx::commit_copies();  // also where there was nothing to copy: the groups are counted
+    if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
   }
 
   // The next chunk to use, once it is there.
   __device__ __forceinline__ const uint8_t* wait(const Arguments& a) {
-    switch (a.num_stages) {
-      case 1: ptx::wait_for_copies<0>(); break;
-      case 2: ptx::wait_for_copies<1>(); break;
-      case 3: ptx::wait_for_copies<2>(); break;
-      default: ptx::wait_for_copies<3>(); break;
+    if (ptx::has_bulk_copies()) {
+      ptx::wait_for_bulk(barriers + use, parity);
+    } else {
+      switch (a.num_stages) {
+        case 1: ptx::wait_for_copies<0>(); break;
+        case 2: ptx::wait_for_copies<1>(); break;
+        case 3: ptx::wait_for_copies<2>(); break;
+        default: ptx::wait_for_copies<3>(); break;
+      }
+      __syncwarp();
     }
-    __syncwarp();
     const uint8_t* stage = memory + use * a.stage_bytes;
-    use = use + 1 == a.num_stages ? 0 : use + 1;
+    if (++use == a.num_stages) use = 0, parity ^= 1;
     return stage;
   }
 };
@@ -229,10 +252,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? 2 : 1)
   float* parts = dynamic_shared<float>();          // [num_warps][8][kPartStride]
   float* gated = parts + num_warps * kPartFloats;  // [2][8 * kTiles][kGatedRows] if gated
   const BlockTiles tiles(a);
+  __shared__ uint64_t barriers[kMaxWarps * kMaxStages];
+  uint8_t* rings = reinterpret_cast<uint8_t*>(gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0));
   Ring ring;
-  ring.memory = reinterpret_cast<uint8_t*>(gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0)) +
-                warp * a.num_stages * a.stage_bytes;
-  ring.chunk = warp;
+  ring.start(rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp, lane);
   ptx::allow_consumers();
   for (int i = 0; i < a.num_stages; ++i) ring.fetch(a, tiles, warp, num_warps, lane);
   ptx::wait_for_producers();
@@ -367,24 +390,34 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   a.stage_bytes = stage_bytes;
   if (a.gated != nullptr) num_blocks = (a.parts[0].rows + kGatedRows - 1) / kGatedRows;
 
-  const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : a.num_tokens <= 32 ? 4 : 8;
   const int num_warps = std::min(kMaxWarps, a.num_chunks);
-  const size_t fixed_bytes =
-      sizeof(float) * (num_warps * kPartFloats + (a.gated ? 2 * 8 * tiles * kGatedRows : 0));
-  // As deep as three blocks per multiprocessor allow, but no deeper than a warp has chunks; two stages where that is too little.
-  const int chunks_per_warp = (a.num_chunks + num_warps - 1) / num_warps * (a.gated ? 4 : 1);
-  const int ring_bytes = std::max(1, num_warps * stage_bytes);
-  const int affordable = (third_of_shared_memory() - static_cast<int>(fixed_bytes)) / ring_bytes;
-  a.num_stages = std::min(std::max(std::min(affordable, kMaxStages), 2), chunks_per_warp);
-  const size_t shared_bytes = fixed_bytes + static_cast<size_t>(a.num_stages) * num_warps * stage_bytes;
+  const int64_t row_bytes = activation_row_bytes(a.cols), gated_bytes = activation_row_bytes(a.parts[0].rows);
+  for (int left = a.num_tokens; left > 0; left -= kMaxTokens) {
+    a.num_tokens = std::min(left, kMaxTokens);
+    const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : 4;
+    const size_t fixed_bytes =
+        sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0));
+    // As deep as three blocks per multiprocessor allow, but no deeper than a warp has chunks; two stages where that is too little.
+    const int chunks_per_warp = (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : 1);
+    const int stages_bytes = std::max(1, num_warps * stage_bytes);
+    const int affordable = (third_of_shared_memory() - static_cast<int>(fixed_bytes)) / stages_bytes;
+    a.num_stages = std::min(std::clamp(affordable, 2, kMaxStages), chunks_per_warp);
+    const size_t shared_bytes = fixed_bytes + static_cast<size_t>(a.num_stages) * num_warps * stage_bytes;
 
-  const auto launch = a.num_tokens == 1   ? launch_matvec<8, 1>
-                      : a.num_tokens <= 4 ? launch_matvec<2, 1>
-                      : tiles == 1        ? launch_matvec<1, 1>
-                      : tiles == 2        ? launch_matvec<1, 2>
-                      : tiles == 4        ? launch_matvec<1, 4>
-                                          : launch_matvec<1, 8>;
-  launch(a, num_blocks, num_warps, shared_bytes, stream);
+    const auto launch = a.num_tokens == 1   ? launch_matvec<8, 1>
+                        : a.num_tokens <= 4 ? launch_matvec<2, 1>
+                        : tiles == 1        ? launch_matvec<1, 1>
+                        : tiles == 2        ? launch_matvec<1, 2>
+                                            : launch_matvec<1, 4>;
+    launch(a, num_blocks, num_warps, shared_bytes, stream);
+    a.q8 += a.num_tokens * row_bytes;
+    if (a.x != nullptr) a.x += static_cast<int64_t>(a.num_tokens) * a.cols;
+    if (a.gated != nullptr) {
+      a.gated += a.num_tokens * gated_bytes;
+    } else {
+      a.out += static_cast<int64_t>(a.num_tokens) * a.out_stride;
+    }
+  }
 }
 
 Arguments input(const uint8_t* q8, const float* x, int64_t num_tokens,
