@@ -61,11 +61,16 @@ async def test_after_a_restart_only_the_new_turn_is_computed(load, restarted, ca
     engine = load(case, restarted())
     found = await ask(engine, turn)
     assert found[2] == len(prompt) + len(reply) - 1
+    stats = engine.stats()
+    assert stats.stored_tokens == stats.cached_tokens == found[2]
+    is_hybrid = engine.config.linear_attention is not None
+    assert (stats.snapshots_used > 0, stats.snapshots_used <= stats.snapshots_total) == (is_hybrid, True)
     expected = await ask(load(case, prefix_cache=False), turn)
     assert found[0] == expected[0]
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
     # From memory now.
     assert (await ask(engine, [*turn, *found[0], *text(30, 2)]))[2] == len(turn) + len(found[0]) - 1
+    assert engine.stats().stored_tokens == stats.stored_tokens < engine.stats().cached_tokens
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -117,6 +117,7 @@ def test_a_damaged_file_counts_as_absent_and_is_removed(tmp_path, caplog, damage
     assert caplog.messages == ["state_ignored"]
     assert not path.exists()
     assert "aa" not in store
+    assert (store.num_entries, store.num_damaged) == (0, 1)
 
 
 def test_a_file_that_somebody_has_removed_counts_as_absent(tmp_path):

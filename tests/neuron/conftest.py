@@ -158,6 +158,10 @@ class FakeEngine:
         return SimpleNamespace(
             kv_tokens_used=self.running,
             kv_tokens_total=400,
+            kv_tokens_cached=0,
+            snapshots_used=0,
+            snapshots_total=0,
+            stored_tokens=0,
             prefill_tok_s=10.0,
             decode_tok_s=5.0,
             poisoned=self.script.poisoned,

@@ -70,6 +70,14 @@ class Conversation:
         assert usage.prompt_tokens > earlier.total_tokens
 
 
+async def metrics(api) -> dict[str, float]:
+    """The neuron's metrics by name, without their labels."""
+    async with httpx.AsyncClient(base_url=base(api), trust_env=False) as http:
+        lines = (await http.get("/metrics")).text.splitlines()
+    rows = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name.partition("{")[0]: float(value) for name, _, value in rows}
+
+
 @pytest.fixture
 async def api(serve_engine):
     async with serve_engine(scripted_engine(SCRIPT)) as client:
@@ -91,6 +99,12 @@ async def test_a_conversation_goes_on_after_a_restart_with_all_its_reasoning(ser
     async with serve_engine(load, kept) as chat.api:
         await chat.say("Question 2")
         chat.assert_reuses_all()
+        values = await metrics(chat.api)
+        cached = chat.usages[-1].prompt_tokens_details.cached_tokens
+        assert values["helexa_neuron_stored_prompt_tokens_total"] == cached
+        assert values["helexa_neuron_state_store_entries"] > 0
+        assert values["helexa_neuron_state_store_disk_bytes"] > 0
+        assert values["helexa_neuron_state_store_damaged_total"] == 0
     async with serve_engine(load) as api:  # which knows nothing of it
         usages = [*chat.usages]
         chat.api = api

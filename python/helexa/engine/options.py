@@ -68,5 +68,8 @@ class EngineStats:
     prefill_tokens: int
     decode_tokens: int
     cached_tokens: int
+    stored_tokens: int  # of these, what came from the state store
+    snapshots_used: int
+    snapshots_total: int  # slots for them
     preemptions: int
     poisoned: str | None

@@ -91,6 +91,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # that the prefix cache has spared
+        self.num_stored_tokens = 0  # of these, what came from the state store
         self._pool = pool
         self._prefix = prefix
         self._archive = archive
@@ -330,6 +331,7 @@ class Scheduler:
     def _complete_fetch(self, sequence: Sequence) -> None:
         stored = sequence.stored.pop(0)
         self._count_cached(sequence, stored.end - sequence.num_computed)
+        self.num_stored_tokens += stored.end - sequence.num_computed
         sequence.num_computed = stored.end
         self._publish_pages(sequence)
         node, length = sequence.node, stored.end - stored.start

@@ -41,6 +41,10 @@ class Snapshots:
     def num_kept(self) -> int:
         return len(self._kept)
 
+    @property
+    def num_slots(self) -> int:
+        return len(self._kept) + len(self._free)
+
     def take(self, node: "Node", offset: int, slot: int) -> None:
         """Keeps the state in `slot`, which is that after `offset` tokens of the node."""
         if (known := node.snapshots.get(offset)) is not None:

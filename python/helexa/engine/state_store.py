@@ -56,6 +56,7 @@ class StateStore:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
         self._lengths: dict[str, dict[int, int]] = {}  # of tails by their parent, and how many there are
         self._held_bytes = self._disk_bytes = 0
+        self.num_damaged = 0  # entries that could not be read again
         if path is not None:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._scan(path)
@@ -69,6 +70,11 @@ class StateStore:
     def disk_bytes(self) -> int:
         """In files."""
         return self._disk_bytes
+
+    @property
+    def num_entries(self) -> int:
+        """In either."""
+        return len(self._entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -104,6 +110,7 @@ class StateStore:
             return self._read(name)
         except (OSError, ValueError) as error:
             logger.warning("state_ignored", extra=fields(file=name + _SUFFIX, error=error))
+            self.num_damaged += 1
             self.remove(name)
             return None
 

@@ -69,9 +69,11 @@ class Neuron:
         fetch: Callable[[str, Report], Path] = _fetch,
     ):
         self.config = config
-        self.metrics = Metrics(lambda: [info for model in self.registry if (info := model.load_info())])
-        self.turns = TurnStore(config.prompt.turn_store_bytes) if config.prompt.reuse_turns else None
         self.store = _state_store(config.state_cache)
+        self.metrics = Metrics(
+            lambda: [info for model in self.registry if (info := model.load_info())], self.store
+        )
+        self.turns = TurnStore(config.prompt.turn_store_bytes) if config.prompt.reuse_turns else None
         if self.store is not None:
             load = partial(load, store=self.store)
             if self.turns is not None and (kept := self.store.get(_TURNS)) is not None:

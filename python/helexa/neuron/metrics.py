@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from helexa.engine.state_store import StateStore
 from helexa.wire.control import ModelLoad
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -42,6 +43,9 @@ class _LoadCollector(Collector):
             ("max_queue_depth", "Places in the queue."),
             ("kv_tokens_used", "Positions of the KV cache in use."),
             ("kv_tokens_total", "Positions of the KV cache."),
+            ("kv_tokens_cached", "Positions of the KV cache that only the prefix cache keeps."),
+            ("snapshots_used", "Kept states of recurrent layers."),
+            ("snapshots_total", "Places for such states."),
             ("tok_s_prefill", "Recent prefill speed in tokens per second."),
             ("tok_s_decode", "Recent decode speed in tokens per second."),
         ):
@@ -57,14 +61,45 @@ class _LoadCollector(Collector):
             rejections.add_metric([load.id, "wait_timeout"], load.rejected_timeout)
             rejections.add_metric([load.id, "per_principal"], load.rejected_per_principal)
         yield rejections
+        stored = CounterMetricFamily(
+            "helexa_neuron_stored_prompt_tokens", "Prompt tokens from the state store.", labels=["model"]
+        )
+        for load in loads:
+            stored.add_metric([load.id], load.stored_tokens)
+        yield stored
+
+
+class _StoreCollector(Collector):
+    """What the state store holds; no samples where there is none."""
+
+    def __init__(self, store: StateStore | None):
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        for attribute, name, text in (
+            ("num_entries", "entries", "Parts of caches in the state store."),
+            ("held_bytes", "host_bytes", "Main memory that the state store holds."),
+            ("disk_bytes", "disk_bytes", "Bytes of the state store's files."),
+        ):
+            gauge = GaugeMetricFamily(f"helexa_neuron_state_store_{name}", text, labels=[])
+            if self._store is not None:
+                gauge.add_metric([], getattr(self._store, attribute))
+            yield gauge
+        damaged = CounterMetricFamily(
+            "helexa_neuron_state_store_damaged", "Files that could not be read again.", labels=[]
+        )
+        if self._store is not None:
+            damaged.add_metric([], self._store.num_damaged)
+        yield damaged
 
 
 class Metrics:
     """Counters and histograms, each with the label `model`; an unknown model counts under the empty name."""
 
-    def __init__(self, read_loads: Callable[[], Iterable[ModelLoad]] = list):
+    def __init__(self, read_loads: Callable[[], Iterable[ModelLoad]] = list, store: StateStore | None = None):
         self._registry = CollectorRegistry()
         self._registry.register(_LoadCollector(read_loads))
+        self._registry.register(_StoreCollector(store))
         self.tasks = Gauge("helexa_neuron_tasks", "Tasks of the event loop.", registry=self._registry)
         self.faults = Counter(
             "helexa_neuron_device_faults", "Faults of a device.", ["device"], registry=self._registry
