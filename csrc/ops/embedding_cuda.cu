@@ -35,7 +35,7 @@ __device__ void unit_values(const uint8_t* unit, int row, int col, float (&value
 
 template <class F>
 __global__ void __launch_bounds__(kThreads)
-    embedding_kernel(const int32_t* __restrict__ token_ids,  // [num_tokens]
+    embedding_kernel(const int32_t* token_ids,            // [num_tokens]; written by others while this runs
                      const uint8_t* __restrict__ packed,     // the weight
                      float* __restrict__ out,                // [num_tokens, cols]
                      int64_t rows, int64_t cols) {

@@ -64,9 +64,9 @@ template <class T,       // type of x
           int kColumns,  // that a thread takes side by side: 4, or 1 where rows are not aligned
           int kKept>     // values that a thread holds
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_kernel(const T* __restrict__ x,            // [num_tokens, width]
+    rms_norm_kernel(const T* x,                         // [num_tokens, width]; written by others while this runs
                     const float* __restrict__ weight,   // [width]
-                    float* __restrict__ residual,       // [num_tokens, width] or null
+                    float* residual,                    // [num_tokens, width] or null
                     uint8_t* __restrict__ q8,           // rows of activation_row_bytes(width), or null
                     __nv_bfloat16* __restrict__ bf16,   // [num_tokens, width] or null
                     float* __restrict__ plain,          // [num_tokens, width] or null
