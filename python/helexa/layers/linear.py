@@ -110,6 +110,11 @@ class Linear:
         ]
         return cls(weights, biases)
 
+    @property
+    def sees_floats(self) -> bool:
+        """Whether some of its weights are not quantized: these multiply their input unrounded."""
+        return any(weight.format in ops.FLOAT_FORMATS for weight in self.weights)
+
     def __call__(self, x: ops.Rows, dtype: torch.dtype | None = None) -> Tensor:
         """[T, in] -> [T, sum of out]; dtype: if it matters, else what is right for so many rows."""
         return ops.quant_matmul(x, self.weights, self.biases, dtype=dtype)

@@ -37,7 +37,7 @@ class Decoder:
         self.norm = RMSNorm.load(scope / "norm", size, config.rms_norm_eps)
 
     def __call__(self, step: Step, *, keep_float: bool = False) -> ops.Rows:
-        """The rows of step.logits_rows [R, hidden_size]; keep_float: an Activation has them in float32 too."""
+        """The rows of step.logits_rows [R, hidden_size]; keep_float: in float32 too."""
         rope = self.rotary_emb(step.positions)
         hidden, residual = None, self.embed_tokens(step.token_ids)
         for layer in self.layers[:-1]:
@@ -65,7 +65,7 @@ class DecoderForCausalLM:
             self.mtp = MTPHead(config, layer, self.model, self.lm_head)
 
     def __call__(self, step: Step) -> Tensor:
-        return self.lm_head(self.model(step), torch.float32)
+        return self.lm_head(self.model(step, keep_float=self.lm_head.sees_floats), torch.float32)
 
     def hidden(self, step: Step) -> Tensor:
         """Normalised hidden states [R, hidden_size] float32 of step.logits_rows."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from helexa import ops
 from helexa.layers.attention import Attention
 from helexa.layers.gated_delta_net import GatedDeltaNet
 from helexa.layers.linear import Scope
@@ -21,6 +22,8 @@ class DecoderLayer:
         self.mixer = mixer
         self.post_attention_layernorm = RMSNorm.load(scope / "post_attention_layernorm", hidden_size, eps)
         self.mlp = _feed_forward(config, scope / "mlp")
+        self._mixer_sees_floats = _sees_floats(self.mixer)
+        self._mlp_sees_floats = _sees_floats(self.mlp)
 
     def __call__(
         self, hidden: Tensor | None, residual: Tensor, rope: Tensor, step: Step, rows: slice
@@ -30,14 +33,16 @@ class DecoderLayer:
         hidden, residual: [T, hidden_size], the same of the layer before; hidden is None for the first layer.
         Changes residual in place.
         """
-        hidden = self.input_layernorm(residual) if hidden is None else self.input_layernorm(hidden, residual)
+        x, before = (residual, None) if hidden is None else (hidden, residual)
+        are_few = len(residual) <= ops.MAX_MATVEC_ROWS  # many rows are multiplied in bfloat16 anyway
+        normed = self.input_layernorm(x, before, keep_float=self._mixer_sees_floats and are_few)
         if isinstance(self.mixer, GatedDeltaNet):
-            hidden = self.mixer(hidden, step, rows)  # [R, hidden_size]
+            mixed = self.mixer(normed, step, rows)  # [R, hidden_size]
         else:
-            hidden = self.mixer(hidden, rope, step, rows)
+            mixed = self.mixer(normed, rope, step, rows)
         residual = residual[rows]
-        hidden = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+        normed = self.post_attention_layernorm(mixed, residual, keep_float=self._mlp_sees_floats)
+        return self.mlp(normed), residual
 
 
 def make_mixer(config: ModelConfig, scope: Scope, layer: int) -> Attention | GatedDeltaNet:
@@ -77,6 +82,15 @@ def make_attention(config: ModelConfig, scope: Scope, index: int) -> Attention:
         eps=config.rms_norm_eps,
         output_gate=config.attn_output_gate,
     )
+
+
+def _sees_floats(block: Attention | GatedDeltaNet | MLP | SparseMoE) -> bool:
+    """Whether the first matmul of a block has weights that are not quantized."""
+    if isinstance(block, Attention):
+        return block.qkv_proj.sees_floats
+    if isinstance(block, GatedDeltaNet):
+        return block.in_proj.sees_floats
+    return isinstance(block, SparseMoE) or block.gate_up_proj.sees_floats  # routers are never quantized
 
 
 def _feed_forward(config: ModelConfig, scope: Scope) -> MLP | SparseMoE:

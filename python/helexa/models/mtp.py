@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from helexa import ops
 from helexa.layers.embedding import Embedding
 from helexa.layers.linear import Linear, Scope
 from helexa.layers.norm import RMSNorm
@@ -52,11 +53,13 @@ class MTPHead:
         hidden: [T, hidden_size], the model's own behind its last norm.   step: row t has the token after the
         one that hidden[t] was computed of, and the position of hidden[t]; its caches have this layer alone.
         """
-        embedded = self.pre_fc_norm_embedding(self.embed_tokens(step.token_ids))
-        x = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(hidden)], dim=1))  # [T, hidden_size]
+        embedded = self.pre_fc_norm_embedding(self.embed_tokens(step.token_ids), keep_float=True)
+        before = self.pre_fc_norm_hidden(hidden, keep_float=True)
+        both = torch.cat([ops.as_float(embedded), ops.as_float(before)], dim=1)
+        x = self.fc(both, torch.float32)  # [T, hidden_size]
         rope = self.rotary_emb(step.positions)
         out, residual = self.layer(None, x, rope, step, step.logits_rows)
-        return self.norm(out, residual)
+        return ops.as_float(self.norm(out, residual, keep_float=True))
 
 
 MTP_NAMES = {

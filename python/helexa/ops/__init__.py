@@ -25,6 +25,7 @@ from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
 from helexa.ops.moe import (
+    FLOAT_FORMATS,
     SharedExpert,
     moe_mlp,
     moe_mlp_reference,
@@ -72,6 +73,7 @@ from helexa.ops.weight_loader import Source as WeightSource
 __all__ = [
     "ANY_TOKEN",
     "ENCODED",
+    "FLOAT_FORMATS",
     "FORCED",
     "MASKED_TOKENS",
     "MAX_MATVEC_ROWS",
