@@ -103,7 +103,6 @@ def _runner(
         chooser,
         device,
         **sizes,
-        prefill_chunk=options.prefill_tokens,
         capture=options.capture,
     )
 

@@ -5,6 +5,8 @@ step chose stay there for the next one, which is queued before the host has seen
 read is copied back behind each step, and an event tells when it is there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from helexa import ops
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.device import Device, request_errors
 from helexa.engine.device_sampler import is_greedy
@@ -26,7 +29,7 @@ from helexa.errors import HelexaError
 from helexa.layers.step import Step
 from helexa.models import Model
 
-_SHORT_PREFILL = 100  # tokens, of the second one that is run to warm up
+_WARM_UP_TOKENS = ops.MAX_MATVEC_ROWS + 1  # that are computed as long prompts are
 
 
 class Chooser(Protocol):
@@ -132,7 +135,6 @@ class CudaRunner(Runner):
         *,
         max_sequences: int,
         max_context: int,
-        prefill_chunk: int = 512,
         capture: bool = True,
     ):
         super().__init__(cache, states)
@@ -140,7 +142,7 @@ class CudaRunner(Runner):
         self._model = model
         self._device = device
         self._capture = capture and device.has_streams
-        self._prefill_chunk = min(prefill_chunk, max_context)
+        self._max_context = max_context
         self._most_rows = bucket_of(max_sequences)
         self._inputs = DecodeInputs(
             device,
@@ -161,13 +163,13 @@ class CudaRunner(Runner):
         return self._prefill(plan) if plan.is_prefill else self._decode(plan)
 
     def prepare(self) -> None:
-        """Runs what will be run, so that all is loaded and allocated, and captures the decode steps."""
+        """Runs what will be run, so that all code is loaded, and captures the decode steps."""
         if not self._device.has_streams:
             return
-        for num_tokens in {self._prefill_chunk, min(_SHORT_PREFILL, self._prefill_chunk)}:
-            warm_up = Sequence([0] * num_tokens, num_tokens)
-            warm_up.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
-            self._prefill_logits(warm_up, num_tokens)
+        num_tokens = min(_WARM_UP_TOKENS, self._max_context)
+        warm_up = Sequence([0] * num_tokens, num_tokens)
+        warm_up.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
+        self._prefill_logits(warm_up, num_tokens)
         if self._capture:
             pool = torch.cuda.graph_pool_handle()
             rows = self._most_rows
@@ -291,6 +293,14 @@ class CudaRunner(Runner):
                 self.chooser.launch(self._logits[rows], state_slots, positions, greedy_only=greedy_only)
 
 
-def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-    # Other threads may work on devices meanwhile.
-    return torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "thread_local")
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Captures what the thread queues on its stream; other threads may use devices meanwhile.
+
+    Unlike torch.cuda.graph, it neither collects garbage nor gives free memory back, which takes long.
+    """
+    graph.capture_begin(pool, "thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
