@@ -110,10 +110,11 @@ def test_a_file_that_is_cut_fails_the_load_by_name(write_gguf, cuda_device, read
     file = open_gguf(path)
     os.truncate(path, file.nbytes - 100_000)
     weights = GGUFWeights(file, device=cuda_device, num_readers=readers)
-    weights.linear("m")
+    matrix = weights.linear("m").data
     weights.linear("n")
-    with pytest.raises(InvalidFile, match="found a file cut while open, expected all of tensor 'n'"):
-        weights.finish()
+    with pytest.raises(InvalidFile, match="found a file cut while open, expected all of tensor 'n'"), weights:
+        pass
+    assert matrix.untyped_storage().nbytes() == 0
 
 
 def test_a_load_that_fails_elsewhere_is_given_up(write_gguf, cuda_device, readers):
@@ -126,8 +127,10 @@ def test_a_load_that_fails_elsewhere_is_given_up(write_gguf, cuda_device, reader
                 weights.linear(name)
             raise RuntimeError("no such layer")
 
+    matrix = weights.linear("m0").data
     with pytest.raises(RuntimeError, match="no such layer"):
         build()
+    assert matrix.untyped_storage().nbytes() == 0
     weights.finish()  # nothing is left to wait for
 
 

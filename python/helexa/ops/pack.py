@@ -93,6 +93,10 @@ class DeviceArena:
         self.device = self.memory.device
         self._taken = 0
 
+    def drop(self) -> None:
+        """Gives the memory back at once; tensors taken from it must not be used any more."""
+        self.memory.untyped_storage().resize_(0)
+
     @staticmethod
     def spaced(nbytes: int) -> int:
         """What nbytes take of an arena."""

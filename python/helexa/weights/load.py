@@ -108,10 +108,15 @@ class GGUFWeights:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.cancel()
+        try:
+            if kind is None:
+                self.finish()
+                return
+        except BaseException:
+            self._drop()
+            raise
+        self.cancel()
+        self._drop()
 
     def finish(self) -> None:
         """Waits until all tensors that were asked for are in their places. Raises InvalidFile."""
@@ -120,6 +125,7 @@ class GGUFWeights:
             before = self._done_bytes
             try:
                 loader.finish(lambda nbytes: self._advance(before + nbytes - self._done_bytes))
+                self._parked = None
             except (OSError, EOFError) as error:
                 found = "a file cut while open" if isinstance(error, EOFError) else f"{error}"
                 raise InvalidFile(
@@ -131,6 +137,11 @@ class GGUFWeights:
         if self._loader is not None:
             loader, self._loader = self._loader, None
             loader.cancel()
+
+    def _drop(self) -> None:
+        """Gives a device's memory back although what was built of it, and tracebacks, still know of it."""
+        if isinstance(self._arena, ops.DeviceArena):
+            self._arena.drop()
 
     def __contains__(self, name: object) -> bool:
         return name in self.file.tensors
@@ -154,8 +165,8 @@ class GGUFWeights:
         """The small tensor `name`, float32; InvalidFile if missing, too deep or not of a float format."""
         if name not in self._vectors and self._parked is not None and name in self._parked.vectors:
             shape, place = self._parked.vectors[name]
-            # Copied now, because models compute with vectors while they are put together.
-            data = place.of(self._device_memory).copy_(place.of(self._parked.memory))
+            # Before the rest, because models compute with vectors while they are put together.
+            data = _send_soon(place.of(self._parked.memory), place.of(self._device_memory))
             self._vectors[name] = data.view(torch.float32).view(shape)
         elif name not in self._vectors:
             info = self._find(name, "a vector", 1, 2)
@@ -307,7 +318,7 @@ class GGUFWeights:
         """Values, float32, where the weights are."""
         if not isinstance(self._arena, ops.DeviceArena):
             return values.to(self.device)
-        return self._arena.take(values.nbytes).view(torch.float32).copy_(values)
+        return _send_soon(values, self._arena.take(values.nbytes).view(torch.float32))
 
     def _read_ahead(self, position: int) -> None:
         """Has the system read the part of the file at `position` and two more, whatever they hold."""
@@ -319,7 +330,7 @@ class GGUFWeights:
 
     def _advance(self, nbytes: int) -> None:
         self._done_bytes += nbytes
-        self._progress(LoadProgress("weights", 100 * self._done_bytes / self._all_bytes))
+        self._progress(LoadProgress("weights", min(100 * self._done_bytes / self._all_bytes, 100.0)))
 
 
 def _cut(parts: ops.RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
@@ -331,6 +342,14 @@ def _cut(parts: ops.RowBlocks, place: int, count: int) -> list[tuple[int, int]]:
             found.append((first + low, first + high))
         place -= end - first
     return found
+
+
+def _send_soon(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The target, to which the values are copied in the order of the current stream."""
+    if not target.is_cuda:
+        return target.copy_(values)
+    # A copy that does not wait: there may be hundreds, each behind what the loader has queued.
+    return target.copy_(values.pin_memory(), non_blocking=True)
 
 
 def _place(data: torch.Tensor, memory: torch.Tensor) -> Place:
