@@ -87,18 +87,23 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int i = first + k * stride;
     if (i < width) load_columns<kColumns>(x + row + i, values + k * kColumns);
   }
-  float squares = 0.0f;
+  if (residual != nullptr) {
+    // All loads come before the first store, which the compiler could not let them pass.
+    float before[kKept] = {};
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    const int i = first + k * stride;
-    if (residual != nullptr && i < width) {
-      float before[kColumns];
-      load_columns<kColumns>(residual + row + i, before);
-      for (int c = 0; c < kColumns; ++c) values[k * kColumns + c] += before[c];
-      store_columns<kColumns>(values + k * kColumns, residual + row + i);
+    for (int k = 0; k < kSteps; ++k) {
+      const int i = first + k * stride;
+      if (i < width) load_columns<kColumns>(residual + row + i, before + k * kColumns);
     }
-    for (int c = 0; c < kColumns; ++c) squares += values[k * kColumns + c] * values[k * kColumns + c];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int i = first + k * stride;
+      for (int c = 0; c < kColumns; ++c) values[k * kColumns + c] += before[k * kColumns + c];
+      if (i < width) store_columns<kColumns>(values + k * kColumns, residual + row + i);
+    }
   }
+  float squares = 0.0f;
+  for (int k = 0; k < kKept; ++k) squares += values[k] * values[k];
   const float scale = 1.0f / sqrtf(block_sum(squares) / static_cast<float>(width) + eps);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
