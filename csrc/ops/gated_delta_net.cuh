@@ -70,25 +70,55 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-// Writes o · weight / rms · silu(z) of one head and token for the 32 columns from `column` on, one per lane of a whole warp; columns
-// beyond value_head_dim are left.  o [value_head_dim] is of shared or global memory, z of the token's row of x.
-template <class O, class X>
+// Four neighbouring values; `p` is a multiple of 16 bytes (8 of bfloat16).
+__device__ inline float4 load_four(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ inline float4 load_four(const __nv_bfloat16* p) {
+  const uint2 pairs = *reinterpret_cast<const uint2*>(p);
+  __nv_bfloat162 low, high;
+  memcpy(&low, &pairs.x, 4);
+  memcpy(&high, &pairs.y, 4);
+  const float2 first = __bfloat1622float2(low), last = __bfloat1622float2(high);
+  return make_float4(first.x, first.y, last.x, last.y);
+}
+
+// Writes o · weight / rms · silu(z) of one head and token, by a whole warp.  o [value_head_dim] lies in shared or global memory,
+// z in the token's row of x, whose four values are read at once if kAligned.
+template <bool kAligned, class O, class X>
 __device__ inline void write_gated_norm(const DeltaCall& c, const DeltaOutput& out, int64_t token, int head,
-                                        int column, const O* o, const X* z) {
+                                        const O* o, const X* z) {
   const int lane = static_cast<int>(threadIdx.x % 32), width = c.value_head_dim;
   float squares = 0.0f;
-  for (int i = lane; i < width; i += 32) squares += to_float(o[i]) * to_float(o[i]);
+  for (int i = 4 * lane; i < width; i += 128) {
+    const float4 x = load_four(o + i);
+    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+  }
   const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(width) + c.eps);
-  const int i = column + lane;
-  const float value = i < width ? to_float(o[i]) * scale * c.norm_weight[i] * silu(to_float(z[i])) : 0.0f;
-  const int64_t place = static_cast<int64_t>(head) * width + i;
-  if (out.form == DeltaForm::kQ8) {
-    quantize_lanes(value, static_cast<uint8_t*>(out.rows) + token * activation_row_bytes(c.value_dim()),
-                   c.value_dim(), place / 32);
-  } else if (i < width && out.form == DeltaForm::kBF16) {
-    static_cast<__nv_bfloat16*>(out.rows)[token * c.value_dim() + place] = from_float<__nv_bfloat16>(value);
-  } else if (i < width) {
-    static_cast<float*>(out.rows)[token * c.value_dim() + place] = value;
+  const int first = head * width;
+  for (int begin = 0; begin < width; begin += 128) {
+    const int i = begin + 4 * lane;
+    float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (i < width) {
+      const float4 x = load_four(o + i), w = load_four(c.norm_weight + i);
+      const float4 gate =
+          kAligned ? load_four(z + i)
+                   : make_float4(to_float(z[i]), to_float(z[i + 1]), to_float(z[i + 2]), to_float(z[i + 3]));
+      y = make_float4(x.x * scale * w.x * silu(gate.x), x.y * scale * w.y * silu(gate.y),
+                      x.z * scale * w.z * silu(gate.z), x.w * scale * w.w * silu(gate.w));
+    }
+    if (out.form == DeltaForm::kQ8) {
+      // Lanes beyond the head say a block beyond the row.
+      const int64_t block = i < width ? (first + i) / 32 : c.value_dim();
+      quantize_quads(y, static_cast<uint8_t*>(out.rows) + token * activation_row_bytes(c.value_dim()),
+                     c.value_dim(), block);
+    } else if (i < width && out.form == DeltaForm::kBF16) {
+      const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
+      uint2 bits;
+      memcpy(&bits, pairs, 8);
+      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.rows) + token * c.value_dim() + first + i) =
+          bits;
+    } else if (i < width) {
+      *reinterpret_cast<float4*>(static_cast<float*>(out.rows) + token * c.value_dim() + first + i) = y;
+    }
   }
 }
 

@@ -7,7 +7,7 @@
 //   O = s e^G Q S + P V,      P_ij = s e^(G_i - G_j) q_i·k_j for j <= i
 //   S = e^G_last S + Σ_j e^(G_last - G_j) k_j V_jᵀ
 //
-//   convolve   convolution, silu, l2 norms; replaces the convolution's state     one warp: 16 tokens of 128 channels
+//   convolve   convolution, silu, l2 norms; replaces the convolution's state     one warp: 8 tokens of 128 channels
 //   system     T, P and the gates of a chunk and head; all chunks at once        one block: a chunk of a head
 //   scan       R, V, O and S, chunk after chunk                                  one block: kCols columns of a head's state
 //   norm       gated norm of O                                                   one warp: a head of a token
@@ -115,8 +115,8 @@ struct Workspace {
 
 // --- convolve ----------------------------------------------------------------------------------------------------------------------
 
-constexpr int kConvWarps = 4;
-constexpr int kConvTokens = kChunk / kConvWarps;  // of a warp
+constexpr int kConvWarps = 8;
+constexpr int kConvTokens = kChunk / kConvWarps;  // of a warp, which has all their loads under way at once
 
 template <int kWide, class T>
 struct alignas(kWide * sizeof(T)) Vector {
@@ -144,7 +144,7 @@ struct ConvInput {
 };
 
 template <class X, int kDepth>  // d_k; a warp has as many channels
-__global__ void __launch_bounds__(kConvWarps * 32) convolve_kernel(const X* __restrict__ x,  // [T, row]
+__global__ void __launch_bounds__(kConvWarps * 32) convolve_kernel(const X* x,  // [T, row]
                                                                    DeltaCall c,
                                                                    __half* __restrict__ qk,  // [T, 2 key_dim]
                                                                    X* __restrict__ v) {      // [T, value_dim]
@@ -163,13 +163,17 @@ __global__ void __launch_bounds__(kConvWarps * 32) convolve_kernel(const X* __re
   const ConvInput<X, kWide> input{x + (chunk.first - offset) * c.row() + place,
                                   c.conv_state(c.state_slots[chunk.sequence]) + place, c.row(), c.conv_dim(),
                                   c.kv_lengths[chunk.sequence] == chunk.num_tokens};
-  float weight[kTaps][kWide], window[kTaps][kWide];
+  float weight[kTaps][kWide], inputs[kTaps - 1 + kConvTokens][kWide] = {};
+#pragma unroll
+  for (int i = 0; i < kTaps - 1 + kConvTokens; ++i) {
+    const int token = begin + i - (kTaps - 1);
+    if (token < end) input(offset + token, inputs[i]);
+  }
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i)
       weight[tap][i] = c.conv_weight[static_cast<int64_t>(tap) * c.conv_dim() + place + i];
-    if (tap > 0) input(offset + begin + tap - kTaps, window[tap]);
   }
   // The warp that reads the old state is the only one that does, and replaces it at its end: so it takes what follows from there.
   const bool keeps_state = offset + begin == 0;
@@ -178,23 +182,19 @@ __global__ void __launch_bounds__(kConvWarps * 32) convolve_kernel(const X* __re
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) input(chunk.num_tokens - (kTaps - 1) + i, past[i]);
   }
-  for (int token = begin; token < end; ++token) {
 #pragma unroll
-    for (int tap = 0; tap + 1 < kTaps; ++tap) {
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) window[tap][i] = window[tap + 1][i];
-    }
-    input(offset + token, window[kTaps - 1]);
+  for (int token = 0; token < kConvTokens; ++token) {
+    if (begin + token >= end) break;
     float values[kWide], squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWide; ++i) {
       float sum = 0.0f;
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) sum = fmaf(window[tap][i], weight[tap][i], sum);
+      for (int tap = 0; tap < kTaps; ++tap) sum = fmaf(inputs[token + tap][i], weight[tap][i], sum);
       values[i] = sum / (1.0f + __expf(-sum));
       squares = fmaf(values[i], values[i], squares);
     }
-    const int64_t row = chunk.first + token;
+    const int64_t row = chunk.first + begin + token;
     if (is_norm) {
       const float scale = 1.0f / sqrtf(warp_sum(squares) + 1e-6f);
       Vector<kWide, __half> normed;
@@ -285,9 +285,9 @@ __device__ __forceinline__ void solve(const float* a, float* solution) {
 
 template <class X, int kDepth>
 __global__ void __launch_bounds__(kSystemThreads)
-    system_kernel(const X* __restrict__ x,  // [T, row]
+    system_kernel(const X* x,  // [T, row]
                   DeltaCall c,
-                  const __half* __restrict__ qk,  // [T, 2 key_dim]
+                  const __half* qk,  // [T, 2 key_dim]
                   __half* __restrict__ solved,    // [chunks, H_v, 64, 64]
                   __half* __restrict__ masked,    // [chunks, H_v, 64, 64]
                   float* __restrict__ gates) {    // [chunks, H_v, 2, 64]
@@ -413,11 +413,11 @@ __device__ __forceinline__ void copy_rows(__half* to, int stride, const __half* 
 template <class X, int kDepth, int kCols>
 __global__ void __launch_bounds__(kScanThreads, 2)
     scan_kernel(DeltaCall c,
-                const __half* __restrict__ qk,      // [T, 2 key_dim]
+                const __half* qk,      // [T, 2 key_dim]
                 X* v,                               // [T, value_dim], replaced by O
-                const __half* __restrict__ solved,  // [chunks, H_v, 64, 64]
-                const __half* __restrict__ masked,  // [chunks, H_v, 64, 64]
-                const float* __restrict__ gates) {  // [chunks, H_v, 2, 64]
+                const __half* solved,  // [chunks, H_v, 64, 64]
+                const __half* masked,  // [chunks, H_v, 64, 64]
+                const float* gates) {  // [chunks, H_v, 2, 64]
   using Shared = ScanShared<kDepth, kCols>;
   constexpr int kTiles = kCols / 8, kNarrow = Shared::kNarrow;
   // A warp has 16 rows of the state and kStateTiles of its tiles of columns; 16 of the 64 rows of V and half of their tiles.
@@ -608,8 +608,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 constexpr int kNormWarps = 8;
 
 template <class X>
-__global__ void __launch_bounds__(kNormWarps * 32) norm_kernel(const X* __restrict__ x,  // [T, row]
-                                                               const X* __restrict__ o,  // [T, value_dim]
+__global__ void __launch_bounds__(kNormWarps * 32) norm_kernel(const X* x,  // [T, row]
+                                                               const X* o,  // [T, value_dim]
                                                                DeltaCall c, DeltaOutput out) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
@@ -619,9 +619,8 @@ __global__ void __launch_bounds__(kNormWarps * 32) norm_kernel(const X* __restri
   for (int i = warp; i < chunk.count; i += kNormWarps) {
     const int64_t token = chunk.first + i;
     const X* z = x + token * c.row() + c.conv_dim() + head * c.value_head_dim;
-    for (int column = 0; column < c.value_head_dim; column += 32)
-      write_gated_norm(c, out, token, head, column,
-                       o + token * c.value_dim() + static_cast<int64_t>(head) * c.value_head_dim, z);
+    write_gated_norm<true>(c, out, token, head,
+                           o + token * c.value_dim() + static_cast<int64_t>(head) * c.value_head_dim, z);
   }
 }
 

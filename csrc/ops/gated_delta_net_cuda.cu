@@ -253,7 +253,7 @@ __device__ void prefetch_inputs(const DeltaCall& c, int sequence, int head, cons
 template <class X,   // of x
           int kDim>  // d_k and d_v, or 0: any
 __global__ void __launch_bounds__(kThreads, 2)
-    delta_step_kernel(const X* __restrict__ x,  // [num_tokens, row]
+    delta_step_kernel(const X* x,  // [num_tokens, row]
                       DeltaCall c,
                       uint32_t* counters,  // [slots, H_k], zero before and after
                       DeltaOutput out) {
@@ -314,13 +314,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (threadIdx.x == 0) shared.replaces_keys = readers_before == static_cast<uint32_t>(heads_per_key - 1);
     __syncthreads();
-    const int blocks = (c.value_head_dim + 31) / 32;
-#pragma unroll 1
-    for (int i = warp; i < count * blocks; i += kWarps) {
-      const int token = i / blocks;
-      write_gated_norm(c, out, first + start + token, head, i % blocks * 32, shared.o[token],
-                       sequence.x + (start + token) * sequence.row + c.conv_dim() + head * c.value_head_dim);
-    }
+    static_assert(kWarps >= kGroup);
+    if (warp < count)
+      write_gated_norm<false>(
+          c, out, first + start + warp, head, shared.o[warp],
+          sequence.x + (start + warp) * sequence.row + c.conv_dim() + head * c.value_head_dim);
     __syncthreads();
   }
   for (int i = threadIdx.x + (shared.replaces_keys ? 0 : 2 * channels.depth); i < channels.count();
