@@ -19,8 +19,9 @@ __device__ float warp_max(float x) {
   return x;
 }
 
-template <class T>  // type of q and the caches
+template <class C>  // type of the caches
 __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall call) {
+  using Q = typename attention_tiled::Operand<C>::Type;
   ptx::wait_for_producers();
   ptx::allow_consumers();
   __shared__ float q[kMaxHeadDim], weights[kWarps][32], warp_best[kWarps], warp_total[kWarps];
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall cal
   const int num_keys = call.kv_lengths[s] - (call.query_start[s + 1] - static_cast<int>(token)) + 1;
 
   for (int d = threadIdx.x; d < D; d += kThreads)
-    q[d] = to_float(static_cast<const T*>(call.q)[(token * H + head) * D + d]) * call.scale;
+    q[d] = to_float(static_cast<const Q*>(call.q)[(token * H + head) * D + d]) * call.scale;
   __syncthreads();
 
   float best = kLowest, total = 0.0f, sum[kLaneDims];
@@ -45,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall cal
   for (int first = 32 * warp; first < num_keys; first += 32 * kWarps) {
     const int64_t page = call.page_table[s * call.max_pages + first / kPageTokens];
     const int64_t offset = ((page * call.num_kv_heads + kv_head) * kPageTokens + first % kPageTokens) * D;
-    const T* k = static_cast<const T*>(call.k_cache) + offset;
-    const T* v = static_cast<const T*>(call.v_cache) + offset;
+    const C* k = static_cast<const C*>(call.k_cache) + offset;
+    const C* v = static_cast<const C*>(call.v_cache) + offset;
     const int count = min(32, num_keys - first);
     float score = -INFINITY;
     if (lane < count) {
@@ -97,24 +98,28 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall cal
   }
 }
 
+template <class C>
 void attention_plain(const AttentionCall& call, void* stream) {
-  with_dtype(static_cast<DType>(call.cache_dtype), [&](auto value) {
-    constexpr int64_t kMaxRows = 65535;  // the end of a grid's second dimension
-    AttentionCall part = call;
-    for (; part.first_row < call.end_row; part.first_row += kMaxRows) {
-      const int64_t rows =
-          call.end_row - part.first_row < kMaxRows ? call.end_row - part.first_row : kMaxRows;
-      launch_kernel(plain_kernel<decltype(value)>,
-                    {dim3(static_cast<unsigned>(call.num_heads), static_cast<unsigned>(rows)), dim3(kThreads),
-                     stream, 0, true},
-                    part);
-      part.x += rows * call.num_heads * call.head_dim;
-      if (part.gate != nullptr) {
-        const int64_t bytes = static_cast<DType>(call.gate_dtype) == DType::kF32 ? 4 : 2;
-        part.gate = static_cast<const uint8_t*>(part.gate) + rows * call.gate_stride * bytes;
-      }
+  constexpr int64_t kMaxRows = 65535;  // the end of a grid's second dimension
+  AttentionCall part = call;
+  for (; part.first_row < call.end_row; part.first_row += kMaxRows) {
+    const int64_t rows = call.end_row - part.first_row < kMaxRows ? call.end_row - part.first_row : kMaxRows;
+    launch_kernel(plain_kernel<C>,
+                  {dim3(static_cast<unsigned>(call.num_heads), static_cast<unsigned>(rows)), dim3(kThreads),
+                   stream, 0, true},
+                  part);
+    part.x += rows * call.num_heads * call.head_dim;
+    if (part.gate != nullptr) {
+      const int64_t bytes = static_cast<DType>(call.gate_dtype) == DType::kF32 ? 4 : 2;
+      part.gate = static_cast<const uint8_t*>(part.gate) + rows * call.gate_stride * bytes;
     }
-  });
+  }
+}
+
+void attention_plain(const AttentionCall& call, void* stream) {
+  if (call.cache_dtype == kE4M3) return attention_plain<__nv_fp8_e4m3>(call, stream);
+  with_dtype(static_cast<DType>(call.cache_dtype),
+             [&](auto value) { attention_plain<decltype(value)>(call, stream); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 #pragma once
 
-// Attention on tensor cores over a paged cache of 16-bit values (Dao et al. 2022; splits along the keys: flash decoding).
+// Attention on tensor cores over a paged cache of 16-bit values or of bytes (Dao et al. 2022; splits along the keys: flash decoding).
 //
 // A row is one query head of one token; rows of a sequence and kv head go token by token, with the `group` heads that share the kv
 // head next to each other, so that its keys and values are read once for all of them.  Keys come in tiles through two stages of
@@ -19,11 +19,15 @@
 // Tables and keys of earlier steps are read before the kernel just before has ended; that one writes neither (it appends the new keys).
 //
 // Rows leave in the form that the next matmul takes, multiplied by the sigmoid of the output gate if there is one.
+#include <cuda_fp8.h>
+
 #include "core/cuda.cuh"
 #include "ops/activation.cuh"
 #include "ops/attention.h"
 
 namespace helexa {
+
+__device__ inline float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
 
 // The arguments of attention_cuda.
 struct AttentionCall {
@@ -68,6 +72,27 @@ struct Tile {
   static constexpr int kResultStride = kDim + 8;
 };
 
+// The type in which elements of a cache are multiplied, which is that of q too.
+template <class C>
+struct Operand {
+  using Type = C;
+};
+template <>
+struct Operand<__nv_fp8_e4m3> {
+  using Type = __half;
+};
+
+// Eight bytes of a cache as eight 16-bit values.
+__device__ inline uint4 widen(uint2 bytes, __nv_fp8_e4m3) {
+  auto two = [](uint32_t pair) {
+    const __half2_raw wide =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair & 0xffffu), __NV_E4M3);
+    return static_cast<uint32_t>(wide.x) | static_cast<uint32_t>(wide.y) << 16;
+  };
+  return make_uint4(two(bytes.x), two(bytes.x >> 16), two(bytes.y), two(bytes.y >> 16));
+}
+
+// The tiles' memory has two stages, or a tile of 16-bit values and two stages of bytes.
 template <int kDim, int kRows>
 constexpr int shared_bytes() {
   const int tiles = (kStages * Tile<kDim>::kStageValues + kRows * kDim) * 2;
@@ -206,10 +231,13 @@ struct Results {
   }
 };
 
-template <class T, int kDim,
+template <class C,  // type of the caches
+          int kDim,
           int kRowTiles,  // of 16 rows in a warp
           int kRowParts, int kKeyParts, int kDimParts>
 struct Block {
+  using T = typename Operand<C>::Type;
+  static constexpr bool kWiden = sizeof(C) == 1;
   static_assert(kRowParts * kKeyParts * kDimParts == kWarps);
   static_assert(kRowTiles == 1 || kKeyParts * kDimParts == 1);
   using Shape = Tile<kDim>;
@@ -218,27 +246,43 @@ struct Block {
   static constexpr int kDims = kDim / kDimParts;          // of v in a warp
   static_assert(kKeys % 16 == 0);
   // Where reading is all that takes time, both stages are on their way while the first is waited for, at the price of a second
-  // barrier for each tile.
-  static constexpr bool kBothAhead = kKeyParts > 1;
+  // barrier for each tile; tiles that have to be widened need that one anyway.
+  static constexpr bool kBothAhead = kKeyParts > 1 || kWiden;
 
-  // Starts copying the tile of keys from `key` on; none from part.end_key on.
-  static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, T* stage) {
+  static __device__ C* stage_at(T* shared, int stage) {
+    return reinterpret_cast<C*>(shared + (kWiden ? Shape::kStageValues : 0)) + stage * Shape::kStageValues;
+  }
+
+  // Starts copying the tile of keys from `key` on to where it is multiplied or, if it has to be widened, as it lies in the cache;
+  // none from part.end_key on.
+  static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, C* stage) {
     if (key < part.end_key) {
       const int64_t page = call.page_table[part.sequence * call.max_pages + key / kPageTokens];
       const int64_t offset =
           ((page * call.num_kv_heads + part.kv_head) * kPageTokens + key % kPageTokens) * kDim;
-      const T* k = static_cast<const T*>(call.k_cache) + offset;
-      const T* v = static_cast<const T*>(call.v_cache) + offset;
+      const C* k = static_cast<const C*>(call.k_cache) + offset;
+      const C* v = static_cast<const C*>(call.v_cache) + offset;
+      constexpr int kValues = 16 / sizeof(C), kChunks = kDim / kValues;
 #pragma unroll
-      for (int i = threadIdx.x; i < Shape::kKeys * Shape::kRowChunks; i += kThreads) {
-        const int row = i / Shape::kRowChunks, chunk = i % Shape::kRowChunks;
+      for (int i = threadIdx.x; i < Shape::kKeys * kChunks; i += kThreads) {
+        const int row = i / kChunks;
         const bool valid = key + row < part.end_key;
-        const int to = chunk_offset<kDim>(row, chunk);
-        ptx::copy_async(stage + to, k + i * 8, valid);
-        ptx::copy_async(stage + Shape::kKeys * kDim + to, v + i * 8, valid);
+        const int to = kWiden ? i * kValues : chunk_offset<kDim>(row, i % kChunks);
+        ptx::copy_async(stage + to, k + i * kValues, valid);
+        ptx::copy_async(stage + Shape::kKeys * kDim + to, v + i * kValues, valid);
       }
     }
     ptx::commit_copies();
+  }
+
+  static __device__ void widen_tile(const C* stage, T* tile) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 2 * Shape::kKeys * Shape::kRowChunks; i += kThreads) {
+      const uint4 wide = widen(*reinterpret_cast<const uint2*>(stage + 8 * i), C());
+      // Keys and values follow each other as rows of one tile.
+      *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(i / Shape::kRowChunks, i % Shape::kRowChunks)) =
+          wide;
+    }
   }
 
   static __device__ void load_queries(const AttentionCall& call, const Part& part, int first_row,
@@ -290,13 +334,13 @@ struct Block {
     for (; kBothAhead && num_early < kTilesAhead; ++num_early) {
       const int key = part.first_key + num_early * Shape::kKeys;
       if (key + Shape::kKeys > part.first_position) break;
-      load_tile(call, part, key, shared + num_early * Shape::kStageValues);
+      load_tile(call, part, key, stage_at(shared, num_early));
     }
     ptx::wait_for_producers();
     ptx::allow_consumers();
     load_queries(call, part, first_row, queries);
     for (int i = num_early; i < kTilesAhead; ++i)
-      load_tile(call, part, part.first_key + i * Shape::kKeys, shared + i * Shape::kStageValues);
+      load_tile(call, part, part.first_key + i * Shape::kKeys, stage_at(shared, i));
     ptx::commit_copies();
     int stage = 0;
     for (int tile_key = part.first_key; tile_key < part.end_key; tile_key += Shape::kKeys, stage ^= 1) {
@@ -308,10 +352,14 @@ struct Block {
       }
       // Everybody's copies are there, and everybody is done with the stage before.
       __syncthreads();
-      if (!kBothAhead) {
-        load_tile(call, part, tile_key + Shape::kKeys, shared + (stage ^ 1) * Shape::kStageValues);
+      if constexpr (kWiden) {
+        widen_tile(stage_at(shared, stage), shared);
+        __syncthreads();
+        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
+      } else if (!kBothAhead) {
+        load_tile(call, part, tile_key + Shape::kKeys, stage_at(shared, stage ^ 1));
       }
-      const T* k = shared + stage * Shape::kStageValues + key_part * kKeys * kDim;
+      const T* k = shared + (kWiden ? 0 : stage * Shape::kStageValues) + key_part * kKeys * kDim;
       const T* v = k + Shape::kKeys * kDim;
       const int key = tile_key + key_part * kKeys;
 
@@ -412,9 +460,9 @@ struct Block {
           }
         }
       }
-      if (kBothAhead) {
+      if constexpr (kBothAhead && !kWiden) {
         __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, shared + stage * Shape::kStageValues);
+        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
       }
     }
     ptx::wait_for_copies<0>();
@@ -481,10 +529,11 @@ __device__ void store_rows(const AttentionCall& call, const Part& part, int firs
   }
 }
 
-template <class T,  // of q and the caches
+template <class C,  // type of the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall call) {
-  using Rows = Block<T, kDim, kDim <= 128 ? 2 : 1, 4, 1, 1>;
+  using T = typename Operand<C>::Type;
+  using Rows = Block<C, kDim, kDim <= 128 ? 2 : 1, 4, 1, 1>;
   // Which rows of which sequence: blocks count through all of them.  Later rows come first, since they see more keys.
   const int group = static_cast<int>(call.num_heads / call.num_kv_heads);
   auto blocks_of = [&](int s) {
@@ -510,11 +559,12 @@ __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall ca
   store_rows<kDim>(call, part, first_row, Rows::attend(call, part, first_row, dynamic_shared<T>()));
 }
 
-template <class T,  // of q and the caches
+template <class C,  // type of the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall call) {
-  using FewRows = Block<T, kDim, 1, 1, kDim <= 128 ? 4 : 2, kDim <= 128 ? 1 : 2>;
-  using ManyRows = Block<T, kDim, 1, 4, 1, 1>;
+  using T = typename Operand<C>::Type;
+  using FewRows = Block<C, kDim, 1, 1, kDim <= 128 ? 4 : 2, kDim <= 128 ? 1 : 2>;
+  using ManyRows = Block<C, kDim, 1, 4, 1, 1>;
   constexpr int kRows = ManyRows::kRows;
   const int num_kv_heads = static_cast<int>(call.num_kv_heads);
   const int split = blockIdx.y, sequence = blockIdx.z;
@@ -620,7 +670,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
   }
 }
 
-template <class T, int kDim>
+template <class C, int kDim>
 void launch(const AttentionCall& call, void* stream) {
   const int64_t group = call.num_heads / call.num_kv_heads;
   const unsigned num_sequences = static_cast<unsigned>(call.num_sequences);
@@ -629,7 +679,7 @@ void launch(const AttentionCall& call, void* stream) {
     constexpr int kRows = kDim <= 128 ? 128 : 64;
     // Each sequence may have a block that is not full.
     const int64_t num_blocks = (call.num_tokens * group + kRows - 1) / kRows + call.num_sequences;
-    launch_kernel(prompt_kernel<T, kDim>,
+    launch_kernel(prompt_kernel<C, kDim>,
                   {dim3(static_cast<unsigned>(num_blocks), num_kv_heads), dim3(kThreads), stream,
                    shared_bytes<kDim, kRows>(), true},
                   call);
@@ -640,7 +690,7 @@ void launch(const AttentionCall& call, void* stream) {
                               ? call.split_queries
                               : (call.num_tokens + call.num_sequences - 1) / call.num_sequences;
   const unsigned num_blocks = static_cast<unsigned>((queries * group + kRows - 1) / kRows);
-  launch_kernel(split_kernel<T, kDim>,
+  launch_kernel(split_kernel<C, kDim>,
                 {dim3(num_blocks * num_kv_heads, static_cast<unsigned>(call.max_splits), num_sequences),
                  dim3(kThreads), stream, shared_bytes<kDim, kRows>(), true},
                 call);
@@ -648,8 +698,11 @@ void launch(const AttentionCall& call, void* stream) {
 
 template <int kDim>
 void launch(const AttentionCall& call, void* stream) {
-  static_cast<DType>(call.cache_dtype) == DType::kBF16 ? launch<__nv_bfloat16, kDim>(call, stream)
-                                                       : launch<__half, kDim>(call, stream);
+  switch (call.cache_dtype) {
+    case kE4M3: return launch<__nv_fp8_e4m3, kDim>(call, stream);
+    case static_cast<int>(DType::kBF16): return launch<__nv_bfloat16, kDim>(call, stream);
+    default: return launch<__half, kDim>(call, stream);
+  }
 }
 
 }  // namespace attention_tiled

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // One warp to a head, whether of q, k or v: the head lies in shared memory between its norm and its rotation, since the two values
 // of a pair are read by the same lane but were not normed by it.
+#include <cuda_fp8.h>
+
 #include "core/cuda.cuh"
 #include "ops/attention.h"
 #include "ops/rope.h"
@@ -40,11 +42,19 @@ struct Append {
   bool interleaved;
 };
 
+// Rounds to nearest; what is beyond 448 becomes that.
+__device__ void assign(__nv_fp8_e4m3& to, float x) { to = __nv_fp8_e4m3(x); }
+template <class T>
+__device__ void assign(T& to, float x) {
+  to = from_float<T>(x);
+}
+
 template <class X,  // type of qkv
-          class C>  // type of the caches and of q_out
+          class C,  // type of the caches
+          class Q>  // type of q_out
 __global__ void __launch_bounds__(32 * kWarps)
     rope_append_kernel(const X* qkv,  // [num_tokens, qkv_stride]
-                       C* q_out,      // [num_tokens, num_heads, head_dim]
+                       Q* q_out,      // [num_tokens, num_heads, head_dim]
                        const Append call) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
@@ -57,13 +67,6 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   const int64_t slot = head < H ? 0 : call.slots[t];
   if (slot < 0) return;
-  const int kv_head = (head - H) % Hkv;
-  const int64_t cache_offset = ((slot / kPageTokens * Hkv + kv_head) * kPageTokens + slot % kPageTokens) * D;
-  if (head >= H + Hkv) {
-    C* v = static_cast<C*>(call.v_cache) + cache_offset;
-    for (int i = lane; i < D; i += 32) v[i] = from_float<C>(to_float(from[i]));
-    return;
-  }
 
   float* x = dynamic_shared<float>() + threadIdx.x / 32 * D;
   float squares = 0.0f;
@@ -72,24 +75,33 @@ __global__ void __launch_bounds__(32 * kWarps)
     x[i] = value;
     squares += value * value;
   }
-  const float* norm = head < H ? call.q_norm : call.k_norm;
-  if (norm != nullptr) {
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(D) + call.eps);
-    for (int i = lane; i < D; i += 32) x[i] = x[i] * scale * norm[i];
+  if (head < H + Hkv) {
+    const float* norm = head < H ? call.q_norm : call.k_norm;
+    if (norm != nullptr) {
+      const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(D) + call.eps);
+      for (int i = lane; i < D; i += 32) x[i] = x[i] * scale * norm[i];
+    }
+    __syncwarp();
+    const float2* rotation = call.table + t * call.num_pairs;
+    for (int i = lane; i < call.num_pairs; i += 32) {
+      float& a = x[call.interleaved ? 2 * i : i];
+      float& b = x[call.interleaved ? 2 * i + 1 : call.num_pairs + i];
+      const float2 r = rotation[i];
+      const float turned = a * r.x - b * r.y;
+      b = b * r.x + a * r.y;
+      a = turned;
+    }
   }
   __syncwarp();
-
-  C* out = head < H ? q_out + (t * H + head) * D : static_cast<C*>(call.k_cache) + cache_offset;
-  const float2* rotation = call.table + t * call.num_pairs;
-  for (int i = lane; i < call.num_pairs; i += 32) {
-    const int first = call.interleaved ? 2 * i : i;
-    const int second = call.interleaved ? 2 * i + 1 : call.num_pairs + i;
-    const float2 r = rotation[i];
-    const float a = x[first], b = x[second];
-    out[first] = from_float<C>(a * r.x - b * r.y);
-    out[second] = from_float<C>(b * r.x + a * r.y);
+  if (head < H) {
+    Q* q = q_out + (t * H + head) * D;
+    for (int i = lane; i < D; i += 32) assign(q[i], x[i]);
+  } else {
+    const int kv_head = (head - H) % Hkv;
+    C* cache = static_cast<C*>(head < H + Hkv ? call.k_cache : call.v_cache);
+    cache += ((slot / kPageTokens * Hkv + kv_head) * kPageTokens + slot % kPageTokens) * D;
+    for (int i = lane; i < D; i += 32) assign(cache[i], x[i]);
   }
-  for (int i = 2 * call.num_pairs + lane; i < D; i += 32) out[i] = from_float<C>(x[i]);
 }
 
 }  // namespace
@@ -124,24 +136,27 @@ void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const 
                     static_cast<int>(head_dim),
                     static_cast<int>(num_pairs),
                     interleaved};
-  with_dtype(static_cast<DType>(cache_dtype), [&](auto c) {
+  auto append = [&](auto x, auto c, auto q) {
+    using X = decltype(x);
     using C = decltype(c);
-    auto append = [&](auto x) {
-      using X = decltype(x);
-      for (int64_t first = 0; first < num_tokens; first += kMaxTokens) {
-        const int64_t count = num_tokens - first < kMaxTokens ? num_tokens - first : kMaxTokens;
-        Append part = call;
-        part.table += first * num_pairs;
-        part.slots += first;
-        launch_kernel(rope_append_kernel<X, C>,
-                      {dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)),
-                       dim3(32 * kWarps), stream, kWarps * head_dim * sizeof(float), true},
-                      static_cast<const X*>(qkv) + first * qkv_stride,
-                      static_cast<C*>(q_out) + first * num_heads * head_dim, part);
-      }
-    };
-    static_cast<DType>(qkv_dtype) == DType::kF32 ? append(float()) : append(__nv_bfloat16());
-  });
+    using Q = decltype(q);
+    for (int64_t first = 0; first < num_tokens; first += kMaxTokens) {
+      const int64_t count = num_tokens - first < kMaxTokens ? num_tokens - first : kMaxTokens;
+      Append part = call;
+      part.table += first * num_pairs;
+      part.slots += first;
+      launch_kernel(rope_append_kernel<X, C, Q>,
+                    {dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(32 * kWarps),
+                     stream, kWarps * head_dim * sizeof(float), true},
+                    static_cast<const X*>(qkv) + first * qkv_stride,
+                    static_cast<Q*>(q_out) + first * num_heads * head_dim, part);
+    }
+  };
+  auto to_caches = [&](auto x) {
+    if (cache_dtype == kE4M3) return append(x, __nv_fp8_e4m3(), __half());
+    with_dtype(static_cast<DType>(cache_dtype), [&](auto c) { append(x, c, c); });
+  };
+  static_cast<DType>(qkv_dtype) == DType::kF32 ? to_caches(float()) : to_caches(__nv_bfloat16());
 }
 
 }  // namespace helexa

@@ -66,7 +66,14 @@ def make_call(
                 pages[page, :, :filled] = torch.randn(num_kv_heads, filled, head_dim).to(dtype)
     query_start = torch.tensor([0, *query_lengths]).cumsum(0).int()
     q = torch.randn(int(query_start[-1]), num_kv_heads * group, head_dim) * amplitude
-    tensors = (q.to(dtype), k_cache, v_cache, page_table, query_start, torch.tensor(kv_lengths).int())
+    tensors = (
+        q.to(torch.float16 if dtype == torch.float8_e4m3fn else dtype),
+        k_cache,
+        v_cache,
+        page_table,
+        query_start,
+        torch.tensor(kv_lengths).int(),
+    )
     return Call(*(tensor.to(device) for tensor in tensors), head_dim**-0.5)
 
 
@@ -85,19 +92,18 @@ def check(cuda_device, assert_close, decoded):
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_ragged_sequences_equal_the_reference(check, head_dim, group, dtype):
     check((5, 1, 33, 2), (5, 300, 213, 500), group=group, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("head_dim", [1, 20, 63, 80, 128, 512])
 def test_other_shapes_are_computed_in_float32(check, head_dim, dtype):
     if head_dim != 128 or dtype == torch.float32:
-        tolerance = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}[dtype]
-        check((3, 1, 40), (3, 257, 290), tolerance, group=3, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+        check((3, 1, 40), (3, 257, 290), 2e-6, group=3, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
@@ -115,9 +121,11 @@ def test_every_number_of_queries_works(check, head_dim, num_queries):
     check((num_queries,), (num_queries + 261,), head_dim=head_dim, num_kv_heads=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_a_step_of_prompts_and_decoding_sequences(check, head_dim):
-    check((70, 1, 16, 17, 1, 3), (300, 900, 16, 400, 1, 130), head_dim=head_dim, group=3)
+def test_a_step_of_prompts_and_decoding_sequences(check, head_dim, dtype):
+    lengths = (300, 900, 16, 400, 1, 130)
+    check((70, 1, 16, 17, 1, 3), lengths, head_dim=head_dim, group=3, num_kv_heads=1, dtype=dtype)
 
 
 def test_a_long_context_is_joined_from_many_splits(check, monkeypatch):

@@ -5,7 +5,7 @@ from helexa import ops
 
 pytestmark = pytest.mark.cuda
 
-CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def inverse_frequencies(num_rotated: int) -> torch.Tensor:
@@ -56,15 +56,16 @@ def make_call(
 def check_against_reference(call, interleaved, assert_close):
     expected = {**call, "k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
     dtype = call["k_cache"].dtype
-    q_expected = ops.rope_append_reference(**expected, interleaved=interleaved).to(dtype)
+    q_dtype = torch.float16 if dtype == torch.float8_e4m3fn else dtype
+    q_expected = ops.rope_append_reference(**expected, interleaved=interleaved).to(q_dtype)
     out = torch.full_like(q_expected, torch.nan)
     q = ops.rope_append(**call, interleaved=interleaved, out=out)
     assert q is out
     # A last-bit difference in float32 may round to either neighbour in the type of the cache.
-    tolerance = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
-    assert_close("q", q_expected, q, tolerance)
-    assert_close("k", expected["k_cache"], call["k_cache"], tolerance)
-    assert torch.equal(expected["v_cache"], call["v_cache"])
+    tolerances = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float8_e4m3fn: 1e-2}
+    assert_close("q", q_expected, q, tolerances[q_dtype])
+    assert_close("k", expected["k_cache"].float(), call["k_cache"].float(), tolerances[dtype])
+    assert torch.equal(expected["v_cache"].view(torch.uint8), call["v_cache"].view(torch.uint8))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -108,6 +109,17 @@ def test_a_token_with_a_negative_slot_is_not_written(cuda_device, assert_close):
     call["slots"][2] = -1
     check_against_reference(call, False, assert_close)
     assert call["k_cache"].any(-1).any(1).sum() == 4
+
+
+def test_values_beyond_float8_become_the_greatest_and_nan_stays(cuda_device):
+    call = make_call(cuda_device, 1, 1, 1, 16, dtype=torch.float8_e4m3fn, norms=False)
+    call["qkv"][0, 32:35] = torch.tensor([1e6, -1e6, torch.nan])
+    ops.rope_append(**call, interleaved=False)
+    page, offset = divmod(int(call["slots"][0]), ops.PAGE_TOKENS)
+    v = call["v_cache"][page, 0, offset].float()
+    assert v[:2].tolist() == [448, -448]
+    assert v[2].isnan()
+    assert not v[3:].isnan().any()
 
 
 def test_the_two_pairings_differ(cuda_device, assert_close):

@@ -16,6 +16,7 @@ PAGE_TOKENS = 256  # csrc/ops/attention.h
 SPLIT_QUERIES = 16
 MAX_SPLIT_BYTES = 32 << 20  # of partial results on CUDA; steps of many sequences get fewer splits each
 _MIN_SPLIT_KEYS = 128  # csrc/ops/attention_cuda.cuh
+CACHE_DTYPE_IDS = {**DTYPE_IDS, torch.float8_e4m3fn: 3}  # csrc/ops/attention.h
 
 
 def attention(
@@ -33,8 +34,8 @@ def attention(
 ) -> Rows:
     """softmax(q · kᵀ · scale) · v of the given rows, [R, H · D]; a query sees its own and earlier positions.
 
-    q: [T, H, D] float32; on CUDA any float dtype, best that of the caches.
-    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
+    q: [T, H, D] float32; on CUDA any float dtype, best query_dtype(k_cache).
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn.
     page_table: [S, max_pages] int32.   query_start: [S+1] int32.   kv_lengths: [S] int32.
     gate: [R, H · D] float32, on CUDA also bfloat16 and in rows that lie apart; its sigmoid
     multiplies the result.
@@ -46,8 +47,9 @@ def attention(
     On the CPU arithmetic is float32, except that q and the softmax weights of more than a few query rows
     are rounded to bfloat16 for bfloat16 caches where the machine multiplies those.  The result does not
     depend on the number of threads.
-    On CUDA heads of 64, 128 and 256 with 16-bit caches run on tensor cores, with q and the weights rounded to
-    the caches' dtype, and give an Activation; other shapes are computed slowly in float32 and give a Tensor.
+    On CUDA heads of 64, 128 and 256 whose caches are not float32 run on tensor cores, with q and the weights
+    rounded to the caches' dtype (float16 for float8), and give an Activation; other shapes are computed
+    slowly in float32 and give a Tensor.
     Splits depend on a sequence's length only, unless MAX_SPLIT_BYTES limits them.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates `out` and workspaces;
     the tables are read at each replay.
@@ -126,8 +128,9 @@ def _on_cuda(
     num_rows = rows.stop - rows.start
     page_table = tables[0]
     num_sequences, max_pages = page_table.shape
-    q = q.to(k_cache.dtype)
-    is_tiled = _C.is_attention_tiled(head_dim, dtype_id(k_cache))
+    q = q.to(query_dtype(k_cache))
+    cache_dtype = CACHE_DTYPE_IDS[k_cache.dtype]
+    is_tiled = _C.is_attention_tiled(head_dim, cache_dtype)
     if out is None:
         if is_tiled:
             out = empty_activation(num_rows, width, q.device)
@@ -157,7 +160,7 @@ def _on_cuda(
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
-        dtype_id(k_cache),
+        cache_dtype,
         *(table.data_ptr() for table in tables),
         num_tokens,
         num_sequences,
@@ -222,9 +225,15 @@ def _counters(device: torch.device, count: int) -> Tensor:
     return by_device[device]
 
 
+def query_dtype(k_cache: Tensor) -> torch.dtype:
+    """In which attention on CUDA multiplies queries with such a cache."""
+    return torch.float16 if k_cache.dtype == torch.float8_e4m3fn else k_cache.dtype
+
+
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, head_dim: int) -> None:
     """Raises ValueError unless both caches are one layer's pages of heads of that size."""
-    fits = k_cache.ndim == 4 and k_cache.shape[2:] == (PAGE_TOKENS, head_dim) and k_cache.dtype in DTYPE_IDS
+    dtypes = CACHE_DTYPE_IDS if on_cuda(k_cache) else DTYPE_IDS
+    fits = k_cache.ndim == 4 and k_cache.shape[2:] == (PAGE_TOKENS, head_dim) and k_cache.dtype in dtypes
     check(
         fits,
         f"{op}: k_cache {tuple(k_cache.shape)} {k_cache.dtype} is not [pages, Hkv, 256, {head_dim}]",

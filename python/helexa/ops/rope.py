@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops.attention import PAGE_TOKENS, check_cache
+from helexa.ops.attention import CACHE_DTYPE_IDS, PAGE_TOKENS, check_cache, query_dtype
 from helexa.ops.rms_norm import rms_norm_reference
 from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
@@ -71,9 +71,9 @@ def rope_append(
     table: [T, R/2, 2] of `rope_table`, R ≤ D: the first R values of a head are rotated, in pairs
     (i, i + R/2), or (2i, 2i + 1) if interleaved.
     slots: [T] int32, page · 256 + offset; a negative one is not written.
-    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16.
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn.
     q_norm, k_norm: [D] float32 weights of a norm per head.
-    out: float32; on CUDA of the caches' dtype, which is what attention multiplies.
+    out: float32; on CUDA of the dtype that attention multiplies.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
     num_tokens, num_pairs = table.shape[:2]
@@ -92,7 +92,7 @@ def rope_append(
         qkv.shape == (num_tokens, width) and qkv.dtype in in_dtypes and has_rows,
         f"rope_append: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
     )
-    out_dtype = k_cache.dtype if is_cuda else torch.float32
+    out_dtype = query_dtype(k_cache) if is_cuda else torch.float32
     if out is None:
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=out_dtype, device=qkv.device)
     for name, tensor, shape, dtype in (
@@ -113,7 +113,13 @@ def rope_append(
     check(
         k_cache.device == qkv.device, f"rope_append: the caches are on {k_cache.device}, qkv on {qkv.device}"
     )
-    caches = (table.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), dtype_id(k_cache))
+    caches = (
+        table.data_ptr(),
+        slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        CACHE_DTYPE_IDS[k_cache.dtype],
+    )
     rest = (
         out.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
