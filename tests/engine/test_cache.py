@@ -37,11 +37,14 @@ def test_a_page_is_as_large_as_what_a_cache_of_pages_takes():
 
 
 def test_dtypes_are_known_by_name():
-    assert kv_dtype("float16") == torch.float16
+    assert kv_dtype("float16", on_cuda=False) == torch.float16
+    assert kv_dtype("float8_e4m3", on_cuda=True) == torch.float8_e4m3fn
     with pytest.raises(
         InvalidParameter, match="kv_dtype is 'q8'; expected one of float32, float16, bfloat16"
     ):
-        kv_dtype("q8")
+        kv_dtype("q8", on_cuda=True)
+    with pytest.raises(InvalidParameter, match="which only CUDA devices have"):
+        kv_dtype("float8_e4m3", on_cuda=False)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def build_core(
     store: what outlives the caches; `model_key` says there which weights these are.
     """
     device = Device(options.device)
-    dtype = kv_dtype(options.kv_dtype)
+    dtype = kv_dtype(options.kv_dtype, on_cuda=device.is_cuda)
     free_bytes = device.free_bytes() - reserved_nbytes(config, options, device)
     num_slots, num_snapshots = options.max_sequences + 1, _num_snapshots(config, options, free_bytes)
     states = state_shapes(config, num_slots + num_snapshots)

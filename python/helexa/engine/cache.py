@@ -12,7 +12,12 @@ from torch import Tensor
 
 from helexa.errors import InvalidParameter, OutOfMemory
 
-KV_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
 KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for must leave
 DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
 DEVICE_SHARE = 0.9  # the same of a device that does nothing else
@@ -20,11 +25,15 @@ SNAPSHOTS = 64  # of recurrent states, in at most this share of the free memory
 SNAPSHOT_SHARE = 0.125
 
 
-def kv_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`; raises InvalidParameter for others than float32, float16 and bfloat16."""
+def kv_dtype(name: str, *, on_cuda: bool) -> torch.dtype:
+    """The dtype called `name`; raises InvalidParameter for one that is unknown, or not known to the CPU."""
     if name not in KV_DTYPES:
         raise InvalidParameter(
             f"kv_dtype is {name!r}; expected one of {', '.join(KV_DTYPES)}", param="kv_dtype"
+        )
+    if KV_DTYPES[name].itemsize == 1 and not on_cuda:
+        raise InvalidParameter(
+            f"kv_dtype is {name!r}, which only CUDA devices have; expected bfloat16", param="kv_dtype"
         )
     return KV_DTYPES[name]
 

@@ -52,7 +52,7 @@ def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options:
     device = Device(options.device)
     weights = weight_nbytes(tensors, device)
     states = state_nbytes(state_shapes(config, options.max_sequences + 1))
-    page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype))
+    page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype, on_cuda=device.is_cuda))
     free = device.free_bytes() - reserved_nbytes(config, options, device)
     left = free - weights - states
     asked = max(options.kv_cache_tokens or 0, min(options.max_context or 0, config.max_position_embeddings))
