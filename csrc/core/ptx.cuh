@@ -223,6 +223,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return r;
 }
 
+// x, of which the compiler knows nothing: what is computed from it is not moved to before this place.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Nanoseconds of a clock that all blocks share; coarse.
 __device__ __forceinline__ uint64_t global_ns() {
   uint64_t t;

@@ -172,6 +172,8 @@ inline uint32_t to_tf32(float x) {
 
 inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
+inline int opaque(int x) { return x; }
+
 inline uint64_t global_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }

@@ -27,6 +27,21 @@ constexpr int chunk_bytes() {
   return kChunkCols / Unit<F>::kCols * Unit<F>::kBytes;
 }
 
+// The rows of activations that a block multiplies.
+struct InputRows {
+  const uint8_t* q8;
+  int num_rows, row_bytes, padded_cols;
+
+  __device__ __forceinline__ InputRows(const uint8_t* rows, int num_rows, int cols)
+      : q8(rows),
+        num_rows(num_rows),
+        row_bytes(static_cast<int>(activation_row_bytes(cols))),
+        padded_cols(static_cast<int>(activation_padded_cols(cols))) {}
+
+  // Row r, or the last one for those beyond it, whose results nobody reads.
+  __device__ __forceinline__ const uint8_t* row(int r) const { return q8 + min(r, num_rows - 1) * row_bytes; }
+};
+
 // What of the activations a lane reads; with g = lane / 4 and t = lane % 4 as everywhere.
 template <int kSplit>
 struct LaneColumns {
@@ -37,14 +52,14 @@ struct LaneColumns {
                                                  : 1;  // pairs of a chunk that a column stands for
 
   // Operand: the lane supplies column g.
-  static __device__ __forceinline__ int operand_row(int g) { return g % kRows; }
+  static __device__ __forceinline__ int operand_row(int g) { return g & (kRows - 1); }
   static __device__ __forceinline__ int operand_pair(int g, int j) {
-    return kSplit == 8 ? g / 2 : g / kRows * kOwnPairs + j;
+    return kSplit == 8 ? g >> 1 : kSplit == 2 ? (g >> 2) * 2 + j : j;
   }
   // Result: the lane holds columns 2t and 2t + 1, which stand for the same pair.
-  static __device__ __forceinline__ int result_row(int t, int i) { return (2 * t + i) % kRows; }
+  static __device__ __forceinline__ int result_row(int t, int i) { return (2 * t + i) & (kRows - 1); }
   static __device__ __forceinline__ int result_pair(int t, int j) {
-    return kSplit == 8 ? t : 2 * t / kRows * kOwnPairs + j;
+    return kSplit == 8 ? t : kSplit == 2 ? (t >> 1) * 2 + j : j;
   }
 };
 
@@ -93,35 +108,31 @@ struct LaneActivations {
   uint32_t code[kOwnPairs][2][2];  // [pair][step][word of the operand]
   float4 scale[kOwnPairs][2];      // [pair][column]: {scale, sum} of both steps
 
-  // Pair j alone.  x: the rows of q8, of which `num_rows` exist from the tile's first on; others read the last one's.
-  __device__ __forceinline__ void load(const uint8_t* x, int64_t row_bytes, int64_t padded_cols, int num_rows,
-                                       int lane, int first_pair, int num_pairs, int j) {
-    const int g = lane / 4, t = lane % 4;
-    const int own = min(Columns::operand_pair(g, j), num_pairs - 1);
-    const uint8_t* from = x + min(Columns::operand_row(g), num_rows - 1) * row_bytes +
-                          64 * static_cast<int64_t>(first_pair + own) + 16 * t;
+  // Pair j of the chunk that begins with pair `first_pair` and has `num_pairs`, of the tile whose first row is `first_row`.
+  __device__ __forceinline__ void load(const InputRows& x, int first_row, int lane, int first_pair,
+                                       int num_pairs, int j) {
+    const int g = lane >> 2, t = lane & 3;
+    const int own = first_pair + min(Columns::operand_pair(g, j), num_pairs - 1);
+    const uint8_t* from = row(x, first_row + Columns::operand_row(g)) + 64 * own + 16 * t;
     if constexpr (kSplit == 8) {
       // The column stands for one step, so that the other one's words are not needed.
-      const uint2 v = *reinterpret_cast<const uint2*>(from + 8 * (g % 2));
+      const uint2 v = *reinterpret_cast<const uint2*>(from + 8 * (g & 1));
       code[j][0][0] = code[j][1][0] = v.x, code[j][0][1] = code[j][1][1] = v.y;
     } else {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       code[j][0][0] = v.x, code[j][0][1] = v.y, code[j][1][0] = v.z, code[j][1][1] = v.w;
     }
-    const int result = min(Columns::result_pair(t, j), num_pairs - 1);
+    const int result = first_pair + min(Columns::result_pair(t, j), num_pairs - 1);
 #pragma unroll
     for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-      const uint8_t* row = x + min(Columns::result_row(t, i), num_rows - 1) * row_bytes + padded_cols;
-      scale[j][i] = *reinterpret_cast<const float4*>(row + 16 * static_cast<int64_t>(first_pair + result));
+      const uint8_t* scales = row(x, first_row + Columns::result_row(t, i)) + x.padded_cols;
+      scale[j][i] = *reinterpret_cast<const float4*>(scales + 16 * result);
     }
   }
 
-  __device__ __forceinline__ void load(const uint8_t* x, int64_t row_bytes, int64_t padded_cols, int num_rows,
-                                       int lane, int first_pair, int num_pairs) {
+  __device__ __forceinline__ void load(const InputRows& x, int lane, int first_pair, int num_pairs) {
 #pragma unroll
-    for (int j = 0; j < kOwnPairs; ++j) {
-      load(x, row_bytes, padded_cols, num_rows, lane, first_pair, num_pairs, j);
-    }
+    for (int j = 0; j < kOwnPairs; ++j) load(x, 0, lane, first_pair, num_pairs, j);
   }
 
   __device__ __forceinline__ float step_scale(int j, int column, int step) const {
@@ -129,6 +140,11 @@ struct LaneActivations {
   }
   __device__ __forceinline__ float step_sum(int j, int column, int step) const {
     return step == 0 ? scale[j][column].y : scale[j][column].w;
+  }
+
+ private:
+  static __device__ __forceinline__ const uint8_t* row(const InputRows& x, int r) {
+    return Columns::kRows == 1 ? x.q8 : x.row(r);
   }
 };
 
@@ -145,7 +161,7 @@ struct StepProducts {
                                       int step, int g, int q) {
     bool mine = true;
     if constexpr (kSplit == 8) mine = g == 2 * q + step;
-    if constexpr (kSplit == 2) mine = g / Columns::kRows == q;
+    if constexpr (kSplit == 2) mine = g >> 2 == q;
     const uint32_t b[2] = {mine ? x.code[j][step][0] : 0, mine ? x.code[j][step][1] : 0};
     const bool first = q == 0 && (kSplit != 8 || step == 0);
     const int result = kSplit == 8 ? 0 : step;
@@ -223,25 +239,28 @@ struct StepProducts {
 // pair `first_pair` of the row.  x0: the activations of tile 0, loaded before the chunk was there; the other tiles are loaded here.
 template <class F, int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk,
-                                               const uint8_t* x, int64_t row_bytes, int64_t padded_cols,
-                                               int num_rows, int lane, int first_pair, int num_pairs,
-                                               LaneActivations<kSplit>& x0) {
+                                               const InputRows& x, int lane, int first_pair, int num_pairs,
+                                               const LaneActivations<kSplit>& x0) {
   static_assert(kSplit == 1 || kTiles == 1);
   using U = Unit<F>;
   using Columns = LaneColumns<kSplit>;
   constexpr bool kWhole = U::kPairs == kChunkPairs;  // a chunk is one unit, which is never cut short
   constexpr int kGroups = kChunkPairs / Columns::kOwnPairs;
-  const int g = lane / 4, t = lane % 4;
+  const int g = lane >> 2, t = lane & 3;
   RowScales<F> scales[2];
   if constexpr (kWhole) scales[0].load(chunk, g), scales[1].load(chunk, g + 8);
 #pragma unroll
   for (int j = 0; j < Columns::kOwnPairs; ++j) {
     PairCodes<F> codes[kGroups];
-#pragma unroll
-    for (int q = 0; q < kGroups; ++q) {
+    // With one tile of rows each pair's codes are used once, and loaded then.
+    auto load = [&](int q) {
       const int pair = q * Columns::kOwnPairs + j;
       if (kWhole) codes[q].load(chunk, lane, pair);
       if (!kWhole && pair < num_pairs) codes[q].load(chunk + pair * U::kBytes, lane, 0);
+    };
+    if constexpr (kTiles > 1) {
+#pragma unroll
+      for (int q = 0; q < kGroups; ++q) load(q);
     }
     const int pair = Columns::result_pair(t, j);
     if constexpr (!kWhole) {
@@ -252,14 +271,14 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
     for (int n = 0; n < kTiles; ++n) {
       LaneActivations<kSplit> other;
       if (kTiles > 1) {
-        other.load(x + 8 * n * row_bytes, row_bytes, padded_cols, num_rows - 8 * n, lane, first_pair,
-                   num_pairs, j);
+        other.load(x, 8 * n, lane, first_pair, num_pairs, j);
       }
       const LaneActivations<kSplit>& rows = kTiles > 1 ? other : x0;
       StepProducts<F, kSplit> products;
 #pragma unroll
       for (int q = 0; q < kGroups; ++q) {
         if (!kWhole && q * Columns::kOwnPairs + j >= num_pairs) continue;
+        if constexpr (kTiles == 1) load(q);
         uint32_t a[4];
         codes[q].template operand<0>(a);
         products.add(a, rows, j, 0, g, q);

@@ -9,7 +9,8 @@
 // weights.
 //
 // matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2 or 4 tiles of 8
-// rows, and more than 32 rows are launched 32 at a time.  Weights of float formats, which are small or rare, are multiplied by a plain loop of each warp over whole rows.
+// rows, and more than 32 rows are launched 32 at a time.  Weights of float formats, which are small or rare, are multiplied by a plain
+// loop of each warp over whole rows.
 #include <algorithm>
 #include <stdexcept>
 
@@ -21,8 +22,11 @@ namespace {
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 4;
+constexpr int kBlocksPerMultiprocessor =
+    3;                          // that the registers allow for 1 row; the ring leaves memory for as many
 constexpr int kMaxTokens = 32;  // of a launch; of more the sums of a warp do not fit into its registers
 constexpr int kTileRows = kDeviceTileRows;
+constexpr int kMaxBlockTiles = 8;
 constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
 // Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
 constexpr int kPartStride = kTileRows + 4;
@@ -43,6 +47,7 @@ struct Arguments {
   int num_tokens, cols;
   int num_parts, num_chunks;  // chunks of 256 columns
   int num_stages, stage_bytes;
+  int block_tiles;  // of a block that is not gated
   int out_stride;
   float* out;      // [num_tokens, out_stride]; null if gated
   uint8_t* gated;  // [num_tokens, activation_row_bytes(parts[0].rows)], or null
@@ -51,24 +56,26 @@ struct Arguments {
 
 __device__ __forceinline__ bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
 
-// The tiles that a block computes, one after the other; of a gated block 0 and 2 are gate's, 1 and 3 up's.
+// The tiles that a block computes, one after the other: of one weight, but those of a gated block are by turns gate's and up's.
 struct BlockTiles {
   int first_part, first_tile, count;
+  bool is_gated;
 
-  __device__ __forceinline__ explicit BlockTiles(const Arguments& a) {
+  __device__ __forceinline__ explicit BlockTiles(const Arguments& a) : is_gated(a.gated != nullptr) {
     const int block = static_cast<int>(blockIdx.x);
     first_part = 0;
-    if (a.gated != nullptr) {
+    if (is_gated) {
       first_tile = 2 * block;
       count = (first_tile + 1) * kTileRows < a.parts[0].rows ? 4 : 2;
     } else {
       while (first_part + 1 < a.num_parts && block >= a.parts[first_part + 1].first_block) ++first_part;
-      first_tile = block - a.parts[first_part].first_block;
-      count = 1;
+      const Part& part = a.parts[first_part];
+      first_tile = (block - part.first_block) * a.block_tiles;
+      count = min(a.block_tiles, (part.rows + kTileRows - 1) / kTileRows - first_tile);
     }
   }
-  __device__ __forceinline__ int part(int i) const { return first_part + i % 2; }
-  __device__ __forceinline__ int tile(int i) const { return first_tile + i / 2; }
+  __device__ __forceinline__ int part(int i) const { return is_gated ? i % 2 : first_part; }
+  __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
 };
 
 // The ring of one warp: which chunk is fetched next, and the stages where it goes and where the next one to use lies.  Where there are
@@ -136,16 +143,14 @@ static_assert(kMaxStages == 4, "Ring::wait");
 template <class F, int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, const Arguments& a, Ring& ring,
                                               const BlockTiles& tiles, int warp, int num_warps, int lane) {
-  const int64_t row_bytes = activation_row_bytes(a.cols), padded_cols = activation_padded_cols(a.cols);
-  const int pairs = static_cast<int>(padded_cols / 64);
+  const InputRows x(a.q8, a.num_tokens, a.cols);
+  const int pairs = x.padded_cols / 64;
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
     const int first_pair = chunk * kChunkPairs, num_pairs = min(kChunkPairs, pairs - first_pair);
     LaneActivations<kSplit> x0;
-    if constexpr (kTiles == 1)
-      x0.load(a.q8, row_bytes, padded_cols, a.num_tokens, lane, first_pair, num_pairs);
+    if constexpr (kTiles == 1) x0.load(x, lane, first_pair, num_pairs);
     const uint8_t* stage = ring.wait(a);
-    multiply_chunk<F>(sums, stage, a.q8, row_bytes, padded_cols, a.num_tokens, lane, first_pair, num_pairs,
-                      x0);
+    multiply_chunk<F>(sums, stage, x, lane, first_pair, num_pairs, x0);
     __syncwarp();  // all lanes are done with the stage that is filled next
     ring.fetch(a, tiles, warp, num_warps, lane);
   }
@@ -230,7 +235,7 @@ template <int kSplit, int kTiles>
 __device__ __forceinline__ void store_sums(const LaneSums<kSplit, kTiles>& sums, int n, float* part,
                                            int lane) {
   using Columns = LaneColumns<kSplit>;
-  const int g = lane / 4, t = lane % 4;
+  const int g = lane >> 2, t = lane & 3;
   float total[4];
   sums.total(n, total);
   if (t >= 4 / kSplit + (kSplit == 8)) return;
@@ -245,7 +250,9 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x));
 
 template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
           int kTiles>  // tiles of 8 rows
-__global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, kSplit == 8   ? kBlocksPerMultiprocessor
+                                                  : kTiles == 1 ? 2
+                                                                : 1)
     matvec_kernel(const __grid_constant__ Arguments a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
@@ -266,11 +273,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? 2 : 1)
     LaneSums<kSplit, kTiles> sums;
     sums.clear();
     switch (static_cast<Format>(part.format)) {
-#define HELEXA_FORMAT(type, name)                                       \
-  case Format::k##type:                                                 \
-    if constexpr (type::kScales != Scales::kPlain) {                    \
-      multiply_tile<type>(sums, a, ring, tiles, warp, num_warps, lane); \
-    }                                                                   \
+#define HELEXA_FORMAT(type, name)                                                    \
+  case Format::k##type:                                                              \
+    if constexpr (type::kScales != Scales::kPlain) {                                 \
+      multiply_tile<type>(sums, a, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
+    }                                                                                \
     break;
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
@@ -279,11 +286,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? 2 : 1)
       if (i + n > 0) __syncthreads();  // the sums before these are read
       if (is_float(part.format)) {
         if (part.format == static_cast<int>(Format::kF32)) {
-          multiply_floats<float>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+          multiply_floats<float>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
         } else if (part.format == static_cast<int>(Format::kF16)) {
-          multiply_floats<__half>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+          multiply_floats<__half>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
         } else {
-          multiply_floats<__nv_bfloat16>(a, part, tile, 8 * n, parts, warp, num_warps, lane);
+          multiply_floats<__nv_bfloat16>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
         }
       } else {
 #pragma unroll
@@ -339,8 +346,8 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
   quantize_quads(make_float4(v[0], v[1], v[2], v[3]), q8 + row * activation_row_bytes(cols), cols, col / 32);
 }
 
-// Shared memory that a block may take so that three of them fit on a multiprocessor of this device.
-int third_of_shared_memory() {
+// Shared memory that a block may take so that kBlocksPerMultiprocessor of them fit on this device.
+int shared_memory_per_block() {
 #ifdef HELEXA_EMULATED_CUDA
   return 72 * 1024;
 #else
@@ -350,7 +357,7 @@ int third_of_shared_memory() {
   if (device != known_device) {
     int total = 0;
     CUDA_CHECK(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    bytes = total / 3 - 1024;
+    bytes = total / kBlocksPerMultiprocessor - 1024;
     known_device = device;
   }
   return bytes;
@@ -370,6 +377,12 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   }
   a.num_parts = static_cast<int>(weights.size());
   a.num_chunks = (a.cols + kChunkCols - 1) / kChunkCols;
+  int64_t num_tiles = 0;
+  for (const WeightView& w : weights) num_tiles += (w.rows + kTileRows - 1) / kTileRows;
+  // Of a large matrix a block takes several tiles, so that it seldom starts and ends, but not so many that there are fewer than two
+  // waves of blocks.
+  a.block_tiles = static_cast<int>(std::clamp<int64_t>(
+      num_tiles / (2 * kBlocksPerMultiprocessor * num_multiprocessors()), 1, kMaxBlockTiles));
   int num_blocks = 0, column = 0, stage_bytes = 0;
   for (int i = 0; i < a.num_parts; ++i) {
     const WeightView& w = weights[i];
@@ -384,7 +397,8 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
       }
     });
     column += part.rows;
-    num_blocks += (part.rows + kTileRows - 1) / kTileRows;
+    const int tiles = (part.rows + kTileRows - 1) / kTileRows;
+    num_blocks += (tiles + a.block_tiles - 1) / a.block_tiles;
   }
   a.out_stride = column;
   a.stage_bytes = stage_bytes;
@@ -397,10 +411,11 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
     const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : 4;
     const size_t fixed_bytes =
         sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0));
-    // As deep as three blocks per multiprocessor allow, but no deeper than a warp has chunks; two stages where that is too little.
-    const int chunks_per_warp = (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : 1);
+    // As deep as the memory allows, but no deeper than a warp has chunks; two stages where that is too little.
+    const int chunks_per_warp =
+        (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : a.block_tiles);
     const int stages_bytes = std::max(1, num_warps * stage_bytes);
-    const int affordable = (third_of_shared_memory() - static_cast<int>(fixed_bytes)) / stages_bytes;
+    const int affordable = (shared_memory_per_block() - static_cast<int>(fixed_bytes)) / stages_bytes;
     a.num_stages = std::min(std::clamp(affordable, 2, kMaxStages), chunks_per_warp);
     const size_t shared_bytes = fixed_bytes + static_cast<size_t>(a.num_stages) * num_warps * stage_bytes;
 

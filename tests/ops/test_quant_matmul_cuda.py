@@ -79,6 +79,15 @@ def test_long_rows_go_round_the_ring(
     assert error(run(x, weights), ops.quant_matmul_reference(x, weights)) < 2e-5
 
 
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_blocks_that_take_several_tiles_equal_the_reference(
+    make: Callable[..., PackedWeight], rows_of: Callable[..., Tensor], num_rows: int
+) -> None:
+    weights = [make("q4_k", 16 * 7, 768), make("q8_0", 16 * 85 + 3, 768), make("q5_0", 16 * 25, 768)]
+    x = rows_of(num_rows, 768)
+    assert error(run(x, weights), ops.quant_matmul_reference(x, weights)) < 2e-5
+
+
 @pytest.mark.parametrize("num_rows", [1, 5, 20])
 def test_mixed_formats_and_biases_lie_side_by_side(
     make: Callable[..., PackedWeight], rows_of: Callable[..., Tensor], num_rows: int
