@@ -1,186 +1,199 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // Experts for few rows, in three launches: routes; gate and up of the chosen experts and of the shared one; down and the weighted sum.
 // Weights are read once per batch of eight tokens whatever the tokens choose.  Each warp streams its part of a tile of 16 rows
-// through a ring of its own in shared memory, so that memory stays busy while it multiplies.
+// through a ring of its own in shared memory, so that memory stays busy while it multiplies, and the first product asks for the
+// weights of the second one, whose experts are known by then.  matvec.cuh has the products and says why no result depends on the
+// number of tokens.
 #include <algorithm>
 
-#include "ops/activation.cuh"
+#include "ops/matvec.cuh"
 #include "ops/moe.h"
 #include "ops/moe_cuda.cuh"
 #include "ops/moe_route_cuda.cuh"
-#include "quant/tiles.cuh"
 
 namespace helexa::moe {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * 32;
+constexpr int kTileRows = kDeviceTileRows;
 constexpr int kGateUpTiles = 4;  // of a block: gate and up of 32 columns of the hidden rows
-constexpr int kGateUpSplits = kWarps / kGateUpTiles;
-
-// Columns of what a warp copies at once.
-template <class F>
-constexpr int kRunUnits = Unit<F>::kCols == 256 ? 1 : 2;
+constexpr int kGateUpSplits = 2;
+constexpr int kGateUpWarps = kGateUpTiles * kGateUpSplits;
+constexpr int kDownWarps = 12;
 
 // One matrix of each expert, or of the shared one.
 struct Matrix {
   const uint8_t* data;
-  int64_t expert_bytes, tile_bytes;
+  int64_t expert_bytes;
+  int tile_bytes, chunk_bytes;  // 0 for chunks of float formats, which are read where they are
   int format, rows, cols;
 };
 
 // Rows that are multiplied: as int8, and as floats where a matrix is of a float format.
 struct Rows {
-  const uint8_t* q8;
-  const float* x;
+  uint8_t* q8;
+  float* x;
   int64_t row_bytes;
   int cols;
 };
 
-// The input of one lane: its column of the B operand, and its two columns of the result; null where there is no such token.
+// Some rows, side by side or gathered, from row `first` on.
 struct Tokens {
-  const uint8_t *operand, *first, *second;
-  const float *x_first, *x_second;
+  const Rows& rows;
+  const int* order;  // null for rows side by side
+  int64_t first;
+  int per_row;  // entries of `order` that stand for one row
+  int count;
+
+  // The n-th, counted from `first`; the last one beyond it.
+  __device__ int row(int n) const {
+    n = min(n, count - 1);
+    return order == nullptr ? n : order[n] / per_row;
+  }
 };
 
-__device__ Tokens lane_tokens(const Rows& rows, int64_t operand, int64_t first, int64_t second) {
-  auto q8 = [&](int64_t row) { return row < 0 ? nullptr : rows.q8 + row * rows.row_bytes; };
-  auto x = [&](int64_t row) { return row < 0 || rows.x == nullptr ? nullptr : rows.x + row * rows.cols; };
-  return {q8(operand), q8(first), q8(second), x(first), x(second)};
-}
+// The rows that a lane has of up to eight tokens: as one column of the operand and as two columns of the result.
+template <int kSplit>
+struct LaneRows {
+  const uint8_t* first;
+  int operand, results[2];  // bytes behind `first`
 
-__device__ void copy_to_shared(uint8_t* to, const uint8_t* from, int bytes) {
-  for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) ptx::copy_async(to + at, from + at);
-}
-
-// Adds one pair of steps: 64 columns.  sums is the warp's 16 x 8 result as mma lays it out.
-template <class F, int kPair>
-__device__ __forceinline__ void add_pair(const uint8_t* unit, const RowScales<F>& upper, const RowScales<F>& lower,
-                                         int64_t group, int cols, const Tokens& tokens, float (&sums)[4]) {
-  const int lane = threadIdx.x % 32;
-  PairCodes<F> codes;
-  codes.load(unit, lane, kPair);
-  uint4 operand = {0, 0, 0, 0};
-  float4 first = {0, 0, 0, 0}, second = first;  // scale and sum of both steps
-  const int64_t scales = activation_padded_cols(cols) + 16 * group;
-  if (tokens.operand != nullptr) {
-    operand = *reinterpret_cast<const uint4*>(tokens.operand + 64 * group + 16 * (lane % 4));
+  __device__ explicit LaneRows(const Tokens& tokens) : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes) {
+    using Columns = LaneColumns<kSplit>;
+    const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(tokens.rows.row_bytes);
+    operand = tokens.row(Columns::operand_row(lane / 4)) * row_bytes;
+    results[0] = tokens.row(Columns::result_row(lane % 4, 0)) * row_bytes;
+    results[1] = tokens.row(Columns::result_row(lane % 4, 1)) * row_bytes;
   }
-  if (tokens.first != nullptr) first = *reinterpret_cast<const float4*>(tokens.first + scales);
-  if (tokens.second != nullptr) second = *reinterpret_cast<const float4*>(tokens.second + scales);
-  auto add_step = [&](auto step, uint32_t b0, uint32_t b1, float2 x0, float2 x1) {
-    constexpr int kStep = decltype(step)::value, kIndex = 2 * kPair + kStep;
-    uint32_t a[4];
-    codes.template operand<kStep>(a);
-    auto add = [&](const int(&dots)[4], int half) {
-      const float w0 = upper.scale(kIndex, half), w1 = lower.scale(kIndex, half);
-      sums[0] = fmaf(static_cast<float>(dots[0]), w0 * x0.x, sums[0]);
-      sums[1] = fmaf(static_cast<float>(dots[1]), w0 * x1.x, sums[1]);
-      sums[2] = fmaf(static_cast<float>(dots[2]), w1 * x0.x, sums[2]);
-      sums[3] = fmaf(static_cast<float>(dots[3]), w1 * x1.x, sums[3]);
-    };
-    auto add_offsets = [&](int half, float s0, float s1) {
-      const float m0 = upper.offset(kIndex, half), m1 = lower.offset(kIndex, half);
-      sums[0] = fmaf(m0, s0, sums[0]), sums[1] = fmaf(m0, s1, sums[1]);
-      sums[2] = fmaf(m1, s0, sums[2]), sums[3] = fmaf(m1, s1, sums[3]);
-    };
-    if constexpr (Unit<F>::kHalves == 1) {
-      int dots[4] = {};
-      ptx::mma_s8(dots, a, {b0, b1});
-      add(dots, 0);
-      if constexpr (Unit<F>::kHasOffset) add_offsets(0, x0.y, x1.y);
-    } else {
+
+  // Of one chunk of `cols` columns.
+  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int cols, int first_pair, int num_pairs) const {
+    using Columns = LaneColumns<kSplit>;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint8_t* scales = first + activation_padded_cols(cols);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int dots[4] = {};
-        const uint32_t b = half == 0 ? b0 : b1;
-        ptx::mma_s8(dots, {a[2 * half], a[2 * half + 1]}, b);
-        add(dots, half);
-        if constexpr (Unit<F>::kHasOffset) {
-          int totals[4] = {};  // of the input's codes: the rows sum those of all columns of the half
-          ptx::mma_s8(totals, {0x01010101u, 0x01010101u}, b);
-          add_offsets(half, static_cast<float>(totals[0]) * x0.x, static_cast<float>(totals[1]) * x1.x);
-        }
+    for (int j = 0; j < Columns::kOwnPairs; ++j) {
+      const uint8_t* codes = first + operand + 64 * (first_pair + min(Columns::operand_pair(g, j), num_pairs - 1)) + 16 * t;
+      if constexpr (kSplit == 8) {  // the column stands for one step
+        const uint2 v = *reinterpret_cast<const uint2*>(codes + 8 * (g % 2));
+        x.code[j][0][0] = x.code[j][1][0] = v.x, x.code[j][0][1] = x.code[j][1][1] = v.y;
+      } else {
+        const uint4 v = *reinterpret_cast<const uint4*>(codes);
+        x.code[j][0][0] = v.x, x.code[j][0][1] = v.y, x.code[j][1][0] = v.z, x.code[j][1][1] = v.w;
+      }
+      const int pair = first_pair + min(Columns::result_pair(t, j), num_pairs - 1);
+#pragma unroll
+      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+        x.scale[j][i] = *reinterpret_cast<const float4*>(scales + results[i] + 16 * pair);
       }
     }
-  };
-  add_step(std::integral_constant<int, 0>(), operand.x, operand.y, {first.x, first.y}, {second.x, second.y});
-  add_step(std::integral_constant<int, 1>(), operand.z, operand.w, {first.z, first.w}, {second.z, second.w});
-}
-
-template <class F>
-__device__ __forceinline__ void add_unit(const uint8_t* unit, int index, int cols, const Tokens& tokens,
-                                         float (&sums)[4]) {
-  const int row = threadIdx.x % 32 / 4;
-  RowScales<F> upper, lower;
-  upper.load(unit, row);
-  lower.load(unit, row + 8);
-  const int64_t group = static_cast<int64_t>(index) * Unit<F>::kPairs;
-  add_pair<F, 0>(unit, upper, lower, group, cols, tokens, sums);
-  if constexpr (Unit<F>::kPairs == 4) {
-    add_pair<F, 1>(unit, upper, lower, group + 1, cols, tokens, sums);
-    add_pair<F, 2>(unit, upper, lower, group + 2, cols, tokens, sums);
-    add_pair<F, 3>(unit, upper, lower, group + 3, cols, tokens, sums);
   }
-}
+};
 
-// Adds this warp's split of a tile's columns; the order of the sum depends on the shape alone.
-template <class F, int kStages>
-__device__ void add_tile(const uint8_t* tile, int cols, int split, int num_splits, const Tokens& tokens,
-                         uint8_t* ring, int stage_bytes, float (&sums)[4]) {
-  if constexpr (F::kScales == Scales::kPlain) {
-    // Lanes read rows g and g + 8; nobody else's memory is worth a copy.
-    using W = std::conditional_t<std::is_same_v<F, F32>, float,
-                                 std::conditional_t<std::is_same_v<F, F16>, __half, __nv_bfloat16>>;
-    const W* upper = reinterpret_cast<const W*>(tile) + static_cast<int64_t>(threadIdx.x % 32 / 4) * cols;
-    const W* lower = upper + 8 * static_cast<int64_t>(cols);
-    const int share = (cols + num_splits - 1) / num_splits;
-    for (int col = split * share; col < min(cols, (split + 1) * share); ++col) {
-      const float w0 = to_float(upper[col]), w1 = to_float(lower[col]);
-      const float x0 = tokens.x_first == nullptr ? 0.0f : tokens.x_first[col];
-      const float x1 = tokens.x_second == nullptr ? 0.0f : tokens.x_second[col];
-      sums[0] = fmaf(w0, x0, sums[0]), sums[1] = fmaf(w0, x1, sums[1]);
-      sums[2] = fmaf(w1, x0, sums[2]), sums[3] = fmaf(w1, x1, sums[3]);
-    }
-  } else {
-    constexpr int kUnits = kRunUnits<F>, kRunBytes = kUnits * Unit<F>::kBytes;
-    const int num_units = (cols + Unit<F>::kCols - 1) / Unit<F>::kCols;
-    const int num_runs = (num_units + kUnits - 1) / kUnits;
-    auto issue = [&](int run, int stage) {
-      if (run < num_runs) {
-        copy_to_shared(ring + stage * stage_bytes, tile + static_cast<int64_t>(run) * kRunBytes,
-                       min(kUnits, num_units - run * kUnits) * Unit<F>::kBytes);
-      }
-      ptx::commit_copies();
-    };
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) issue(split + stage * num_splits, stage);
-    int stage = 0;
-    for (int run = split; run < num_runs; run += num_splits) {
-      ptx::wait_for_copies<kStages - 1>();
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        if (run * kUnits + i < num_units) {
-          add_unit<F>(ring + stage * stage_bytes + i * Unit<F>::kBytes, run * kUnits + i, cols, tokens, sums);
-        }
-      }
-      __syncwarp();
-      issue(run + kStages * num_splits, stage);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-    ptx::wait_for_copies<0>();
-    __syncwarp();
-  }
-}
-
+// The chunks of a tile that one warp takes, on their way through its ring.
 template <int kStages>
-__device__ void add_tile(int format, const uint8_t* tile, int cols, int split, int num_splits,
-                         const Tokens& tokens, uint8_t* ring, int stage_bytes, float (&sums)[4]) {
+struct Stream {
+  const uint8_t* tile;
+  uint8_t* ring;
+  int tile_bytes, chunk_bytes, stage_bytes;
+  int num_chunks, step;  // every step-th chunk is this warp's
+  int next, stage;
+
+  __device__ Stream(const Matrix& matrix, int64_t expert, int row_tile, uint8_t* ring, int stage_bytes, int split,
+                    int num_splits)
+      : tile(matrix.data + expert * matrix.expert_bytes + static_cast<int64_t>(row_tile) * matrix.tile_bytes),
+        ring(ring),
+        tile_bytes(matrix.tile_bytes),
+        chunk_bytes(matrix.chunk_bytes),
+        stage_bytes(stage_bytes),
+        num_chunks(chunk_bytes == 0 ? 0 : (tile_bytes + chunk_bytes - 1) / chunk_bytes),
+        step(num_splits),
+        next(split),
+        stage(0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) fetch(i);
+  }
+
+  __device__ __forceinline__ void fetch(int to) {
+    if (next < num_chunks) {
+      const int begin = next * chunk_bytes, bytes = min(chunk_bytes, tile_bytes - begin);
+      for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) {
+        ptx::copy_async(ring + to * stage_bytes + at, tile + begin + at);
+      }
+    }
+    next += step;
+    ptx::commit_copies();  // also of nothing: the groups are counted
+  }
+
+  __device__ __forceinline__ const uint8_t* wait() const {
+    ptx::wait_for_copies<kStages - 1>();
+    __syncwarp();
+    return ring + stage * stage_bytes;
+  }
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    fetch(stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+};
+
+// Products of a tile of a float format: rows in turn, each lane with columns of its own.
+template <class T, class Store>
+__device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int split, int num_splits, Store&& store) {
+  const int cols = tokens.rows.cols, lane = threadIdx.x % 32;
+  for (int i = 0; i < kTileRows * tokens.count; ++i) {
+    const T* weights = reinterpret_cast<const T*>(tile) + static_cast<int64_t>(i % kTileRows) * cols;
+    const float* x = tokens.rows.x + (tokens.first + tokens.row(i / kTileRows)) * cols;
+    float sum = 0.0f;
+    for (int col = 32 * split + lane; col < cols; col += 32 * num_splits) sum = fmaf(to_float(weights[col]), x[col], sum);
+    sum = warp_sum(sum);
+    if (lane == 0) store(i / kTileRows, i % kTileRows, sum);
+  }
+}
+
+// Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
+template <class F, int kSplit, int kStages, class Store>
+__device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tokens& tokens, int split, int num_splits,
+                                              Store&& store) {
+  if constexpr (std::is_same_v<F, F32>) {
+    multiply_floats<float>(stream.tile, tokens, split, num_splits, store);
+  } else if constexpr (std::is_same_v<F, F16>) {
+    multiply_floats<__half>(stream.tile, tokens, split, num_splits, store);
+  } else if constexpr (std::is_same_v<F, BF16>) {
+    multiply_floats<__nv_bfloat16>(stream.tile, tokens, split, num_splits, store);
+  } else {
+    using Columns = LaneColumns<kSplit>;
+    const int lane = threadIdx.x % 32, cols = tokens.rows.cols;
+    const int num_pairs = static_cast<int>(activation_padded_cols(cols) / 64);
+    const LaneRows<kSplit> rows(tokens);
+    LaneSums<kSplit, 1> sums;
+    sums.clear();
+    for (int chunk = split; chunk < stream.num_chunks; chunk += num_splits) {
+      const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, num_pairs - first_pair);
+      LaneActivations<kSplit> x;
+      rows.load(x, cols, first_pair, pairs);
+      multiply_chunk<F>(sums, stream.wait(), InputRows(nullptr, 0, cols), lane, first_pair, pairs, x);
+      stream.release();
+    }
+    float total[4];
+    sums.total(0, total);
+    const int t = lane % 4;
+    if (kSplit == 8 && t > 0) return;
+#pragma unroll
+    for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+      const int token = Columns::result_row(t, i);
+      if (token >= tokens.count) continue;
+      store(token, lane / 4, total[i]);
+      store(token, lane / 4 + 8, total[2 + i]);
+    }
+  }
+}
+
+template <int kSplit, int kStages, class Store>
+__device__ __forceinline__ void multiply_tile(int format, Stream<kStages>& stream, const Tokens& tokens, int split,
+                                              int num_splits, Store&& store) {
   switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name) \
-  case Format::k##type: \
-    return add_tile<type, kStages>(tile, cols, split, num_splits, tokens, ring, stage_bytes, sums);
+  case Format::k##type: return multiply_tile<type, kSplit>(stream, tokens, split, num_splits, store);
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
   }
@@ -196,76 +209,79 @@ struct Call {
 
 // An expert with some tokens of a batch.
 struct Item {
-  int expert, count;
-  const int* pairs;  // null for the shared expert, which has all tokens
-
-  // The pair or, for the shared expert, the token of a column; -1 beyond the last.
-  __device__ int column(int n) const { return n >= count ? -1 : pairs == nullptr ? n : pairs[n]; }
+  bool is_shared;  // then it has all tokens
+  int expert, first, count;
 };
 
 __device__ Item load_item(const Call& call, const Plan& plan, int index, int batch_tokens) {
-  if (call.has_shared && index == 0) return {0, batch_tokens, nullptr};
+  if (call.has_shared && index == 0) return {true, 0, 0, batch_tokens};
   const Group group = plan.groups[index - (call.has_shared ? 1 : 0)];
-  return {group.expert, group.count, plan.order + group.first};
+  return {false, group.expert, group.first, group.count};
 }
 
 // Of the experts, then of the shared one.
 struct GateUp {
   Rows x;
   Matrix matrices[2][2];  // gate and up
-  Rows hidden[2];         // [num_tokens * top_k, width], [num_tokens, shared width]
+  Rows hidden[2];         // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
+  Matrix down[2];
 };
 
+__device__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// Asks for this block's share of the matrix that the item's hidden rows will be multiplied with.
+__device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, int num_blocks) {
+  const int64_t lines = (static_cast<int64_t>(matrix.rows) / kTileRows * matrix.tile_bytes + 127) / 128;
+  const uint8_t* data = matrix.data + expert * matrix.expert_bytes;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * num_blocks + block; i < lines;
+       i += static_cast<int64_t>(blockDim.x) * num_blocks) {
+    ptx::prefetch(data + 128 * i);
+  }
+}
+
 // hidden = silu(gate) * up, quantized.  One block to 32 columns of one item.
-template <int kStages>
-__global__ void __launch_bounds__(kThreads)
+template <int kSplit, int kStages>
+__global__ void __launch_bounds__(32 * kGateUpWarps, 2)
     gate_up_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
-  __shared__ float parts[kGateUpTiles][kGateUpSplits][kBatch][16];
+  __shared__ float parts[kGateUpTiles][kGateUpSplits][kBatch][kTileRows];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tile = warp / kGateUpSplits, split = warp % kGateUpSplits;
   const int first_token = blockIdx.z * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
-  ptx::wait_for_producers();
-  ptx::allow_consumers();
+  const bool is_shared = call.has_shared && blockIdx.y == 0;
   const Plan plan = call.plan.of_batch(blockIdx.z);
-  if (static_cast<int>(blockIdx.y) >= *plan.num_groups + (call.has_shared ? 1 : 0)) return;
+  // The weights of the shared expert are known before the routes are.
+  if (!is_shared) ptx::wait_for_producers();
+  if (!is_shared && static_cast<int>(blockIdx.y) >= *plan.num_groups + (call.has_shared ? 1 : 0)) return;
   const Item item = load_item(call, plan, blockIdx.y, batch_tokens);
-  const bool is_shared = item.pairs == nullptr;
   const Matrix& matrix = layer.matrices[is_shared][tile % 2];
-  if (static_cast<int>(blockIdx.x) * 32 >= matrix.rows) return;
-  auto token_of = [&](int n) -> int64_t {
-    const int column = item.column(n);
-    return column < 0 ? -1 : first_token + (is_shared ? column : column / call.top_k);
-  };
-
-  const int row_tile = blockIdx.x * 2 + tile / 2;
-  float sums[4] = {};
-  if (row_tile * kDeviceTileRows < matrix.rows) {
-    const Tokens tokens =
-        lane_tokens(layer.x, token_of(lane / 4), token_of(lane % 4 * 2), token_of(lane % 4 * 2 + 1));
-    add_tile<kStages>(matrix.format, matrix.data + item.expert * matrix.expert_bytes + row_tile * matrix.tile_bytes,
-                      matrix.cols, split, kGateUpSplits, tokens,
-                      dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes, call.stage_bytes, sums);
+  const int width = matrix.rows, num_blocks = (width + 31) / 32;
+  if (static_cast<int>(blockIdx.x) < num_blocks) {
+    const int row_tile = min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1);
+    Stream<kStages> stream(matrix, item.expert, row_tile, dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes,
+                           call.stage_bytes, split, kGateUpSplits);
+    prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
+    if (is_shared) ptx::wait_for_producers();
+    ptx::allow_consumers();
+    const Tokens tokens{layer.x, is_shared ? nullptr : plan.order + item.first, first_token, call.top_k, item.count};
+    multiply_tile<kSplit>(matrix.format, stream, tokens, split, kGateUpSplits,
+                          [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) parts[tile][split][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sums[i];
   __syncthreads();
 
   // A warp to a token, a lane to a column.
-  if (warp >= item.count) return;
+  if (static_cast<int>(blockIdx.x) >= num_blocks || warp >= item.count) return;
   float both[2] = {};
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int s = 0; s < kGateUpSplits; ++s) both[m] += parts[lane / 16 * 2 + m][s][warp][lane % 16];
   }
-  const float value = both[0] / (1.0f + __expf(-both[0])) * both[1];
-  const int column = item.column(warp), width = matrix.rows;
+  const int column = blockIdx.x * 32 + lane;
+  const float value = column < width ? silu(both[0]) * both[1] : 0.0f;
   const Rows& out = layer.hidden[is_shared];
-  const int64_t row = is_shared ? first_token + column : static_cast<int64_t>(first_token) * call.top_k + column;
-  quantize_lanes(value, const_cast<uint8_t*>(out.q8) + row * out.row_bytes, width, blockIdx.x);
-  if (out.x != nullptr && static_cast<int>(blockIdx.x) * 32 + lane < width) {
-    const_cast<float*>(out.x)[row * width + blockIdx.x * 32 + lane] = value;
-  }
+  const int64_t row = warp + (is_shared ? first_token : static_cast<int64_t>(blockIdx.z) * plan.max_pairs + item.first);
+  quantize_lanes(value, out.q8 + row * out.row_bytes, width, blockIdx.x);
+  if (out.x != nullptr && column < width) out.x[row * width + column] = value;
 }
 
 // Of the experts, then of the shared one.
@@ -278,69 +294,50 @@ struct Down {
 };
 
 // out = the sum of the experts' results by their weights.  One block to 16 columns of a batch.
-template <int kStages>
-__global__ void __launch_bounds__(kThreads)
+template <int kSplit, int kStages>
+__global__ void __launch_bounds__(32 * kDownWarps)
     down_kernel(const __grid_constant__ Call call, const __grid_constant__ Down layer) {
-  const int num_splits = layer.num_splits;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, num_splits = layer.num_splits;
   const int slots = call.top_k + (call.has_shared ? 1 : 0);
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   uint8_t* ring = dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes;
-  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kWarps * kStages * call.stage_bytes);
+  // [num_splits, batch, slots, 16]
+  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * kStages * call.stage_bytes);
   ptx::wait_for_producers();
   ptx::allow_consumers();
   const Plan plan = call.plan.of_batch(blockIdx.y);
   const int num_items = (*plan.num_groups + (call.has_shared ? 1 : 0)) * num_splits;
-  for (int i = warp; i < num_items; i += kWarps) {
+  for (int i = warp; i < num_items; i += kDownWarps) {
     const int split = i % num_splits;
     const Item item = load_item(call, plan, i / num_splits, batch_tokens);
-    const bool is_shared = item.pairs == nullptr;
-    const Matrix& matrix = layer.matrices[is_shared];
-    auto row_of = [&](int n) -> int64_t {
-      const int column = item.column(n);
-      return column < 0 ? -1 : (is_shared ? first_token : static_cast<int64_t>(first_token) * call.top_k) + column;
-    };
-    const Tokens tokens = lane_tokens(layer.hidden[is_shared], row_of(lane / 4),
-                                      row_of(lane % 4 * 2), row_of(lane % 4 * 2 + 1));
-    float sums[4] = {};
-    add_tile<kStages>(matrix.format,
-                      matrix.data + item.expert * matrix.expert_bytes + blockIdx.x * matrix.tile_bytes,
-                      matrix.cols, split, num_splits, tokens, ring, call.stage_bytes, sums);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int column = item.column(lane % 4 * 2 + k % 2);
-      if (column < 0) continue;
-      const int slot = is_shared ? column * slots + call.top_k
-                                 : column / call.top_k * slots + column % call.top_k;
-      parts[(split * kBatch * slots + slot) * 16 + lane / 4 + k / 2 * 8] = sums[k];
-    }
+    const Matrix& matrix = layer.matrices[item.is_shared];
+    Stream<kStages> stream(matrix, item.expert, blockIdx.x, ring, call.stage_bytes, split, num_splits);
+    const int64_t first_row =
+        item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
+    const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
+    multiply_tile<kSplit>(matrix.format, stream, tokens, split, num_splits, [&](int token, int row, float sum) {
+      int slot = token * slots + call.top_k;
+      if (!item.is_shared) {
+        const int pair = plan.order[item.first + token];
+        slot = pair / call.top_k * slots + pair % call.top_k;
+      }
+      parts[(split * kBatch * slots + slot) * kTileRows + row] = sum;
+    });
   }
   __syncthreads();
 
-  const int token = threadIdx.x / 16, row = threadIdx.x % 16;
+  const int token = threadIdx.x / kTileRows, row = threadIdx.x % kTileRows;
   if (token >= batch_tokens) return;
   const float* shares = layer.weights + static_cast<int64_t>(first_token + token) * slots;
   float sum = 0.0f;
   for (int slot = 0; slot < slots; ++slot) {
     float result = 0.0f;
     for (int split = 0; split < num_splits; ++split) {
-      result += parts[((split * kBatch + token) * slots + slot) * 16 + row];
+      result += parts[((split * kBatch + token) * slots + slot) * kTileRows + row];
     }
     sum = fmaf(shares[slot], result, sum);
   }
-  layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * 16 + row] = sum;
-}
-
-// Bytes that a warp copies at once.
-int run_bytes(int format) {
-  return with_format(static_cast<Format>(format), [](auto f) {
-    using F = decltype(f);
-    if constexpr (F::kScales == Scales::kPlain) {
-      return 0;
-    } else {
-      return kRunUnits<F> * Unit<F>::kBytes;
-    }
-  });
+  layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * kTileRows + row] = sum;
 }
 
 // Bytes of shared memory that a block may have.
@@ -359,11 +356,14 @@ bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
 
 // The matrix of `rows` rows that starts at row first_row of each expert's rows in a stack.
 Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, int64_t rows) {
-  const int64_t tile = with_format(static_cast<Format>(stack.format), [&](auto f) {
-    return device_tile_bytes<decltype(f)>(stack.cols);
+  return with_format(static_cast<Format>(stack.format), [&](auto f) -> Matrix {
+    using F = decltype(f);
+    const int64_t tile = device_tile_bytes<F>(stack.cols);
+    int chunk = 0;
+    if constexpr (F::kScales != Scales::kPlain) chunk = chunk_bytes<F>();
+    return {stack.packed + first_row / kTileRows * tile, stack.rows / num_experts / kTileRows * tile,
+            static_cast<int>(tile), chunk, stack.format, static_cast<int>(rows), static_cast<int>(stack.cols)};
   });
-  return {stack.packed + first_row / kDeviceTileRows * tile, stack.rows / num_experts / kDeviceTileRows * tile, tile,
-          stack.format, static_cast<int>(rows), static_cast<int>(stack.cols)};
 }
 
 // {gate, up} of one or two stacks.
@@ -392,10 +392,10 @@ struct Buffers {
     routes = {ids, weights, slots, space.take_plan(batches, kBatch * top_k, num_experts, kBatch)};
     auto rows = [&](int64_t count, int64_t cols, bool as_float) -> Rows {
       const int64_t row_bytes = activation_row_bytes(cols);
-      const uint8_t* q8 = space.take<uint8_t>(count * row_bytes);
+      uint8_t* q8 = space.take<uint8_t>(count * row_bytes);
       return {q8, as_float ? space.take<float>(count * cols) : nullptr, row_bytes, static_cast<int>(cols)};
     };
-    hidden = rows(num_tokens * top_k, width, float_hidden);
+    hidden = rows(batches * kBatch * top_k, width, float_hidden);
     shared_hidden = rows(num_tokens, shared_width, float_shared);
     bytes = space.bytes();
   }
@@ -404,7 +404,7 @@ struct Buffers {
 // Splits of an expert's columns that keep the warps of a block busy with one token.
 int down_splits(int64_t slots, int64_t width) {
   int splits = 1;
-  while (2 * splits * slots <= kWarps && 256 * splits < width) splits *= 2;
+  while (2 * splits * slots <= kDownWarps && kChunkCols * splits < width) splits *= 2;
   return splits;
 }
 
@@ -415,35 +415,32 @@ Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_
                  has_shared && is_float(weights.shared_down[0].format));
 }
 
-template <int kStages>
-void run_experts(const Call& call, const MoeWeights& weights, const Buffers& buffers, const Rows& x, float* out,
-                 void* stream) {
-  const int64_t num_experts = weights.router.rows, width = weights.down.cols;
-  GateUp gate_up{x, {}, {buffers.hidden, buffers.shared_hidden}};
-  Down down{{buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0};
-  int64_t widest = width;
-  set_gate_and_up(gate_up.matrices[0], weights.gate_up, num_experts, width);
-  down.matrices[0] = part_of(weights.down, num_experts, 0, weights.down.rows / num_experts);
-  if (call.has_shared) {
-    const WeightView& shared = weights.shared_down[0];
-    set_gate_and_up(gate_up.matrices[1], weights.shared_gate_up, 1, shared.cols);
-    down.matrices[1] = part_of(shared, 1, 0, shared.rows);
-    widest = std::max(widest, shared.cols);
+struct Kernels {
+  Call call;
+  GateUp gate_up;
+  Down down;
+  int64_t widest;  // of the hidden rows
+  int64_t num_experts;
+
+  template <int kSplit, int kStages>
+  void launch(void* stream) const {
+    const unsigned batches = static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch);
+    const unsigned items = max_groups(std::min(call.num_tokens, kBatch) * call.top_k, num_experts, kBatch) +
+                           (call.has_shared ? 1 : 0);
+    const size_t stages = static_cast<size_t>(kStages) * call.stage_bytes;
+    launch_kernel(gate_up_kernel<kSplit, kStages>,
+                  {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps), stream,
+                   kGateUpWarps * stages, true},
+                  call, gate_up);
+    launch_kernel(down_kernel<kSplit, kStages>,
+                  {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * kDownWarps), stream,
+                   kDownWarps * stages + parts_bytes(), true},
+                  call, down);
   }
-  down.num_splits = down_splits(buffers.routes.slots, widest);
-  const unsigned batches = static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch);
-  const unsigned items = max_groups(std::min(call.num_tokens, kBatch) * call.top_k, num_experts, kBatch) +
-                         (call.has_shared ? 1 : 0);
-  const size_t ring = static_cast<size_t>(kWarps) * kStages * call.stage_bytes;
-  launch_kernel(gate_up_kernel<kStages>,
-                {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(kThreads), stream, ring, true},
-                call, gate_up);
-  const size_t parts = static_cast<size_t>(down.num_splits) * kBatch * buffers.routes.slots * 16 * sizeof(float);
-  launch_kernel(down_kernel<kStages>,
-                {dim3(static_cast<unsigned>(down.matrices[0].rows / kDeviceTileRows), batches), dim3(kThreads), stream,
-                 ring + parts, true},
-                call, down);
-}
+  size_t parts_bytes() const {
+    return sizeof(float) * down.num_splits * kBatch * (call.top_k + (call.has_shared ? 1 : 0)) * kTileRows;
+  }
+};
 
 }  // namespace
 }  // namespace helexa::moe
@@ -456,23 +453,44 @@ int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, i
 
 void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
                   int32_t* counters, uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream) {
+  using namespace moe;
   if (num_tokens == 0) return;
-  const moe::Buffers buffers = moe::cut(workspace, weights, num_tokens, top_k);
-  moe::route_few(x, weights.router, weights.shared_router.empty() ? nullptr : weights.shared_router.data(), buffers.logits,
-                 counters, buffers.routes, num_tokens, top_k, normalize, stream);
-  moe::Call call{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k),
-                 !weights.shared_down.empty(), 0};
-  for (const auto* stacks : {&weights.gate_up, &weights.shared_gate_up, &weights.shared_down}) {
-    for (const WeightView& w : *stacks) call.stage_bytes = std::max(call.stage_bytes, moe::run_bytes(w.format));
+  const Buffers buffers = cut(workspace, weights, num_tokens, top_k);
+  const WeightView* shared_router = weights.shared_router.empty() ? nullptr : weights.shared_router.data();
+  route_few(x, weights.router, shared_router, buffers.logits, counters, buffers.routes, num_tokens, top_k, normalize,
+            stream);
+
+  const int64_t num_experts = weights.router.rows, cols = weights.router.cols, width = weights.down.cols;
+  const bool has_shared = !weights.shared_down.empty();
+  const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols), static_cast<int>(cols)};
+  Kernels kernels{{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k), has_shared, 0},
+                  {input, {}, {buffers.hidden, buffers.shared_hidden}, {}},
+                  {{buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
+                  width,
+                  num_experts};
+  auto& [call, gate_up, down, widest, experts] = kernels;
+  set_gate_and_up(gate_up.matrices[0], weights.gate_up, num_experts, width);
+  down.matrices[0] = part_of(weights.down, num_experts, 0, cols);
+  if (has_shared) {
+    const WeightView& shared = weights.shared_down[0];
+    set_gate_and_up(gate_up.matrices[1], weights.shared_gate_up, 1, shared.cols);
+    down.matrices[1] = part_of(shared, 1, 0, cols);
+    widest = std::max(widest, shared.cols);
   }
-  call.stage_bytes = std::max(call.stage_bytes, moe::run_bytes(weights.down.format));
-  const int64_t cols = weights.router.cols;
-  const moe::Rows input{q8, x, activation_row_bytes(cols), static_cast<int>(cols)};
-  // Two runs under way per warp, unless the device has too little shared memory.
-  if (2 * moe::kWarps * call.stage_bytes + 24 * 1024 <= moe::shared_memory()) {
-    moe::run_experts<2>(call, weights, buffers, input, out, stream);
+  down.num_splits = down_splits(buffers.routes.slots, widest);
+  for (int i = 0; i < (has_shared ? 2 : 1); ++i) {
+    gate_up.down[i] = down.matrices[i];
+    for (const Matrix& m : {gate_up.matrices[i][0], gate_up.matrices[i][1], down.matrices[i]}) {
+      call.stage_bytes = std::max(call.stage_bytes, m.chunk_bytes);
+    }
+  }
+  // Two chunks under way per warp, unless the device has too little shared memory.
+  const bool is_roomy =
+      2 * kDownWarps * call.stage_bytes + static_cast<int64_t>(kernels.parts_bytes()) <= shared_memory();
+  if (num_tokens == 1) {
+    is_roomy ? kernels.launch<8, 2>(stream) : kernels.launch<8, 1>(stream);
   } else {
-    moe::run_experts<1>(call, weights, buffers, input, out, stream);
+    is_roomy ? kernels.launch<1, 2>(stream) : kernels.launch<1, 1>(stream);
   }
 }
 
