@@ -33,7 +33,9 @@ class Golden:
 
     def build(self, **changes: Any) -> Model:
         """The model, with changes to its configuration."""
-        return build_model(replace(self.config, **changes), self.weights)
+        model = build_model(replace(self.config, **changes), self.weights)
+        self.weights.finish()
+        return model
 
 
 class Caches:
@@ -45,17 +47,21 @@ class Caches:
         num_sequences: int = 1,
         pages_each: int = 2,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ):
+        self.device = device
         num_pages = num_sequences * pages_each + 1  # the first page belongs to nobody
         shapes = kv_cache_shapes(config, num_pages)
-        self.k = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
-        self.v = [torch.full(shape, float("nan"), dtype=dtype) for shape in shapes]
+        self.k, self.v = (
+            [torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in shapes]
+            for _ in range(2)
+        )
         order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(1)) + 1
         self.pages = order.to(torch.int32).reshape(num_sequences, pages_each)
         self.lengths = [0] * num_sequences
         states = state_shapes(config, num_sequences + 1)  # the last slot belongs to nobody
-        self.conv_states = [torch.full(conv, float("nan")) for conv, _ in states]
-        self.states = [torch.full(state, float("nan")) for _, state in states]
+        self.conv_states = [torch.full(conv, float("nan"), device=device) for conv, _ in states]
+        self.states = [torch.full(state, float("nan"), device=device) for _, state in states]
 
     def step(self, parts: dict[int, Tensor], logits_rows: slice | None = None) -> Step:
         """The step that appends `parts`, sequence -> token ids; by default all rows want logits."""
@@ -69,43 +75,46 @@ class Caches:
             starts.append(starts[-1] + len(tokens))
             self.lengths[sequence] += len(tokens)
         return Step(
-            token_ids=torch.cat(token_ids),
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            kv_lengths=torch.tensor([self.lengths[sequence] for sequence in parts], dtype=torch.int32),
-            page_table=self.pages[list(parts)].contiguous(),
+            token_ids=torch.cat(token_ids).to(self.device),
+            positions=torch.cat(positions).to(self.device),
+            slots=torch.cat(slots).to(self.device),
+            query_start=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            kv_lengths=torch.tensor(
+                [self.lengths[sequence] for sequence in parts], dtype=torch.int32, device=self.device
+            ),
+            page_table=self.pages[list(parts)].contiguous().to(self.device),
             k_cache=self.k,
             v_cache=self.v,
             logits_rows=slice(0, starts[-1]) if logits_rows is None else logits_rows,
-            state_slots=torch.tensor(list(parts), dtype=torch.int32),
+            state_slots=torch.tensor(list(parts), dtype=torch.int32, device=self.device),
             conv_states=self.conv_states,
             states=self.states,
         )
 
 
-def run(model: Model, token_ids: Tensor, chunk: int | None = None) -> Tensor:
+def run(model: Model, token_ids: Tensor, chunk: int | None = None, device: str = "cpu") -> Tensor:
     """Logits [T, vocab_size] of one sequence, in one step or in steps of `chunk` tokens."""
-    caches = Caches(model.config, pages_each=max(2, -(-len(token_ids) // PAGE_TOKENS)))
+    num_pages = max(2, -(-len(token_ids) // PAGE_TOKENS))
+    caches = Caches(model.config, pages_each=num_pages, device=device)
     return torch.cat([model(caches.step({0: part})) for part in token_ids.split(chunk or len(token_ids))])
 
 
 def error_ratio(found: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of `expected`; NaN and infinities count as infinite."""
-    difference = (found.double() - expected.double()).square().mean().sqrt()
-    ratio = float(difference / expected.double().square().mean().sqrt())
+    difference = (found.double().cpu() - expected.double().cpu()).square().mean().sqrt()
+    ratio = float(difference / expected.double().cpu().square().mean().sqrt())
     return ratio if np.isfinite(ratio) else float("inf")
 
 
-def load(path: Path) -> tuple[ModelConfig, GGUFWeights]:
+def load(path: Path, device: str = "cpu") -> tuple[ModelConfig, GGUFWeights]:
     file = open_model(path)
-    return config_from_gguf(file.metadata, file.tensors), GGUFWeights(file)
+    return config_from_gguf(file.metadata, file.tensors), GGUFWeights(file, device=device)
 
 
 @cache
-def golden(case: str) -> Golden:
+def golden(case: str, device: str = "cpu") -> Golden:
     arrays = np.load(GOLDEN / f"{case}.npz")
-    config, weights = load(GOLDEN / f"{case}.gguf")
+    config, weights = load(GOLDEN / f"{case}.gguf", device)
     return Golden(config, weights, **{name: torch.from_numpy(arrays[name]) for name in arrays})
 
 
