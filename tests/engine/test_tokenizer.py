@@ -308,3 +308,19 @@ def test_a_file_without_token_types_has_ordinary_tokens_only():
     data = _metadata()
     del data["tokenizer.ggml.token_type"]
     assert Tokenizer.from_gguf(data).special_tokens == {}
+
+
+def test_all_tokens_at_once_are_those_one_by_one(tokenizer):
+    found = tokenizer.all_token_bytes()
+    assert found == [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+    special = [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.is_special(token_id)]
+    assert sorted(tokenizer.special_token_ids) == special
+
+
+def test_all_tokens_at_once_where_an_ordinary_one_is_spelled_as_text():
+    data = _metadata()
+    data["tokenizer.ggml.tokens"][-1], data["tokenizer.ggml.token_type"][-1] = "two words", 1
+    tokenizer = Tokenizer.from_gguf(data)
+    found = tokenizer.all_token_bytes()
+    assert found[-1] == b"two words"
+    assert found == [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]

@@ -32,7 +32,7 @@ from helexa.engine.guide import Guide
 from helexa.engine.memory import allocation_errors, release
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
-from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, read_text_parts
+from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, text_parts
 from helexa.engine.preflight import place
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
@@ -135,7 +135,7 @@ class Engine:
             model_key = f"{fingerprint(file)} {engine_options.quant}"
             keeper = WeightKeeper(parking, model_key)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
-                text = pool.submit(read_text_parts, file)
+                text = pool.submit(text_parts, file, model_key)
                 engine = cls(
                     partial(read_model, file, config, engine_options, progress, keeper),
                     config,

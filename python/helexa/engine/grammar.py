@@ -154,13 +154,13 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.tokens = tokenizer.all_token_bytes()
         ends = sorted(tokenizer.eos_token_ids)
         if not ends:  # the parser needs one; this one lies beyond the vocabulary and never comes
             ends = [len(self.tokens)]
             self.tokens.append(b"<|end|>")
         self.eos_token_id = ends[0]
-        self.special_token_ids = sorted({*filter(tokenizer.is_special, range(tokenizer.vocab_size)), *ends})
+        self.special_token_ids = sorted({*tokenizer.special_token_ids, *ends})
         self._parsed = llguidance.LLTokenizer(self, eos_token=ends)  # type: ignore[arg-type]
 
     def __call__(self, text: str) -> list[int]:

@@ -1,6 +1,8 @@
 """What an engine takes from a model's file: weights, and all that has to do with text."""
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
 
+_KEPT_TEXTS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class TextParts:
@@ -33,6 +37,10 @@ class TextParts:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     grammars: GrammarCompiler | None = None
+
+
+_lock = threading.Lock()
+_text_parts: OrderedDict[str, TextParts] = OrderedDict()  # the least recently used first
 
 
 def planned_tensors(file: ModelFile, options: EngineOptions) -> Mapping[str, TensorInfo]:
@@ -85,8 +93,29 @@ def _weights(
     )
 
 
+def text_parts(file: ModelFile, key: str) -> TextParts:
+    """The parts that the file has, shared by engines of the same `key`, which says what file it is.
+
+    They take longer to make than the weights of a model of average size take to load, so those of the last
+    files are kept for models that come back. Raises InvalidFile or UnsupportedModel.
+    """
+    if file.path.is_dir():  # where they are in files beside the weights
+        states = ((path.name, path.stat()) for path in sorted(file.path.iterdir()))
+        key += "".join(f"\n{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
+    with _lock:
+        if key in _text_parts:
+            _text_parts.move_to_end(key)
+            return _text_parts[key]
+    parts = read_text_parts(file)
+    with _lock:
+        _text_parts[key] = parts
+        while len(_text_parts) > _KEPT_TEXTS:
+            _text_parts.popitem(last=False)
+    return parts
+
+
 def read_text_parts(file: ModelFile) -> TextParts:
-    """The parts that the file has. Raises InvalidFile or UnsupportedModel."""
+    """The parts, made anew. Raises as `text_parts`."""
     metadata = file.text_metadata()
     if "tokenizer.ggml.tokens" not in metadata:
         return TextParts()
