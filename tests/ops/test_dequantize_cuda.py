@@ -165,15 +165,6 @@ def test_a_product_whose_sizes_do_not_fit_is_refused(packed, cuda_device):
         ops.unpacked_matmul(x[:, :64].contiguous(), [weight], None, torch.empty(70, 8, device=cuda_device))
 
 
-def test_the_scratch_is_given_back(packed, cuda_device):
-    weight, _ = packed("q8_0", 16, 64)
-    x = torch.zeros(70, 64, dtype=torch.bfloat16, device=cuda_device)
-    ops.unpacked_matmul(x, [weight], None, torch.empty(70, 16, device=cuda_device))
-    assert x.device in dequantize._scratches()
-    ops.release_scratch()
-    assert x.device not in dequantize._scratches()
-
-
 def test_threads_have_scratches_of_their_own(cuda_device):
     device, found = torch.device(cuda_device), []
 

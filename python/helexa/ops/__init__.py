@@ -17,7 +17,6 @@ from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
 from helexa.ops.dequantize import (
     SCRATCH_BYTES,
     dequantize_rows,
-    release_scratch,
     unpacked_matmul,
     unpacked_matmul_reference,
 )
@@ -126,7 +125,6 @@ __all__ = [
     "quant_matmul_reference",
     "quantize",
     "quantize_rows",
-    "release_scratch",
     "rms_norm",
     "rms_norm_reference",
     "rope_append",

@@ -105,11 +105,6 @@ def unpacked_matmul_reference(
     return torch.cat(outs, 1)
 
 
-def release_scratch() -> None:
-    """Gives back this thread's memory for unpacked weights, as its end does; a product takes it anew."""
-    _scratches().clear()
-
-
 def _scratches() -> dict[torch.device, Tensor]:
     if not hasattr(_thread, "scratches"):
         _thread.scratches = {}
