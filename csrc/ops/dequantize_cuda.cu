@@ -25,8 +25,8 @@ __device__ __forceinline__ void store_four(__nv_bfloat16* to, const float (&v)[4
 
 // Stores the operands of one step of one row: columns 4t … of both halves.
 template <class F, class T>
-__device__ __forceinline__ void store_step(const RowScales<F>& scales, int step, uint32_t first, uint32_t second,
-                                           T* to) {
+__device__ __forceinline__ void store_step(const RowScales<F>& scales, int step, uint32_t first,
+                                           uint32_t second, T* to) {
   constexpr bool kBiased = Unit<F>::kSigned || has_levels<F>;  // a signed byte is an unsigned one minus 128
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

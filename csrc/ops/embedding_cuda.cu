@@ -36,8 +36,8 @@ __device__ void unit_values(const uint8_t* unit, int row, int col, float (&value
 template <class F>
 __global__ void __launch_bounds__(kThreads)
     embedding_kernel(const int32_t* token_ids,            // [num_tokens]; written by others while this runs
-                     const uint8_t* __restrict__ packed,     // the weight
-                     float* __restrict__ out,                // [num_tokens, cols]
+                     const uint8_t* __restrict__ packed,  // the weight
+                     float* __restrict__ out,             // [num_tokens, cols]
                      int64_t rows, int64_t cols) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads)
       to[i] = known ? plain_value<F>(packed, id * cols + first + i) : 0.0f;
     }
   } else {
-    const uint8_t* unit = packed + id / kDeviceTileRows * device_tile_bytes<F>(cols) +
-                          first / Unit<F>::kCols * Unit<F>::kBytes;
+    const uint8_t* unit =
+        packed + id / kDeviceTileRows * device_tile_bytes<F>(cols) + first / Unit<F>::kCols * Unit<F>::kBytes;
     const int row = static_cast<int>(id % kDeviceTileRows), col = static_cast<int>(first % Unit<F>::kCols);
     float values[kEach] = {};
     if (known) unit_values<F>(unit, row, col, values);
@@ -68,8 +68,8 @@ void embedding_cuda(const int32_t* token_ids, int64_t num_tokens, int format, co
   with_format(static_cast<Format>(format), [&](auto f) {
     constexpr int kCols = kThreads * kEach;
     const dim3 grid(static_cast<unsigned>(num_tokens), static_cast<unsigned>((cols + kCols - 1) / kCols));
-    launch_kernel(embedding_kernel<decltype(f)>, {grid, dim3(kThreads), stream, 0, true}, token_ids, packed, out,
-                  rows, cols);
+    launch_kernel(embedding_kernel<decltype(f)>, {grid, dim3(kThreads), stream, 0, true}, token_ids, packed,
+                  out, rows, cols);
   });
 }
 

@@ -15,13 +15,16 @@ constexpr int kGroupCols = 256;
 // Where the scales stand in a block of the file: those that come first in a unit, and those behind them.
 template <class F>
 struct FileScales {
-  static constexpr int kFirst = F::kScales == Scales::kSuper16 ? 192 : F::kScales == Scales::kSuper16Bits6 ? 96 : 0;
+  static constexpr int kFirst = F::kScales == Scales::kSuper16        ? 192
+                                : F::kScales == Scales::kSuper16Bits6 ? 96
+                                                                      : 0;
   static constexpr int kSecond = F::kScales == Scales::kSuper16        ? 208
                                  : F::kScales == Scales::kSuper16Bits6 ? 108
                                                                        : 80;
-  static constexpr int kSecondBytes = F::kScales == Scales::kSuper16 || F::kScales == Scales::kSuper16Bits6 ? 2
-                                      : F::kScales == Scales::kSuperMin16                                   ? 4
-                                                                                                            : 0;
+  static constexpr int kSecondBytes = F::kScales == Scales::kSuper16 || F::kScales == Scales::kSuper16Bits6
+                                          ? 2
+                                      : F::kScales == Scales::kSuperMin16 ? 4
+                                                                          : 0;
 };
 
 // The code of one column of a block of the file, bits as they stand there.
@@ -66,15 +69,16 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restric
   const int64_t first_col = static_cast<int64_t>(blockIdx.y) * kGroupCols;
   const int num_cols = static_cast<int>(min(cols - first_col, static_cast<int64_t>(kGroupCols)));
   const int num_units = (num_cols + U::kCols - 1) / U::kCols;
-  const int rows = static_cast<int>(
-      min(num_rows - tile * kDeviceTileRows, static_cast<int64_t>(kDeviceTileRows)));
+  const int rows =
+      static_cast<int>(min(num_rows - tile * kDeviceTileRows, static_cast<int64_t>(kDeviceTileRows)));
 
   const int64_t row_bytes = cols / F::kBlockSize * F::kBlockBytes;
   const int half_words = num_cols / F::kBlockSize * F::kBlockBytes / 2;  // of one row
   const uint8_t* from = raw + tile * kDeviceTileRows * row_bytes + first_col / F::kBlockSize * F::kBlockBytes;
   for (int row = 0; row < rows; ++row) {
     const uint16_t* source = reinterpret_cast<const uint16_t*>(from + row * row_bytes);
-    for (int i = threadIdx.x; i < half_words; i += kThreads) shared_raw[row * (kRawBytes / 2) + i] = source[i];
+    for (int i = threadIdx.x; i < half_words; i += kThreads)
+      shared_raw[row * (kRawBytes / 2) + i] = source[i];
   }
   for (int i = threadIdx.x; i < num_units * U::kBytes / 16; i += kThreads) {
     shared_units[i] = make_uint4(0, 0, 0, 0);
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restric
     }
     uint32_t* unit = words + col / U::kCols * (U::kBytes / 4);
     atomicOr(unit + code_bit_position<F>(row, in_unit, 0) / 32, low);
-    if constexpr (U::kHighBits > 0) atomicOr(unit + code_bit_position<F>(row, in_unit, U::kLowBits) / 32, high);
+    if constexpr (U::kHighBits > 0)
+      atomicOr(unit + code_bit_position<F>(row, in_unit, U::kLowBits) / 32, high);
   }
   // Scales do not share words with codes.
   uint8_t* packed = reinterpret_cast<uint8_t*>(shared_units);

@@ -24,7 +24,7 @@ class WeightLoader {
   struct Part {
     int64_t number, nbytes;
     std::vector<ByteRange> ranges;  // one after the other; none if the carrier's owner has to fill the slot
-    int format;                     // kCopy: the bytes go to `target` as they are; kStore: from there to the range of main memory
+    int format;  // kCopy: the bytes go to `target` as they are; kStore: from there to the range of main memory
     int64_t first_row, num_rows, cols;
     uint8_t* target;
   };

@@ -48,8 +48,8 @@ int read_range(const ByteRange& range, uint8_t* into) {
   // The system reads from a disk in larger pieces when it knows what will be wanted.
   posix_fadvise(range.descriptor, range.offset, range.nbytes, POSIX_FADV_WILLNEED);
   for (int64_t done = 0; done < range.nbytes;) {
-    const ssize_t count = pread(range.descriptor, into + done, static_cast<size_t>(range.nbytes - done),
-                                range.offset + done);
+    const ssize_t count =
+        pread(range.descriptor, into + done, static_cast<size_t>(range.nbytes - done), range.offset + done);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return errno;
     if (count == 0) return -1;
@@ -161,7 +161,8 @@ void WeightCarrier::store(const WeightLoader::Part& part) {
   // Nothing is gained by a second slot: other threads' copies fill the time.
   copy_bytes(pinned_[current_], part.target, part.nbytes, stream_);
   wait_for_stream(stream_);
-  std::memcpy(reinterpret_cast<void*>(part.ranges[0].offset), pinned_[current_], static_cast<size_t>(part.nbytes));
+  std::memcpy(reinterpret_cast<void*>(part.ranges[0].offset), pinned_[current_],
+              static_cast<size_t>(part.nbytes));
   loader_.finished(part.nbytes);
 }
 

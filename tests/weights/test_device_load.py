@@ -166,7 +166,7 @@ def test_a_device_without_room_is_an_error_with_the_bytes(write_gguf, cuda_devic
 
     monkeypatch.setattr(ops, "DeviceArena", type("Full", (ops.DeviceArena,), {"__init__": refuse}))
     file = open_gguf(write_gguf({"m": ("f32", (16, 32))}))
-    with pytest.raises(OutOfMemory, match=r"no 2048 bytes of memory on .* for the weights: nothing is free"):
+    with pytest.raises(OutOfMemory, match=r"no 2304 bytes of memory on .* for the weights: nothing is free"):
         GGUFWeights(file, device=cuda_device, num_readers=readers)
 
 

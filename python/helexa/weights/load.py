@@ -297,7 +297,10 @@ class GGUFWeights:
 
     def _device_arena(self) -> ops.DeviceArena:
         """Room for all tensors of the file."""
-        placed = (ops.DeviceArena.spaced(self._placed_nbytes(info)) for info in self.file.tensors.values())
+        # With room for matrices that are asked for in two parts, each of which begins on an aligned address.
+        placed = (
+            ops.DeviceArena.spaced(self._placed_nbytes(info) + 1) for info in self.file.tensors.values()
+        )
         nbytes = sum(placed) if self._parked is None else self._parked.memory.nbytes
         try:
             return ops.DeviceArena(nbytes, self.device)
