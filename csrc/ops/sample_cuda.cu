@@ -100,14 +100,14 @@ __device__ T block_total(T value) {
 // Whether this block is the last of its row to get here; what the others wrote before is visible then.
 __device__ bool is_last_block(Job& job) {
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // for all of the block, which the barriers put before and behind it
     is_last = atomicAdd(&job.arrived, 1u) == gridDim.x - 1;
     if (is_last) job.arrived = 0;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return is_last;
 }
 
