@@ -24,9 +24,10 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
 // have row numbers from 0.  Results are multiplied by the sigmoid of gate, float32 or bfloat16 in rows gate_stride values apart, if
 // it is there.  They leave as q8 (ops/activation.cuh) or as bf16 [rows, num_heads * head_dim], whichever is not null, where
 // is_attention_tiled; else as float32 x.
-// The keys of sequences with at most split_queries queries, or of all sequences if it is 0, are split among at most max_splits
-// blocks.  That takes counters, which are 0 before and after, num_heads for each sequence and 64 queries of it, and partial, room for
-// [queries, num_heads, max_splits, head_dim + 2] float32 of num_tokens queries, or of split_queries of each sequence.
+// The keys of sequences with at most split_queries queries, or of all sequences if it is 0, are split into at most max_splits
+// ranges.  That takes counters, which are 0 before and after, num_kv_heads for each 64 rows (queries times heads that share a kv head)
+// of a sequence, and partial, room for [queries, num_heads, max_splits, head_dim + 2] float32 of num_tokens queries, or of
+// split_queries of each sequence.
 void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int cache_dtype,
                     const int32_t* page_table, const int32_t* query_start, const int32_t* kv_lengths,
                     int64_t num_tokens, int64_t num_sequences, int64_t max_pages, int64_t num_heads,

@@ -1,514 +1,18 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 #pragma once
 
-// Attention on tensor cores over a paged cache of 16-bit values or of bytes (Dao et al. 2022; splits along the keys: flash decoding).
-//
-// A row is one query head of one token; rows of a sequence and kv head go token by token, with the `group` heads that share the kv
-// head next to each other, so that its keys and values are read once for all of them.  Keys come in tiles through two stages of
-// shared memory.  Warps share a block's work in one of two ways:
-//
-//   many rows: each warp has its own 16 (or 32) rows and sees all keys of a tile
-//   16 rows or fewer: each warp has all rows and a part of the tile's keys; with heads of 256, where a tile has keys for two warps
-//       only, two warps have the same keys and each half of the dims of v.  At the end the parts are joined as splits are.
+// Who attends to what: the kernels over ops/attention_block.cuh.
 //
 // prompt_kernel (steps of many tokens): a block for each kRows rows of the sequences with many queries.
-// split_kernel (decoding, verification): the grid has max_splits blocks for each sequence and kv head, whatever the lengths, since
-//   a captured grid is fixed; a block reads the length and finds its range of keys, which depends on nothing but that length; blocks
-//   without one end at once.  Whoever finishes last of a sequence and kv head joins the partial results.
+// split_kernel (decoding, verification): the grid is what runs at once, whatever the lengths, since a captured grid is fixed.  From the
+//   lengths each block finds its pieces of the work: a range of keys for each 64 rows of a sequence and kv head.  Whoever finishes last
+//   of a sequence's ranges joins their partial results.
 //
 // Tables and keys of earlier steps are read before the kernel just before has ended; that one writes neither (it appends the new keys).
-//
-// Rows leave in the form that the next matmul takes, multiplied by the sigmoid of the output gate if there is one.
-#include <cuda_fp8.h>
-
-#include "core/cuda.cuh"
-#include "ops/activation.cuh"
-#include "ops/attention.h"
+#include "ops/attention_block.cuh"
 
 namespace helexa {
-
-__device__ inline float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
-
-// The arguments of attention_cuda.
-struct AttentionCall {
-  const void* q;
-  const void* k_cache;
-  const void* v_cache;
-  int cache_dtype;
-  const int32_t* page_table;
-  const int32_t* query_start;
-  const int32_t* kv_lengths;
-  int64_t num_tokens, num_sequences, max_pages, num_heads, num_kv_heads, head_dim;
-  float scale;
-  int64_t first_row, end_row;
-  const void* gate;
-  int gate_dtype;
-  int64_t gate_stride;
-  uint8_t* q8;
-  void* bf16;
-  float* x;
-  int64_t split_queries;
-  uint32_t* counters;
-  float* partial;
-  int64_t max_splits;
-};
-
 namespace attention_tiled {
-
-// Finite, so that differences of maxima are never inf - inf.
-constexpr float kLowest = -1e30f;
-// Keys of a split at least: fewer would cost more in joining than their reading takes.
-constexpr int kMinSplitKeys = 128;
-constexpr int kStages = 2;
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-
-template <int kDim>
-struct Tile {
-  static constexpr int kKeys = kDim > 128 ? 32 : 64;
-  static constexpr int kStageValues = 2 * kKeys * kDim;  // of k and of v
-  static constexpr int kRowChunks = kDim / 8;            // of 16 bytes
-  // Row length of float32 results in shared memory; 8 more, so that the quads of a warp write to different banks.
-  static constexpr int kResultStride = kDim + 8;
-};
-
-// The type in which elements of a cache are multiplied, which is that of q too.
-template <class C>
-struct Operand {
-  using Type = C;
-};
-template <>
-struct Operand<__nv_fp8_e4m3> {
-  using Type = __half;
-};
-
-// Eight bytes of a cache as eight 16-bit values.
-__device__ inline uint4 widen(uint2 bytes, __nv_fp8_e4m3) {
-  auto two = [](uint32_t pair) {
-    const __half2_raw wide =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair & 0xffffu), __NV_E4M3);
-    return static_cast<uint32_t>(wide.x) | static_cast<uint32_t>(wide.y) << 16;
-  };
-  return make_uint4(two(bytes.x), two(bytes.x >> 16), two(bytes.y), two(bytes.y >> 16));
-}
-
-// The tiles' memory has two stages, or a tile of 16-bit values and two stages of bytes.
-template <int kDim, int kRows>
-constexpr int shared_bytes() {
-  const int tiles = (kStages * Tile<kDim>::kStageValues + kRows * kDim) * 2;
-  const int result_rows = kRows > 16 * kWarps ? kRows : 16 * kWarps;
-  const int results = result_rows * Tile<kDim>::kResultStride * 4;
-  return tiles > results ? tiles : results;
-}
-
-// Where chunk `chunk` of row `row` lies in a tile: eight rows' chunks of one column are in eight different groups of banks.
-template <int kDim>
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
-  return row * kDim + ((chunk ^ (row & 7)) * 8);
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                         __nv_bfloat16) {
-  const uint32_t b[2] = {b0, b1};
-  ptx::mma_bf16(d, a, b);
-}
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                         __half) {
-  const uint32_t b[2] = {b0, b1};
-  ptx::mma_f16(d, a, b);
-}
-
-template <class To, class From>
-__device__ __forceinline__ To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-__device__ __forceinline__ uint32_t pair(float x, float y, __nv_bfloat16) {
-  return bits_as<uint32_t>(__floats2bfloat162_rn(x, y));
-}
-__device__ __forceinline__ uint32_t pair(float x, float y, __half) {
-  return bits_as<uint32_t>(__floats2half2_rn(x, y));
-}
-
-// The queries of one sequence and kv head, and the part of its keys that a block sees.
-struct Part {
-  int sequence, kv_head, group;
-  int first_query, num_rows;
-  int first_position;  // of the first query
-  int first_key, end_key;
-
-  __device__ int token(int row) const { return first_query + row / group; }
-  __device__ int head(int row) const { return kv_head * group + row % group; }
-};
-
-__device__ inline Part part_of(const AttentionCall& call, int sequence, int kv_head) {
-  Part part;
-  part.sequence = sequence;
-  part.kv_head = kv_head;
-  part.group = static_cast<int>(call.num_heads / call.num_kv_heads);
-  part.first_query = call.query_start[sequence];
-  const int num_queries = call.query_start[sequence + 1] - part.first_query;
-  const int num_keys = call.kv_lengths[sequence];
-  part.num_rows = num_queries * part.group;
-  part.first_position = num_keys - num_queries;
-  part.first_key = 0;
-  part.end_key = num_keys > 0 ? num_keys : 0;
-  return part;
-}
-
-__device__ inline bool is_wanted(const AttentionCall& call, int token) {
-  return token >= call.first_row && token < call.end_row;
-}
-
-// Four neighbouring values of a row's result, those of each lane beside those of the next; a lane whose column is not below kDim
-// has none.  All lanes of the warp call it.
-template <int kDim>
-__device__ void store(const AttentionCall& call, int token, int head, int column, float4 value) {
-  const bool is_there = kDim >= 128 || column < kDim;
-  const int64_t row = token - call.first_row;
-  const int64_t width = call.num_heads * kDim, index = static_cast<int64_t>(head) * kDim + column;
-  if (call.gate != nullptr && is_there) {
-    const int64_t at = row * call.gate_stride + index;
-    float4 gate;
-    if (static_cast<DType>(call.gate_dtype) == DType::kF32) {
-      gate = *reinterpret_cast<const float4*>(static_cast<const float*>(call.gate) + at);
-    } else {
-      const auto pairs =
-          reinterpret_cast<const __nv_bfloat162*>(static_cast<const __nv_bfloat16*>(call.gate) + at);
-      const float2 low = __bfloat1622float2(pairs[0]), high = __bfloat1622float2(pairs[1]);
-      gate = make_float4(low.x, low.y, high.x, high.y);
-    }
-    value.x *= 1.0f / (1.0f + __expf(-gate.x));
-    value.y *= 1.0f / (1.0f + __expf(-gate.y));
-    value.z *= 1.0f / (1.0f + __expf(-gate.z));
-    value.w *= 1.0f / (1.0f + __expf(-gate.w));
-  }
-  if (call.q8 != nullptr) {
-    const int64_t block = is_there ? index / 32 : width;  // beyond the row: nothing is written
-    quantize_quads(value, call.q8 + row * activation_row_bytes(width), width, block);
-  } else if (is_there) {
-    uint2 packed =
-        make_uint2(pair(value.x, value.y, __nv_bfloat16()), pair(value.z, value.w, __nv_bfloat16()));
-    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(call.bf16) + row * width + index) = packed;
-  }
-}
-
-__device__ __forceinline__ void add(float4& sum, float factor, const float4& x) {
-  sum.x = fmaf(factor, x.x, sum.x);
-  sum.y = fmaf(factor, x.y, sum.y);
-  sum.z = fmaf(factor, x.z, sum.z);
-  sum.w = fmaf(factor, x.w, sum.w);
-}
-
-// What attend leaves in shared memory: sums of v weighted by 2^(score - max), in num_parts parts of `rows` rows each, which are to
-// be added; all of them are relative to the greatest of the parts' maxima.
-struct Results {
-  const float* sums;     // [num_parts, rows, Tile::kResultStride]
-  const float* max;      // [num_parts, rows]
-  const float* weights;  // [num_parts, rows]
-  int num_parts, rows;
-
-  // {max, sum of the weights}
-  __device__ float2 softmax(int row) const {
-    float best = kLowest, sum = 0.0f;
-    for (int p = 0; p < num_parts; ++p) best = fmaxf(best, max[p * rows + row]);
-    for (int p = 0; p < num_parts; ++p)
-      sum += weights[p * rows + row] * ptx::exp2_fast(max[p * rows + row] - best);
-    return make_float2(best, sum);
-  }
-
-  template <int kDim>
-  __device__ float4 values(int row, int column) const {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (kDim < 128 && column >= kDim) return sum;
-    for (int p = 0; p < num_parts; ++p) {
-      add(sum, 1.0f,
-          *reinterpret_cast<const float4*>(sums + (p * rows + row) * Tile<kDim>::kResultStride + column));
-    }
-    return sum;
-  }
-};
-
-template <class C,  // type of the caches
-          int kDim,
-          int kRowTiles,  // of 16 rows in a warp
-          int kRowParts, int kKeyParts, int kDimParts>
-struct Block {
-  using T = typename Operand<C>::Type;
-  static constexpr bool kWiden = sizeof(C) == 1;
-  static_assert(kRowParts * kKeyParts * kDimParts == kWarps);
-  static_assert(kRowTiles == 1 || kKeyParts * kDimParts == 1);
-  using Shape = Tile<kDim>;
-  static constexpr int kRows = 16 * kRowTiles * kRowParts;
-  static constexpr int kKeys = Shape::kKeys / kKeyParts;  // of a warp and tile
-  static constexpr int kDims = kDim / kDimParts;          // of v in a warp
-  static_assert(kKeys % 16 == 0);
-  // Where reading is all that takes time, both stages are on their way while the first is waited for, at the price of a second
-  // barrier for each tile; tiles that have to be widened need that one anyway.
-  static constexpr bool kBothAhead = kKeyParts > 1 || kWiden;
-
-  static __device__ C* stage_at(T* shared, int stage) {
-    return reinterpret_cast<C*>(shared + (kWiden ? Shape::kStageValues : 0)) + stage * Shape::kStageValues;
-  }
-
-  // Starts copying the tile of keys from `key` on to where it is multiplied or, if it has to be widened, as it lies in the cache;
-  // none from part.end_key on.
-  static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, C* stage) {
-    if (key < part.end_key) {
-      const int64_t page = call.page_table[part.sequence * call.max_pages + key / kPageTokens];
-      const int64_t offset =
-          ((page * call.num_kv_heads + part.kv_head) * kPageTokens + key % kPageTokens) * kDim;
-      const C* k = static_cast<const C*>(call.k_cache) + offset;
-      const C* v = static_cast<const C*>(call.v_cache) + offset;
-      constexpr int kValues = 16 / sizeof(C), kChunks = kDim / kValues;
-#pragma unroll
-      for (int i = threadIdx.x; i < Shape::kKeys * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const bool valid = key + row < part.end_key;
-        const int to = kWiden ? i * kValues : chunk_offset<kDim>(row, i % kChunks);
-        ptx::copy_async(stage + to, k + i * kValues, valid);
-        ptx::copy_async(stage + Shape::kKeys * kDim + to, v + i * kValues, valid);
-      }
-    }
-    ptx::commit_copies();
-  }
-
-  static __device__ void widen_tile(const C* stage, T* tile) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 2 * Shape::kKeys * Shape::kRowChunks; i += kThreads) {
-      const uint4 wide = widen(*reinterpret_cast<const uint2*>(stage + 8 * i), C());
-      // Keys and values follow each other as rows of one tile.
-      *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(i / Shape::kRowChunks, i % Shape::kRowChunks)) =
-          wide;
-    }
-  }
-
-  static __device__ void load_queries(const AttentionCall& call, const Part& part, int first_row,
-                                      T* queries) {
-    for (int i = threadIdx.x; i < kRows * Shape::kRowChunks; i += kThreads) {
-      const int row = i / Shape::kRowChunks, chunk = i % Shape::kRowChunks;
-      const bool valid = first_row + row < part.num_rows;
-      const int64_t from =
-          valid
-              ? (part.token(first_row + row) * call.num_heads + part.head(first_row + row)) * kDim + chunk * 8
-              : 0;
-      ptx::copy_async(queries + chunk_offset<kDim>(row, chunk), static_cast<const T*>(call.q) + from, valid);
-    }
-  }
-
-  // The rows from first_row on over the part's keys.  All of the block's threads call it; results are there for all of them.  Waits
-  // for the producers of q and of the newest keys, but, where both stages are filled ahead, has older keys copied before that.
-  static __device__ Results attend(const AttentionCall& call, Part part, int first_row, T* shared) {
-    __shared__ float row_max[kKeyParts * kRows], row_weights[kKeyParts * kRows];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
-    const int dim_part = warp % kDimParts, key_part = warp / kDimParts % kKeyParts;
-    const int warp_row = warp / (kDimParts * kKeyParts) * 16 * kRowTiles;
-    T* const queries = shared + kStages * Shape::kStageValues;
-    const float scale = call.scale * 1.44269504f;  // of exponents to base 2
-
-    const int last_row = min(first_row + kRows, part.num_rows) - 1;
-    part.end_key = min(part.end_key, part.first_position + last_row / part.group + 1);
-    // The first key that a row does not see.
-    int limit[kRowTiles][2];
-    float max[kRowTiles][2], weights[kRowTiles][2];
-    float sums[kRowTiles][kDims / 8][4];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row + warp_row + 16 * r + 8 * i + quad;
-        limit[r][i] = min(part.end_key, part.first_position + row / part.group + 1);
-        max[r][i] = kLowest;
-        weights[r][i] = 0.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < kDims / 8; ++j)
-        sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
-    }
-    const int least_limit = min(part.end_key, part.first_position + (first_row + warp_row) / part.group + 1);
-
-    constexpr int kTilesAhead = kBothAhead ? 2 : 1;
-    int num_early = 0;
-    for (; kBothAhead && num_early < kTilesAhead; ++num_early) {
-      const int key = part.first_key + num_early * Shape::kKeys;
-      if (key + Shape::kKeys > part.first_position) break;
-      load_tile(call, part, key, stage_at(shared, num_early));
-    }
-    ptx::wait_for_producers();
-    ptx::allow_consumers();
-    load_queries(call, part, first_row, queries);
-    for (int i = num_early; i < kTilesAhead; ++i)
-      load_tile(call, part, part.first_key + i * Shape::kKeys, stage_at(shared, i));
-    ptx::commit_copies();
-    int stage = 0;
-    for (int tile_key = part.first_key; tile_key < part.end_key; tile_key += Shape::kKeys, stage ^= 1) {
-      // The queries came last, so at first all copies have to be there; later those of the next tile may be under way.
-      if (kBothAhead && tile_key != part.first_key) {
-        ptx::wait_for_copies<1>();
-      } else {
-        ptx::wait_for_copies<0>();
-      }
-      // Everybody's copies are there, and everybody is done with the stage before.
-      __syncthreads();
-      if constexpr (kWiden) {
-        widen_tile(stage_at(shared, stage), shared);
-        __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
-      } else if (!kBothAhead) {
-        load_tile(call, part, tile_key + Shape::kKeys, stage_at(shared, stage ^ 1));
-      }
-      const T* k = shared + (kWiden ? 0 : stage * Shape::kStageValues) + key_part * kKeys * kDim;
-      const T* v = k + Shape::kKeys * kDim;
-      const int key = tile_key + key_part * kKeys;
-
-      float scores[kRowTiles][kKeys / 8][4];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
-          scores[r][j][0] = scores[r][j][1] = scores[r][j][2] = scores[r][j][3] = 0.0f;
-      }
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          ptx::load_matrices(a[r],
-                             queries + chunk_offset<kDim>(warp_row + 16 * r + lane % 16, 2 * d + lane / 16));
-        }
-#pragma unroll
-        for (int j = 0; j < kKeys / 16; ++j) {
-          uint32_t b[4];
-          ptx::load_matrices(b,
-                             k + chunk_offset<kDim>(16 * j + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            multiply(scores[r][2 * j], a[r], b[0], b[1], T());
-            multiply(scores[r][2 * j + 1], a[r], b[2], b[3], T());
-          }
-        }
-      }
-
-      if (key + kKeys > least_limit) {
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (key + 8 * j + lane % 4 * 2 + i % 2 >= limit[r][i / 2]) scores[r][j][i] = -INFINITY;
-            }
-          }
-        }
-      }
-
-      uint32_t p[kRowTiles][kKeys / 16][4];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float best = scores[r][0][2 * i];
-#pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j)
-            best = fmaxf(best, fmaxf(scores[r][j][2 * i], scores[r][j][2 * i + 1]));
-          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-          best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-          best = fmaxf(max[r][i], best * scale);
-          const float factor = ptx::exp2_fast(max[r][i] - best);
-          max[r][i] = best;
-          float sum = 0.0f;
-#pragma unroll
-          for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              float& score = scores[r][j][2 * i + n];
-              score = ptx::exp2_fast(fmaf(score, scale, -best));
-              sum += score;
-            }
-          }
-          weights[r][i] = weights[r][i] * factor + sum;
-#pragma unroll
-          for (int j = 0; j < kDims / 8; ++j) {
-            sums[r][j][2 * i] *= factor;
-            sums[r][j][2 * i + 1] *= factor;
-          }
-        }
-        // Two neighbouring 16 x 8 results lie in the registers as one 16 x 16 operand does.
-#pragma unroll
-        for (int j = 0; j < kKeys / 16; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* from = &scores[r][2 * j + i / 2][2 * (i % 2)];
-            p[r][j][i] = pair(from[0], from[1], T());
-          }
-        }
-      }
-
-#pragma unroll
-      for (int j = 0; j < kKeys / 16; ++j) {
-#pragma unroll
-        for (int d = 0; d < kDims / 16; ++d) {
-          uint32_t b[4];
-          ptx::load_matrices_transposed(
-              b, v + chunk_offset<kDim>(16 * j + lane % 16, dim_part * (kDims / 8) + 2 * d + lane / 16));
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            multiply(sums[r][2 * d], p[r][j], b[0], b[1], T());
-            multiply(sums[r][2 * d + 1], p[r][j], b[2], b[3], T());
-          }
-        }
-      }
-      if constexpr (kBothAhead && !kWiden) {
-        __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
-      }
-    }
-    ptx::wait_for_copies<0>();
-    __syncthreads();  // the tiles' memory takes the results
-
-    float* const results = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = warp_row + 16 * r + 8 * i + quad;
-        weights[r][i] += __shfl_xor_sync(0xffffffffu, weights[r][i], 1);
-        weights[r][i] += __shfl_xor_sync(0xffffffffu, weights[r][i], 2);
-        if (lane % 4 == 0 && dim_part == 0) {
-          row_max[key_part * kRows + row] = max[r][i];
-          row_weights[key_part * kRows + row] = weights[r][i];
-        }
-      }
-    }
-    if (kKeyParts > 1) __syncthreads();
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = warp_row + 16 * r + 8 * i + quad;
-        float factor = 1.0f;
-        if (kKeyParts > 1) {
-          float best = kLowest;
-#pragma unroll
-          for (int part_index = 0; part_index < kKeyParts; ++part_index)
-            best = fmaxf(best, row_max[part_index * kRows + row]);
-          factor = ptx::exp2_fast(max[r][i] - best);
-        }
-        float* to =
-            results + (key_part * kRows + row) * Shape::kResultStride + dim_part * kDims + lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < kDims / 8; ++j) {
-          *reinterpret_cast<float2*>(to + 8 * j) =
-              make_float2(sums[r][j][2 * i] * factor, sums[r][j][2 * i + 1] * factor);
-        }
-      }
-    }
-    __syncthreads();
-    return {results, row_max, row_weights, kKeyParts, kRows};
-  }
-};
 
 // Writes the final results of a block's rows.
 template <int kDim>
@@ -559,6 +63,137 @@ __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall ca
   store_rows<kDim>(call, part, first_row, Rows::attend(call, part, first_row, dynamic_shared<T>()));
 }
 
+// How the work on one sequence is cut: into num_splits ranges of split_keys keys for each row_blocks blocks of rows and kv head.
+struct Cut {
+  int row_blocks, num_splits, split_keys;
+};
+
+// Depends on nothing but the sequence's lengths, so that its result does not change with its neighbours.  No row blocks at all for
+// sequences that are not this kernel's, or of which nothing is wanted.
+template <int kRows>
+__device__ Cut cut_of(const AttentionCall& call, int sequence) {
+  const Part part = part_of(call, sequence, 0);
+  const int num_queries = part.num_rows / part.group;
+  const bool is_mine = (call.split_queries == 0 || num_queries <= call.split_queries) &&
+                       part.first_query < call.end_row && part.first_query + num_queries > call.first_row;
+  const int max_splits = static_cast<int>(call.max_splits);
+  const int share = ((part.end_key + max_splits - 1) / max_splits + 63) / 64 * 64;
+  const int split_keys = share > kMinSplitKeys ? share : kMinSplitKeys;
+  const int num_splits = part.end_key > split_keys ? (part.end_key + split_keys - 1) / split_keys : 1;
+  return {is_mine ? (part.num_rows + kRows - 1) / kRows : 0, num_splits, split_keys};
+}
+
+// Which sequence the index-th piece of all work belongs to, and which of that one's pieces it is; a sequence of -1 if there are not
+// so many.  All lanes of the warp call it.
+template <int kRows>
+__device__ int2 piece_at(const AttentionCall& call, int index) {
+  const int lane = threadIdx.x % 32, num_sequences = static_cast<int>(call.num_sequences);
+  for (int first = 0; first < num_sequences; first += 32) {
+    int count = 0;
+    if (first + lane < num_sequences) {
+      const Cut cut = cut_of<kRows>(call, first + lane);
+      count = cut.row_blocks * cut.num_splits * static_cast<int>(call.num_kv_heads);
+    }
+    int end = count;  // of this lane's pieces, after those of the lanes before it
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, end, offset);
+      if (lane >= offset) end += before;
+    }
+    const unsigned found = __ballot_sync(0xffffffffu, index < end);
+    if (found != 0) {
+      const int owner = __ffs(static_cast<int>(found)) - 1;
+      return make_int2(first + owner, index - __shfl_sync(0xffffffffu, end - count, owner));
+    }
+    index -= __shfl_sync(0xffffffffu, end, 31);
+  }
+  return make_int2(-1, 0);
+}
+
+// Partial results of the splits.
+template <int kDim>
+struct Partial {
+  const AttentionCall& call;
+  const Part& part;
+
+  // Of a row's first split; those of the other splits follow.
+  __device__ int64_t at(int row) const {
+    const int64_t query =
+        call.split_queries == 0 ? part.token(row) : part.sequence * call.split_queries + row / part.group;
+    return (query * call.num_heads + part.head(row)) * call.max_splits;
+  }
+  __device__ float4* values(int64_t split) const {
+    return reinterpret_cast<float4*>(call.partial + split * kDim);
+  }
+  // {max, sum of the weights}
+  __device__ float2* softmax(int64_t split) const {
+    const int64_t num_queries =
+        call.split_queries == 0 ? call.num_tokens : call.num_sequences * call.split_queries;
+    float* const first = call.partial + num_queries * call.num_heads * call.max_splits * kDim;
+    return reinterpret_cast<float2*>(first) + split;
+  }
+};
+
+template <int kDim>
+__device__ void store_partial(const AttentionCall& call, const Part& part, int first_row, int split,
+                              const Results& results) {
+  const Partial<kDim> partial{call, part};
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < results.rows && first_row + i < part.num_rows; i += kWarps) {
+    const int64_t to = partial.at(first_row + i) + split;
+    for (int column = 4 * lane; column < kDim; column += 128)
+      partial.values(to)[column / 4] = results.values<kDim>(i, column);
+    const float2 softmax = results.softmax(i);
+    if (lane == 0) *partial.softmax(to) = softmax;
+  }
+}
+
+// Joins all splits of the rows first_row .. end_row and writes their final results.
+template <int kDim>
+__device__ void join(const AttentionCall& call, const Part& part, int first_row, int end_row,
+                     int num_splits) {
+  constexpr int kChunks = kDim <= 128 ? 1 : kDim / 128;
+  const Partial<kDim> partial{call, part};
+  const int lane = threadIdx.x % 32;
+  for (int row = first_row + threadIdx.x / 32; row < end_row; row += kWarps) {
+    if (!is_wanted(call, part.token(row))) continue;
+    const int64_t from = partial.at(row);
+    float best = kLowest;
+    for (int s = lane; s < num_splits; s += 32) best = fmaxf(best, __ldcg(partial.softmax(from + s)).x);
+    for (int offset = 16; offset > 0; offset /= 2)
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, offset));
+    float4 values[kChunks];
+#pragma unroll
+    for (float4& value : values) value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float sum = 0.0f;
+    for (int first = 0; first < num_splits; first += 32) {
+      float factor = 0.0f;
+      if (first + lane < num_splits) {
+        const float2 softmax = __ldcg(partial.softmax(from + first + lane));
+        factor = ptx::exp2_fast(softmax.x - best);
+        sum += factor * softmax.y;
+      }
+      const int count = min(32, num_splits - first);
+#pragma unroll 8
+      for (int s = 0; s < count; ++s) {
+        const float split_factor = __shfl_sync(0xffffffffu, factor, s);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          if (kDim >= 128 || 4 * lane < kDim)
+            add(values[c], split_factor, __ldcg(partial.values(from + first + s) + 32 * c + lane));
+        }
+      }
+    }
+    sum = warp_sum(sum);
+    const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const float4 v = values[c];
+      store<kDim>(call, part.token(row), part.head(row), 128 * c + 4 * lane,
+                  make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse));
+    }
+  }
+}
+
 template <class C,  // type of the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall call) {
@@ -566,114 +201,50 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
   using FewRows = Block<C, kDim, 1, 1, kDim <= 128 ? 4 : 2, kDim <= 128 ? 1 : 2>;
   using ManyRows = Block<C, kDim, 1, 4, 1, 1>;
   constexpr int kRows = ManyRows::kRows;
+  __shared__ bool is_last;
   const int num_kv_heads = static_cast<int>(call.num_kv_heads);
-  const int split = blockIdx.y, sequence = blockIdx.z;
-  const int block = blockIdx.x / num_kv_heads, num_blocks = gridDim.x / num_kv_heads;
-  Part part = part_of(call, sequence, blockIdx.x % num_kv_heads);
-  const int num_queries = part.num_rows / part.group;
-  const int max_splits = static_cast<int>(call.max_splits);
-  const int share = ((part.end_key + max_splits - 1) / max_splits + 63) / 64 * 64;
-  const int split_keys = share > kMinSplitKeys ? share : kMinSplitKeys;
-  const int num_splits = part.end_key > split_keys ? (part.end_key + split_keys - 1) / split_keys : 1;
-  const bool is_idle = block * kRows >= part.num_rows || split >= num_splits ||
-                       (call.split_queries != 0 && num_queries > call.split_queries) ||
-                       part.first_query >= call.end_row || part.first_query + num_queries <= call.first_row;
-  if (is_idle) {
-    ptx::wait_for_producers();  // so that this kernel does not end before them
-    return;
-  }
-  part.first_key = split * split_keys;
-  part.end_key = min(part.end_key, part.first_key + split_keys);
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    const int2 piece = piece_at<kRows>(call, index);
+    if (piece.x < 0) break;
+    const Cut cut = cut_of<kRows>(call, piece.x);
+    Part part = part_of(call, piece.x, piece.y % num_kv_heads);
+    const int row_block = piece.y / num_kv_heads % cut.row_blocks;
+    const int split = piece.y / num_kv_heads / cut.row_blocks;
+    const int first_row = row_block * kRows, end_row = min(first_row + kRows, part.num_rows);
+    part.first_key = split * cut.split_keys;
+    part.end_key = min(part.end_key, part.first_key + cut.split_keys);
 
-  // Row of the memory for partial results.
-  auto partial_row = [&](int row) {
-    const int query =
-        call.split_queries == 0 ? part.token(row) : sequence * call.split_queries + row / part.group;
-    return static_cast<int64_t>(query) * call.num_heads + part.head(row);
-  };
-  const int64_t num_partial_rows =
-      (call.split_queries == 0 ? call.num_tokens : call.num_sequences * call.split_queries) * call.num_heads;
-  float4* const partial = reinterpret_cast<float4*>(call.partial);
-  float2* const softmax = reinterpret_cast<float2*>(call.partial + num_partial_rows * max_splits * kDim);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-  for (int first_row = block * kRows; first_row < part.num_rows; first_row += num_blocks * kRows) {
-    const Results results = part.num_rows - first_row <= FewRows::kRows
+    const Results results = end_row - first_row <= FewRows::kRows
                                 ? FewRows::attend(call, part, first_row, dynamic_shared<T>())
                                 : ManyRows::attend(call, part, first_row, dynamic_shared<T>());
-    if (num_splits == 1) {
+    if (cut.num_splits == 1) {
       store_rows<kDim>(call, part, first_row, results);
     } else {
-      for (int i = warp; i < results.rows && first_row + i < part.num_rows; i += kWarps) {
-        const int64_t to = partial_row(first_row + i) * max_splits + split;
-        for (int column = 4 * lane; column < kDim; column += 128)
-          partial[to * (kDim / 4) + column / 4] = results.values<kDim>(i, column);
-        const float2 row_softmax = results.softmax(i);
-        if (lane == 0) softmax[to] = row_softmax;
+      store_partial<kDim>(call, part, first_row, split, results);
+      // The block that comes last, with everybody's partial results written, joins them.
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int64_t before = call.split_queries == 0
+                                   ? part.first_query * part.group / kRows + part.sequence
+                                   : part.sequence * ((call.split_queries * part.group + kRows - 1) / kRows);
+        const unsigned last = static_cast<unsigned>(cut.num_splits - 1);
+        is_last = atomicInc(call.counters + (before + row_block) * num_kv_heads + part.kv_head, last) == last;
+      }
+      __syncthreads();
+      if (is_last) {
+        __threadfence();
+        join<kDim>(call, part, first_row, end_row, cut.num_splits);
       }
     }
     __syncthreads();  // the results' memory takes the next tiles
   }
-  if (num_splits == 1) return;
-
-  // The block that comes last, with everybody's partial results written, joins them.
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned before = atomicInc(call.counters + static_cast<int64_t>(sequence) * gridDim.x + blockIdx.x,
-                                      static_cast<unsigned>(num_splits - 1));
-    is_last = before == static_cast<unsigned>(num_splits - 1);
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  for (int first_row = block * kRows; first_row < part.num_rows; first_row += num_blocks * kRows) {
-    for (int row = first_row + warp; row < min(first_row + kRows, part.num_rows); row += kWarps) {
-      if (!is_wanted(call, part.token(row))) continue;
-      const int64_t from = partial_row(row) * max_splits;
-      float best = kLowest;
-      for (int s = lane; s < num_splits; s += 32) best = fmaxf(best, __ldcg(softmax + from + s).x);
-      for (int offset = 16; offset > 0; offset /= 2)
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, offset));
-      constexpr int kChunks = kDim <= 128 ? 1 : kDim / 128;
-      float4 values[kChunks];
-      for (float4& value : values) value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      float sum = 0.0f;
-      for (int first = 0; first < num_splits; first += 32) {
-        float factor = 0.0f;
-        if (first + lane < num_splits) {
-          const float2 mine = __ldcg(softmax + from + first + lane);
-          factor = ptx::exp2_fast(mine.x - best);
-          sum += factor * mine.y;
-        }
-        const int count = min(32, num_splits - first);
-#pragma unroll 8
-        for (int s = 0; s < count; ++s) {
-          const float split_factor = __shfl_sync(0xffffffffu, factor, s);
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            if (kDim >= 128 || 4 * lane < kDim)
-              add(values[c], split_factor, __ldcg(partial + (from + first + s) * (kDim / 4) + 32 * c + lane));
-          }
-        }
-      }
-      sum = warp_sum(sum);
-      const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const float4 v = values[c];
-        store<kDim>(call, part.token(row), part.head(row), 128 * c + 4 * lane,
-                    make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse));
-      }
-    }
-  }
+  ptx::wait_for_producers();  // also without work, so that this kernel does not end before them
 }
 
 template <class C, int kDim>
 void launch(const AttentionCall& call, void* stream) {
   const int64_t group = call.num_heads / call.num_kv_heads;
-  const unsigned num_sequences = static_cast<unsigned>(call.num_sequences);
   const unsigned num_kv_heads = static_cast<unsigned>(call.num_kv_heads);
   if (call.split_queries != 0) {
     constexpr int kRows = kDim <= 128 ? 128 : 64;
@@ -684,15 +255,11 @@ void launch(const AttentionCall& call, void* stream) {
                    shared_bytes<kDim, kRows>(), true},
                   call);
   }
-  constexpr int kRows = 16 * kWarps;
-  // Blocks go on through the rows of sequences that have more than their share of the tokens.
-  const int64_t queries = call.split_queries != 0
-                              ? call.split_queries
-                              : (call.num_tokens + call.num_sequences - 1) / call.num_sequences;
-  const unsigned num_blocks = static_cast<unsigned>((queries * group + kRows - 1) / kRows);
+  // As many blocks as run at once; each takes piece after piece.
+  const int64_t num_blocks = (kDim < 128 ? 4 : 2) * num_multiprocessors();
   launch_kernel(split_kernel<C, kDim>,
-                {dim3(num_blocks * num_kv_heads, static_cast<unsigned>(call.max_splits), num_sequences),
-                 dim3(kThreads), stream, shared_bytes<kDim, kRows>(), true},
+                {dim3(static_cast<unsigned>(num_blocks)), dim3(kThreads), stream,
+                 shared_bytes<kDim, 16 * kWarps>(), true},
                 call);
 }
 

@@ -138,6 +138,10 @@ def test_splits_keep_to_their_memory(check, monkeypatch):
     check((1, 1, 1), (1500, 700, 300), group=4, num_kv_heads=1, head_dim=128)
 
 
+def test_more_sequences_than_a_warp_has_lanes(check):
+    check((1,) * 30 + (0, 2) + (1,) * 8, tuple(range(100, 420, 8)), head_dim=64, num_kv_heads=1)
+
+
 def test_more_heads_in_a_group_than_rows_in_a_block(check):
     check((3, 1), (300, 2), group=150, num_kv_heads=1)
 

@@ -153,7 +153,8 @@ def _on_cuda(
         )
         max_splits = max(max_splits, 1)
         partial = torch.empty(row_bytes // 4 * max_splits, dtype=torch.float32, device=q.device)
-        counters = _counters(q.device, num_sequences * num_heads * (num_queries // 64 + 1))
+        num_blocks = num_queries * num_heads // num_kv_heads // 64 + num_sequences
+        counters = _counters(q.device, num_kv_heads * num_blocks)
     x = None if is_tiled else out
     q8, bf16 = (out.q8, out.bf16) if isinstance(out, Activation) else (None, None)
     _C.attention_cuda(
