@@ -4,6 +4,7 @@ Convolution, norms, gates, delta rule and gated norm of one layer are one op, si
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,8 +129,9 @@ def gated_delta_net(
     ):
         _check(name, tensor, expected, dtype)
     tensors = (x, p.conv_weight, p.decay, p.dt_bias, p.norm_weight, conv_states, states, state_slots)
-    pointers = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths)]
-    sizes = (p.num_key_heads, p.num_value_heads, p.key_head_dim, p.value_head_dim, p.conv_weight.shape[0])
+    pointers: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths)]
+    sizes: list[Any] = [p.num_key_heads, p.num_value_heads, p.key_head_dim, p.value_head_dim]
+    sizes.append(p.conv_weight.shape[0])
     if is_cuda:
         return _on_cuda(x, p, pointers, num_sequences, states.shape[0], sizes, out)
     shape = (x.shape[0], p.value_dim)
@@ -137,17 +139,18 @@ def gated_delta_net(
     check(isinstance(out, Tensor), "gated_delta_net: on the CPU out is a tensor")
     assert isinstance(out, Tensor)
     _check("out", out, shape, torch.float32)
-    _C.gated_delta_net_cpu(*pointers, out.data_ptr(), x.shape[0], num_sequences, *sizes, p.eps, p.tiled)
+    arguments = [*pointers, out.data_ptr(), x.shape[0], num_sequences, *sizes, p.eps, p.tiled]
+    _C.gated_delta_net_cpu(*arguments)
     return out
 
 
 def _on_cuda(
     x: Tensor,
     p: DeltaParameters,
-    pointers: list[int],
+    pointers: list[Any],
     num_sequences: int,
     num_slots: int,
-    sizes: tuple[int, ...],
+    sizes: list[Any],
     out: Rows | None,
 ) -> Activation:
     num_tokens = x.shape[0]
@@ -169,13 +172,10 @@ def _on_cuda(
     forms = [form for form in (out.x, out.bf16, out.q8) if form is not None]
     check(len(forms) == 1, "gated_delta_net: out has to have one form")
     number = next(i for i, form in enumerate((out.x, out.bf16, out.q8)) if form is not None)
-    workspace_bytes = _C.gated_delta_net_workspace(num_tokens, num_sequences, *sizes, dtype_id(x))
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
-    _C.gated_delta_net_cuda(
-        *pointers,
-        p.counters(num_slots).data_ptr(),
-        workspace.data_ptr(),
-        forms[0].data_ptr(),
+    work = [num_tokens, num_sequences, *sizes, dtype_id(x)]
+    workspace = torch.empty(_C.gated_delta_net_workspace(*work), dtype=torch.uint8, device=x.device)
+    arguments = [*pointers, p.counters(num_slots).data_ptr(), workspace.data_ptr(), forms[0].data_ptr()]
+    arguments += [
         num_tokens,
         num_sequences,
         num_slots,
@@ -185,7 +185,8 @@ def _on_cuda(
         p.eps,
         p.tiled,
         stream(x),
-    )
+    ]
+    _C.gated_delta_net_cuda(*arguments)
     return out
 
 
