@@ -69,7 +69,7 @@ def build_core(
         prefix = PrefixCache(pool, Snapshots(slots, state_cache.copy) if states else None)
         if store is not None:
             archive = Archive(store, model_key, cache, state_cache, prefix)
-    runner = _runner(model, cache, state_cache, device, options, max_context)
+    runner = _runner(model, config, cache, state_cache, device, options, max_context)
     runner.prepare()
     scheduler = Scheduler(
         pool,
@@ -85,6 +85,7 @@ def build_core(
 
 def _runner(
     model: Model,
+    config: ModelConfig,
     cache: KVCache,
     states: StateCache,
     device: Device,
@@ -95,7 +96,7 @@ def _runner(
     if not device.is_cuda:
         return CpuRunner(model, cache, states, **sizes, capture=options.capture)
     rows = bucket_of(options.max_sequences)
-    chooser = DeviceSampler(model.config.vocab_size, options.max_sequences + 1, rows, device.tensors)
+    chooser = DeviceSampler(config.vocab_size, options.max_sequences + 1, rows, device.tensors)
     return CudaRunner(
         model,
         cache,
