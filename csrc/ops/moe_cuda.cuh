@@ -71,4 +71,20 @@ struct Routes {
   Plan plan;
 };
 
+// Bytes of shared memory that a block may have.
+inline int64_t shared_memory() {
+#ifdef HELEXA_EMULATED_CUDA
+  return 227 * 1024;
+#else
+  static thread_local int known_device = -1, bytes = 0;
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  if (device != known_device) {
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    known_device = device;
+  }
+  return bytes;
+#endif
+}
+
 }  // namespace helexa::moe

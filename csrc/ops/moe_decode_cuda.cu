@@ -340,18 +340,6 @@ __global__ void __launch_bounds__(32 * kDownWarps)
   layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * kTileRows + row] = sum;
 }
 
-// Bytes of shared memory that a block may have.
-int64_t shared_memory() {
-#ifdef HELEXA_EMULATED_CUDA
-  return 227 * 1024;
-#else
-  int device = 0, bytes = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-#endif
-}
-
 bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
 
 // The matrix of `rows` rows that starts at row first_row of each expert's rows in a stack.

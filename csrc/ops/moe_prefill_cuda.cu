@@ -4,7 +4,7 @@
 // memory, so that a prompt of a few hundred tokens, of which every expert gets some, costs little more than reading them.
 //
 // The tokens' rows pass through a ring of runs of 64 columns which the block shares; every warp has two tiles of 16 rows, whose runs of
-// 256 columns pass through a ring of its own.
+// 256 columns pass through a ring of its own.  Devices with little shared memory have half as many warps, which wait for their runs.
 #include <algorithm>
 #include <type_traits>
 
@@ -18,20 +18,17 @@ namespace {
 
 constexpr int kGroup = 64;  // tokens
 constexpr int kTokenTiles = kGroup / 8;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 4;       // of the tokens' ring
-constexpr int kRunCols = 256;    // of a tile
-constexpr int kTableStride = 17;  // scales of a row of a run, 8 or 16, and one so that rows lie in different banks
+constexpr int kStages = 3;     // of the tokens' ring
+constexpr int kRunCols = 256;  // of a tile
 constexpr int kStageBytes = kGroup * 128;
-constexpr int kTableBytes = kDeviceTileRows * kTableStride * static_cast<int>(sizeof(float2));
 
 // One matrix of each expert.
 struct Matrix {
   const uint8_t* data;
   int64_t expert_bytes, tile_bytes;
   int format, rows;
-  int run_bytes;  // of 256 columns of a tile; 0 for float formats, which are read where they are
+  int run_bytes;    // of 256 columns of a tile; 0 for float formats, which are read where they are
+  int table_bytes;  // of the scales of a run as floats
 };
 
 // A product of the groups' rows with two matrices (gate and up) or one.
@@ -41,7 +38,7 @@ struct Product {
   const __nv_bfloat16* x;  // [rows, cols]
   __nv_bfloat16* out;      // [num_pairs, width]: hidden rows at their positions, or results at their pairs
   int cols, width, top_k;
-  int slot_bytes;  // of a run in a warp's ring
+  int slot_bytes, table_bytes;  // of a run in a warp's ring
 };
 
 __device__ uint32_t pack_bf16(float low, float high) {
@@ -51,6 +48,16 @@ __device__ uint32_t pack_bf16(float low, float high) {
 
 template <class F>
 constexpr int kUnitsPerRun = kRunCols / Unit<F>::kCols;
+
+// Scales of a row of a run: one for each 32 columns, or 16.
+template <class F>
+constexpr int kRowEntries = kRunCols / 32 * Unit<F>::kHalves;
+
+// Where the scales of a row's index-th columns are: in different banks for different rows.
+template <class F>
+__device__ __forceinline__ int table_place(int row, int index) {
+  return row * kRowEntries<F> + (index ^ (row & 7));
+}
 
 // The scales of a run as floats, {scale, offset} of each row's steps or halves of steps, by one warp.
 template <class F>
@@ -64,7 +71,7 @@ __device__ void fill_table(const uint8_t* run, int num_units, float2* table) {
 #pragma unroll
     for (int i = 0; i < kPerUnit; ++i) {
       const float2 entry = {scales.scale(i / U::kHalves, i % U::kHalves), scales.offset(i / U::kHalves, i % U::kHalves)};
-      if (i % 2 == part) table[row * kTableStride + i] = entry;
+      if (i % 2 == part) table[table_place<F>(row, i)] = entry;
     }
   } else {
     for (int unit = part; unit < num_units; unit += 2) {
@@ -72,7 +79,7 @@ __device__ void fill_table(const uint8_t* run, int num_units, float2* table) {
       scales.load(run + unit * U::kBytes, row);
 #pragma unroll
       for (int i = 0; i < kPerUnit; ++i) {
-        table[row * kTableStride + unit * kPerUnit + i] = {scales.scale(i / U::kHalves, i % U::kHalves),
+        table[table_place<F>(row, unit * kPerUnit + i)] = {scales.scale(i / U::kHalves, i % U::kHalves),
                                                            scales.offset(i / U::kHalves, i % U::kHalves)};
       }
     }
@@ -109,8 +116,8 @@ __device__ __forceinline__ void load_operands(const uint8_t* run, int pair, cons
     for (int half = 0; half < 2; ++half) {
       const int index = (2 * pair + kStep) * U::kHalves + (U::kHalves == 2 ? half : 0);
       uint32_t(&to)[4] = a[2 * kStep + half];
-      unpack_codes<U::kHasOffset>(operand[2 * half], table[row * kTableStride + index], to[0], to[2]);
-      unpack_codes<U::kHasOffset>(operand[2 * half + 1], table[(row + 8) * kTableStride + index], to[1], to[3]);
+      unpack_codes<U::kHasOffset>(operand[2 * half], table[table_place<F>(row, index)], to[0], to[2]);
+      unpack_codes<U::kHasOffset>(operand[2 * half + 1], table[table_place<F>(row + 8, index)], to[1], to[3]);
     }
   };
   unpack_step(std::integral_constant<int, 0>());
@@ -144,13 +151,14 @@ __device__ void load_float_operands(const uint8_t* data, int first_col, int cols
 }
 
 // A warp's tile of weights with its ring.
+template <int kSlots>
 struct Tile {
   const uint8_t* data;  // null where the matrix has no such tile
-  uint8_t* ring;        // [2, slot_bytes]
+  uint8_t* ring;        // [kSlots, slot_bytes]
   float2* table;
   int format, run_bytes, bytes, slot_bytes;
 
-  __device__ uint8_t* slot(int run) const { return ring + run % 2 * slot_bytes; }
+  __device__ uint8_t* slot(int run) const { return ring + run % kSlots * slot_bytes; }
 
   __device__ void issue(int run) const {
     const int begin = run * run_bytes, count = min(run_bytes, bytes - begin);
@@ -199,9 +207,11 @@ struct Tile {
 // Where 16 bytes of a token's run lie: rows that are read together differ in their place.
 __device__ int stage_offset(int token, int chunk) { return token * 128 + (chunk ^ (token % 4 * 2)) * 16; }
 
-// hidden = silu(gate) * up of a group's tokens and 128 columns, or their results in 256 columns.
-template <bool kGateUp>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ Product product) {
+// hidden = silu(gate) * up of a group's tokens and 16 columns per warp, or their results in 32 columns per warp.
+template <bool kGateUp, int kWarps,
+          int kSlots>  // runs of weights that a warp has room for
+__global__ void __launch_bounds__(32 * kWarps, 2) product_kernel(const __grid_constant__ Product product) {
+  constexpr int kThreads = 32 * kWarps;
   constexpr int kBlockCols = kGateUp ? 16 * kWarps : 32 * kWarps;
   constexpr int kOutStride = kBlockCols + 8;
   __shared__ int rows[kGroup], pairs[kGroup];
@@ -222,18 +232,23 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   }
   __syncthreads();
 
-  Tile weights[2];
+  Tile<kSlots> weights[2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const Matrix& matrix = product.matrices[kGateUp ? m : 0];
     const int tile = kGateUp ? blockIdx.x * kWarps + warp : (blockIdx.x * kWarps + warp) * 2 + m;
-    uint8_t* own = stages + kStages * kStageBytes + (2 * warp + m) * (2 * product.slot_bytes + kTableBytes);
+    uint8_t* own = stages + kStages * kStageBytes + (2 * warp + m) * (kSlots * product.slot_bytes + product.table_bytes);
     const bool is_there = tile * kDeviceTileRows < matrix.rows;
     weights[m] = {is_there ? matrix.data + group.expert * matrix.expert_bytes + tile * matrix.tile_bytes : nullptr,
-                  own + kTableBytes, reinterpret_cast<float2*>(own), matrix.format, matrix.run_bytes,
+                  own + product.table_bytes, reinterpret_cast<float2*>(own), matrix.format, matrix.run_bytes,
                   static_cast<int>(matrix.tile_bytes), product.slot_bytes};
   }
 
+  auto issue_weights = [&](int run) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      if (weights[m].data != nullptr) weights[m].issue(run);
+  };
   // One group of copies per 64 columns; runs of weights go with the columns that come kStages - 1 before they begin.
   auto issue = [&](int pair) {
     if (pair < num_pairs) {
@@ -246,11 +261,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
         ptx::copy_async(stages + pair % kStages * kStageBytes + stage_offset(token, chunk),
                         product.x + (is_there ? static_cast<int64_t>(row) * cols + col : 0), is_there);
       }
-      if (pair % 4 == 0) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-          if (weights[m].data != nullptr) weights[m].issue(pair / 4);
-      }
+      if (kSlots > 1 && pair % 4 == 0) issue_weights(pair / 4);
     }
     ptx::commit_copies();
   };
@@ -259,8 +270,13 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   for (int pair = 0; pair < num_pairs; ++pair) {
     ptx::wait_for_copies<kStages - 2>();
     __syncthreads();
+    if (kSlots == 1 && pair % 4 == 0) issue_weights(pair / 4);
     issue(pair + kStages - 1);
     if (weights[0].data == nullptr) continue;
+    if (kSlots == 1 && pair % 4 == 0) {
+      ptx::wait_for_copies<0>();
+      __syncwarp();
+    }
     uint32_t a[2][4][4] = {};
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -346,32 +362,48 @@ __global__ void __launch_bounds__(kCombineThreads)
   out[token * cols + col + 1] = from_float<O>(sum.y);
 }
 
-int run_bytes(int format) {
-  return with_format(static_cast<Format>(format), [](auto f) {
+Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, int64_t rows) {
+  return with_format(static_cast<Format>(stack.format), [&](auto f) -> Matrix {
     using F = decltype(f);
-    if constexpr (F::kScales == Scales::kPlain) {
-      return 0;
-    } else {
-      return kUnitsPerRun<F> * Unit<F>::kBytes;
+    const int64_t tile = device_tile_bytes<F>(stack.cols);
+    int run = 0, table = 0;
+    if constexpr (F::kScales != Scales::kPlain) {
+      run = kUnitsPerRun<F> * Unit<F>::kBytes;
+      table = kDeviceTileRows * kRowEntries<F> * static_cast<int>(sizeof(float2));
     }
+    return {stack.packed + first_row / kDeviceTileRows * tile, stack.rows / num_experts / kDeviceTileRows * tile, tile,
+            stack.format, static_cast<int>(rows), run, table};
   });
 }
 
-Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, int64_t rows) {
-  const int64_t tile = with_format(static_cast<Format>(stack.format), [&](auto f) {
-    return device_tile_bytes<decltype(f)>(stack.cols);
-  });
-  return {stack.packed + first_row / kDeviceTileRows * tile, stack.rows / num_experts / kDeviceTileRows * tile, tile,
-          stack.format, static_cast<int>(rows), run_bytes(stack.format)};
-}
+template <bool kGateUp, int kWarps, int kSlots>
+struct ProductLaunch {
+  static constexpr int kBlockCols = (kGateUp ? 16 : 32) * kWarps;
+
+  static int64_t shared_bytes(const Product& product) {
+    const int64_t rings = kStages * kStageBytes + 2 * kWarps * (kSlots * product.slot_bytes + product.table_bytes);
+    const int64_t staged = kGroup * (kBlockCols + 8) * static_cast<int64_t>(sizeof(__nv_bfloat16));
+    return std::max(rings, staged);
+  }
+  static void launch(const Product& product, void* stream) {
+    const dim3 grid((product.width + kBlockCols - 1) / kBlockCols, static_cast<unsigned>(product.plan.max_groups));
+    launch_kernel(product_kernel<kGateUp, kWarps, kSlots>,
+                  {grid, dim3(32 * kWarps), stream, static_cast<size_t>(shared_bytes(product)), true}, product);
+  }
+};
 
 template <bool kGateUp>
-void launch_product(Product product, int64_t num_groups, void* stream) {
-  constexpr int kBlockCols = kGateUp ? 16 * kWarps : 32 * kWarps;
-  product.slot_bytes = std::max(product.matrices[0].run_bytes, product.matrices[1].run_bytes);
-  const size_t shared = kStages * kStageBytes + 2 * kWarps * (2 * static_cast<size_t>(product.slot_bytes) + kTableBytes);
-  const dim3 grid((product.width + kBlockCols - 1) / kBlockCols, static_cast<unsigned>(num_groups));
-  launch_kernel(product_kernel<kGateUp>, {grid, dim3(kThreads), stream, shared, true}, product);
+void launch_product(Product product, void* stream) {
+  for (const Matrix& m : product.matrices) {
+    product.slot_bytes = std::max(product.slot_bytes, m.run_bytes);
+    product.table_bytes = std::max(product.table_bytes, m.table_bytes);
+  }
+  using Large = ProductLaunch<kGateUp, 8, 2>;
+  if (Large::shared_bytes(product) + 1024 <= shared_memory()) {
+    Large::launch(product, stream);
+  } else {
+    ProductLaunch<kGateUp, 4, 1>::launch(product, stream);
+  }
 }
 
 // Everything between the launches.
@@ -417,11 +449,11 @@ void moe_many_cuda(const void* x, const float* logits, const float* shared_logit
   const Matrix up = part_of(weights.gate_up[fused ? 0 : 1], num_experts, fused ? width : 0, width);
   const Matrix down = part_of(weights.down, num_experts, 0, cols);
   launch_product<true>({plan, {gate, up}, static_cast<const __nv_bfloat16*>(x), buffers.hidden, static_cast<int>(cols),
-                        static_cast<int>(width), static_cast<int>(top_k), 0},
-                       plan.max_groups, stream);
+                        static_cast<int>(width), static_cast<int>(top_k), 0, 0},
+                       stream);
   launch_product<false>({plan, {down, down}, buffers.hidden, buffers.results, static_cast<int>(width),
-                         static_cast<int>(cols), static_cast<int>(top_k), 0},
-                        plan.max_groups, stream);
+                         static_cast<int>(cols), static_cast<int>(top_k), 0, 0},
+                        stream);
   const dim3 grid(static_cast<unsigned>((cols / 2 + kCombineThreads - 1) / kCombineThreads),
                   static_cast<unsigned>(num_tokens));
   with_dtype(static_cast<DType>(shared_dtype), [&](auto s) {
