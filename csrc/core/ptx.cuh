@@ -169,20 +169,22 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
 }
-// The same with a sum that starts at `start` everywhere: d = a·b + start.
+// The same with sums that start elsewhere: d = a·b + start.
 __device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                       int start) {
+                                       const int (&start)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
-      "%10, %10, %10};"
+      "%11, %12, %13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start[0]), "r"(start[1]),
+        "r"(start[2]), "r"(start[3]));
 }
-__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint32_t b, int start) {
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                       const int (&start)[4]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(start));
+      : "r"(a[0]), "r"(a[1]), "r"(b), "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]));
 }
 // bfloat16, float32 sums: a is 16 x 16, a[0] = (g, 2t, 2t + 1), a[1] row g + 8, a[2] = (g, 8 + 2t …), a[3] row g + 8; b is 16 x 8,
 // b[0] = (2t, 2t + 1; g), b[1] = (8 + 2t …; g).

@@ -146,12 +146,12 @@ inline void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
   const uint32_t whole[1] = {b};
   mma_any<int, int8_t, 4>(d, a, whole);
 }
-inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int start) {
-  for (int& x : d) x = start;
+inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&start)[4]) {
+  std::copy(start, start + 4, d);
   mma_any<int, int8_t, 4>(d, a, b);
 }
-inline void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint32_t b, int start) {
-  for (int& x : d) x = start;
+inline void mma_s8(int (&d)[4], const uint32_t (&a)[2], uint32_t b, const int (&start)[4]) {
+  std::copy(start, start + 4, d);
   mma_s8(d, a, b);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -158,7 +158,7 @@ struct StepProducts {
 
   // Adds the products of the step `step` of a pair that stands in columns `q`.  The first addition starts the sum.
   __device__ __forceinline__ void add(const uint32_t (&a)[4], const LaneActivations<kSplit>& x, int j,
-                                      int step, int g, int q) {
+                                      int step, int g, int q, const int (&start)[4]) {
     bool mine = true;
     if constexpr (kSplit == 8) mine = g == 2 * q + step;
     if constexpr (kSplit == 2) mine = g >> 2 == q;
@@ -167,7 +167,7 @@ struct StepProducts {
     const int result = kSplit == 8 ? 0 : step;
     if constexpr (U::kHalves == 1) {
       if (first) {
-        ptx::mma_s8(dot[result][0], a, b, kSumStart);
+        ptx::mma_s8(dot[result][0], a, b, start);
       } else {
         ptx::mma_s8(dot[result][0], a, b);
       }
@@ -176,7 +176,7 @@ struct StepProducts {
       for (int h = 0; h < 2; ++h) {
         const uint32_t half[2] = {a[2 * h], a[2 * h + 1]};
         if (first) {
-          ptx::mma_s8(dot[result][h], half, b[h], kSumStart);
+          ptx::mma_s8(dot[result][h], half, b[h], start);
         } else {
           ptx::mma_s8(dot[result][h], half, b[h]);
         }
@@ -187,9 +187,10 @@ struct StepProducts {
   // sum[2 * r + i] += the scaled products; `weights` are the scales of the rows g and g + 8, in which the pair's first step is
   // number `first_step`.
   __device__ __forceinline__ void scale_into(float (&sum)[4], const RowScales<F> (&weights)[2],
-                                             int first_step, const LaneActivations<kSplit>& x, int j) const {
+                                             int first_step, const LaneActivations<kSplit>& x, int j,
+                                             const int (&start)[4]) const {
     float half_sum[kResults][2][2];  // [step][column][half]: of formats with an offset per half
-    if constexpr (U::kHalves == 2 && U::kHasOffset) sum_halves(half_sum, x, j);
+    if constexpr (U::kHalves == 2 && U::kHasOffset) sum_halves(half_sum, x, j, start);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -221,14 +222,14 @@ struct StepProducts {
  private:
   // The sums of the codes of each half of the steps: products with ones.
   __device__ __forceinline__ void sum_halves(float (&out)[kResults][2][2], const LaneActivations<kSplit>& x,
-                                             int j) const {
+                                             int j, const int (&start)[4]) const {
     const uint32_t ones[2] = {0x01010101u, 0x01010101u};
 #pragma unroll
     for (int result = 0; result < kResults; ++result) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         int d[4];
-        ptx::mma_s8(d, ones, x.code[j][result][h], kSumStart);
+        ptx::mma_s8(d, ones, x.code[j][result][h], start);
         out[result][0][h] = sum_to_float(d[0]), out[result][1][h] = sum_to_float(d[1]);
       }
     }
@@ -247,6 +248,12 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
   constexpr bool kWhole = U::kPairs == kChunkPairs;  // a chunk is one unit, which is never cut short
   constexpr int kGroups = kChunkPairs / Columns::kOwnPairs;
   const int g = lane >> 2, t = lane & 3;
+  // Where sums start often, the registers of this start are kept; elsewhere they are not worth their place.
+  int start[4] = {kSumStart, kSumStart, kSumStart, kSumStart};
+  if constexpr (kSplit != 8) {
+#pragma unroll
+    for (int& value : start) value = ptx::opaque(value);
+  }
   RowScales<F> scales[2];
   if constexpr (kWhole) scales[0].load(chunk, g), scales[1].load(chunk, g + 8);
 #pragma unroll
@@ -281,12 +288,12 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
         if constexpr (kTiles == 1) load(q);
         uint32_t a[4];
         codes[q].template operand<0>(a);
-        products.add(a, rows, j, 0, g, q);
+        products.add(a, rows, j, 0, g, q, start);
         codes[q].template operand<1>(a);
-        products.add(a, rows, j, 1, g, q);
+        products.add(a, rows, j, 1, g, q, start);
       }
       if (kWhole || pair < num_pairs) {
-        products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, rows, j);
+        products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, rows, j, start);
       }
     }
   }

@@ -45,7 +45,8 @@ struct Arguments {
   const uint8_t* q8;  // [num_tokens, activation_row_bytes(cols)]
   const float* x;     // [num_tokens, cols], or null
   int num_tokens, cols;
-  int num_parts, num_chunks;  // chunks of 256 columns
+  int num_parts, num_chunks;      // chunks of 256 columns
+  int warp_chunks, extra_chunks;  // num_chunks over and modulo the number of warps
   int num_stages, stage_bytes;
   int block_tiles;  // of a block that is not gated
   int out_stride;
@@ -78,51 +79,33 @@ struct BlockTiles {
   __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
 };
 
-// The ring of one warp: which chunk is fetched next, and the stages where it goes and where the next one to use lies.  Where there are
-// bulk copies a lane starts one for a chunk, else all lanes copy 16 bytes at a time.
+// The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next.  Where there are bulk
+// copies a lane starts one for a chunk, else all lanes copy 16 bytes at a time.
 struct Ring {
   uint8_t* memory;
-  uint64_t* barriers;  // one for each stage
-  int tile = 0, chunk;
-  int fill = 0, use = 0;
+  uint64_t* barriers;   // one for each stage
+  int stage = 0;        // that is used next
   uint32_t parity = 0;  // of the phase in which the stages' copies are waited for
+  int tile = -1;        // that is being fetched
+  const uint8_t* from = nullptr;
+  int left = 0;  // chunks of it to be fetched
+  int bytes = 0, last_bytes = 0;
 
-  __device__ __forceinline__ void start(uint8_t* stages, uint64_t* stage_barriers, int warp, int lane) {
+  __device__ __forceinline__ void start(const Arguments& a, const BlockTiles& tiles, uint8_t* stages,
+                                        uint64_t* stage_barriers, int warp, int num_warps, int lane) {
     memory = stages;
     barriers = stage_barriers;
-    chunk = warp;
     if (ptx::has_bulk_copies()) {
       if (lane < kMaxStages) ptx::make_copy_barrier(barriers + lane);
       __syncwarp();
     }
-  }
-
-  __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int warp, int num_warps,
-                                        int lane) {
-    while (tile < tiles.count && is_float(a.parts[tiles.part(tile)].format)) ++tile;
-    if (tile < tiles.count) {
-      const Part& part = a.parts[tiles.part(tile)];
-      const int offset = chunk * part.chunk_bytes;
-      const int bytes = min(part.chunk_bytes, part.tile_bytes - offset);
-      const uint8_t* from = part.weight + (static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + offset);
-      uint8_t* to = memory + fill * a.stage_bytes;
-      if (ptx::has_bulk_copies()) {
-        if (lane == 0) ptx::copy_bulk(to, from, bytes, barriers + fill);
-        __syncwarp();
-      } else {
-        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async(to + i, from + i);
-      }
-      fill = fill + 1 == a.num_stages ? 0 : fill + 1;
-      chunk += num_warps;
-      if (chunk >= a.num_chunks) chunk = warp, ++tile;
-    }
-    if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
+    for (int i = 0; i < a.num_stages; ++i) fetch(a, tiles, i, warp, num_warps, lane);
   }
 
   // The next chunk to use, once it is there.
   __device__ __forceinline__ const uint8_t* wait(const Arguments& a) {
     if (ptx::has_bulk_copies()) {
-      ptx::wait_for_bulk(barriers + use, parity);
+      ptx::wait_for_bulk(barriers + stage, parity);
     } else {
       switch (a.num_stages) {
         case 1: ptx::wait_for_copies<0>(); break;
@@ -132,9 +115,47 @@ struct Ring {
       }
       __syncwarp();
     }
-    const uint8_t* stage = memory + use * a.stage_bytes;
-    if (++use == a.num_stages) use = 0, parity ^= 1;
-    return stage;
+    return memory + stage * a.stage_bytes;
+  }
+
+  // Done with that chunk: its stage is filled with another one.
+  __device__ __forceinline__ void next(const Arguments& a, const BlockTiles& tiles, int warp, int num_warps,
+                                       int lane) {
+    __syncwarp();  // all lanes are done with it
+    fetch(a, tiles, stage, warp, num_warps, lane);
+    if (++stage == a.num_stages) stage = 0, parity ^= 1;
+  }
+
+ private:
+  __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int into, int warp,
+                                        int num_warps, int lane) {
+    if (left == 0 && tile < tiles.count) begin_tile(a, tiles, warp, num_warps);
+    if (left > 0) {
+      --left;
+      const int size = left == 0 ? last_bytes : bytes;
+      uint8_t* to = memory + into * a.stage_bytes;
+      if (ptx::has_bulk_copies()) {
+        if (lane == 0) ptx::copy_bulk(to, from, size, barriers + into);
+        __syncwarp();
+      } else {
+        for (int i = 16 * lane; i < size; i += 512) ptx::copy_async(to + i, from + i);
+      }
+      from += num_warps * bytes;
+    }
+    if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
+  }
+
+  // Goes on to the next tile that is streamed, if there is one.
+  __device__ __forceinline__ void begin_tile(const Arguments& a, const BlockTiles& tiles, int warp,
+                                             int num_warps) {
+    do {
+      if (++tile >= tiles.count) return;
+    } while (is_float(a.parts[tiles.part(tile)].format));
+    const Part& part = a.parts[tiles.part(tile)];
+    left = a.warp_chunks + (warp < a.extra_chunks);
+    bytes = part.chunk_bytes;
+    last_bytes = min(bytes, part.tile_bytes - (warp + (left - 1) * num_warps) * bytes);
+    from = part.weight + (static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + warp * bytes);
   }
 };
 static_assert(kMaxStages == 4, "Ring::wait");
@@ -151,8 +172,7 @@ __device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, co
     if constexpr (kTiles == 1) x0.load(x, lane, first_pair, num_pairs);
     const uint8_t* stage = ring.wait(a);
     multiply_chunk<F>(sums, stage, x, lane, first_pair, num_pairs, x0);
-    __syncwarp();  // all lanes are done with the stage that is filled next
-    ring.fetch(a, tiles, warp, num_warps, lane);
+    ring.next(a, tiles, warp, num_warps, lane);
   }
 }
 
@@ -261,10 +281,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kSplit == 8   ? kBlocksPerMult
   const BlockTiles tiles(a);
   __shared__ uint64_t barriers[kMaxWarps * kMaxStages];
   uint8_t* rings = reinterpret_cast<uint8_t*>(gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0));
-  Ring ring;
-  ring.start(rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp, lane);
   ptx::allow_consumers();
-  for (int i = 0; i < a.num_stages; ++i) ring.fetch(a, tiles, warp, num_warps, lane);
+  Ring ring;
+  ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
+             num_warps, lane);
   ptx::wait_for_producers();
 
   for (int i = 0; i < tiles.count; ++i) {
@@ -357,7 +377,7 @@ int shared_memory_per_block() {
   if (device != known_device) {
     int total = 0;
     CUDA_CHECK(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    bytes = total / kBlocksPerMultiprocessor - 1024;
+    bytes = total / kBlocksPerMultiprocessor - 1024 - 8 * kMaxWarps * kMaxStages;  // the system, barriers
     known_device = device;
   }
   return bytes;
@@ -406,6 +426,8 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
 
   const int num_warps = std::min(kMaxWarps, a.num_chunks);
   const int64_t row_bytes = activation_row_bytes(a.cols), gated_bytes = activation_row_bytes(a.parts[0].rows);
+  a.warp_chunks = a.num_chunks / num_warps;
+  a.extra_chunks = a.num_chunks % num_warps;
   for (int left = a.num_tokens; left > 0; left -= kMaxTokens) {
     a.num_tokens = std::min(left, kMaxTokens);
     const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : 4;
