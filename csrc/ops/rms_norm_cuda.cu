@@ -64,12 +64,12 @@ template <class T,       // type of x
           int kColumns,  // that a thread takes side by side: 4, or 1 where rows are not aligned
           int kKept>     // values that a thread holds
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_kernel(const T* x,                         // [num_tokens, width]; written by others while this runs
-                    const float* __restrict__ weight,   // [width]
-                    float* residual,                    // [num_tokens, width] or null
-                    uint8_t* __restrict__ q8,           // rows of activation_row_bytes(width), or null
-                    __nv_bfloat16* __restrict__ bf16,   // [num_tokens, width] or null
-                    float* __restrict__ plain,          // [num_tokens, width] or null
+    rms_norm_kernel(const T* x,  // [num_tokens, width]; written by others while this runs
+                    const float* __restrict__ weight,  // [width]
+                    float* residual,                   // [num_tokens, width] or null
+                    uint8_t* __restrict__ q8,          // rows of activation_row_bytes(width), or null
+                    __nv_bfloat16* __restrict__ bf16,  // [num_tokens, width] or null
+                    float* __restrict__ plain,         // [num_tokens, width] or null
                     int width, float eps) {
   constexpr int kSteps = kKept / kColumns;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
@@ -130,11 +130,11 @@ template <class T, int kColumns, int kKept>
 void launch_rms_norm(const void* x, const float* weight, float* residual, uint8_t* q8, void* bf16,
                      float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
   const int64_t warps = std::min<int64_t>((width + 32 * kWanted - 1) / (32 * kWanted), kMaxThreads / 32);
-  launch_kernel(rms_norm_kernel<T, kColumns, kKept>,
-                {dim3(static_cast<unsigned>(num_tokens)), dim3(static_cast<unsigned>(32 * warps)), stream, 0,
-                 true},
-                static_cast<const T*>(x), weight, residual, q8, static_cast<__nv_bfloat16*>(bf16), plain,
-                static_cast<int>(width), eps);
+  launch_kernel(
+      rms_norm_kernel<T, kColumns, kKept>,
+      {dim3(static_cast<unsigned>(num_tokens)), dim3(static_cast<unsigned>(32 * warps)), stream, 0, true},
+      static_cast<const T*>(x), weight, residual, q8, static_cast<__nv_bfloat16*>(bf16), plain,
+      static_cast<int>(width), eps);
 }
 
 template <class T>

@@ -11,14 +11,15 @@ struct SampleParameters {
   double typical_p;
   double presence_penalty;
   uint64_t seed;
-  const int32_t* counts;  // [vocab_size], 2 * (how often it was generated) + (whether the prompt has it), or null
-  const float* bias;      // [vocab_size], or null
-  float temperature;      // 0: the largest logit
+  const int32_t*
+      counts;         // [vocab_size], 2 * (how often it was generated) + (whether the prompt has it), or null
+  const float* bias;  // [vocab_size], or null
+  float temperature;  // 0: the largest logit
   float min_p;
   float repetition_penalty;
   float frequency_penalty;
-  int32_t top_k;          // 0: all
-  int32_t num_top;        // alternatives to report with their logits; -1: no logits at all
+  int32_t top_k;    // 0: all
+  int32_t num_top;  // alternatives to report with their logits; -1: no logits at all
 };
 
 constexpr int kMaxVocabulary = 1 << 18;  // more would overflow sums of weights
@@ -27,14 +28,15 @@ constexpr int kMaxTop = 20;
 // What the host is told about one row, in int32.
 struct SampleRecord {
   int32_t token_id;
-  int32_t status;     // kSampled, kNotFinite or kForced
-  int32_t position;   // of the token
+  int32_t status;    // kSampled, kNotFinite or kForced
+  int32_t position;  // of the token
   int32_t num_top;
-  float peak;         // the largest adjusted logit, which is what was not finite
-  float logit;        // of the token, as the model has it
-  float largest;      // of the logits as the model has them; that and what follows only where num_top is asked for
-  int32_t asked;      // the parameters' num_top
-  uint64_t total;     // the sum of e^(logit - largest), times 2^41
+  float peak;   // the largest adjusted logit, which is what was not finite
+  float logit;  // of the token, as the model has it
+  float
+      largest;  // of the logits as the model has them; that and what follows only where num_top is asked for
+  int32_t asked;   // the parameters' num_top
+  uint64_t total;  // the sum of e^(logit - largest), times 2^41
   int32_t top_ids[kMaxTop];
   float top_logits[kMaxTop];  // below `largest` by so much, ascending
 };

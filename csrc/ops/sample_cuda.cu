@@ -25,7 +25,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kEach = 4;  // tokens of a thread: all its loads are under way at once
 constexpr int kChunk = kThreads * kEach;
 constexpr int kMaxChunks = kMaxVocabulary / kChunk;
-constexpr float kOne = 2199023255552.0f;  // 2^41: the largest that 2^18 terms of, in parts of 14 bits, fit in 32 bits
+constexpr float kOne =
+    2199023255552.0f;  // 2^41: the largest that 2^18 terms of, in parts of 14 bits, fit in 32 bits
 // Distances below the largest logit, 32 steps per octave from 2^-12 on, in which weights differ by less than a 32nd of the gap.
 constexpr int kBins = 1024, kBinShift = 18, kFirstBin = (127 - 12) << 5;
 constexpr int kGathered = 4096;  // candidates of a row at most; more do not fit into a block's shared memory
@@ -34,8 +35,8 @@ enum Todo { kDone, kDraw, kGather, kScanAll };
 
 // State of a row between launches, for choosing or for reporting; zeros before the first.
 struct Job {
-  u64 best;    // the largest of ordered_key
-  u64 total;   // of all weights
+  u64 best;   // the largest of ordered_key
+  u64 total;  // of all weights
   float peak;
   int todo;
   unsigned arrived;  // blocks that have finished this launch
@@ -188,8 +189,7 @@ struct Row {
   }
   __device__ bool is_filtered(int vocab_size) const {
     const SampleParameters& p = parameters;
-    return top_k(vocab_size) > 0 ||
-           (!is_report && (p.top_p < 1.0 || p.min_p > 0.0f || p.typical_p < 1.0));
+    return top_k(vocab_size) > 0 || (!is_report && (p.top_p < 1.0 || p.min_p > 0.0f || p.typical_p < 1.0));
   }
 };
 
@@ -413,7 +413,7 @@ __device__ void bound_candidates(const Call& call, const Row& values, Job& job, 
   }
   u64 before = block_sums(count, &all);
   const float mass_before = block_sums(mass, &all_mass);
-    if (top_k > 0) {
+  if (top_k > 0) {
     for (int k = 0; k < kMine; ++k) {
       before += counts[k];
       if (before >= static_cast<u64>(top_k)) atomicMin(&bound, static_cast<int>(threadIdx.x) * kMine + k);
@@ -510,9 +510,8 @@ struct Filters {
   // The weight of a candidate, 0 if it is left out.
   __device__ float weight(int index, const Candidate& candidate) const {
     const float weight = weight_of(candidate.gap);
-    if (!nearest.holds(__float_as_uint(candidate.gap), index) ||
-        !nucleus.holds(rarity(weight), index) || weight < least ||
-        !typical.holds(strangeness(candidate.gap), index)) {
+    if (!nearest.holds(__float_as_uint(candidate.gap), index) || !nucleus.holds(rarity(weight), index) ||
+        weight < least || !typical.holds(strangeness(candidate.gap), index)) {
       return 0.0f;
     }
     return weight;
@@ -530,9 +529,8 @@ struct Filters {
   }
 
   __device__ void apply_nearest(int top_k) {
-    nearest = border_at(count, static_cast<u64>(top_k), [&](int i) -> Item {
-      return {__float_as_uint(candidate_of(i).gap), 1};
-    });
+    nearest = border_at(count, static_cast<u64>(top_k),
+                        [&](int i) -> Item { return {__float_as_uint(candidate_of(i).gap), 1}; });
   }
   __device__ void apply(const SampleParameters& p, int top_k, u64 total_of_all) {
     if (top_k > 0) apply_nearest(top_k);
@@ -574,10 +572,9 @@ __device__ void finish(const Call& call, int row, const Row& values, const Job& 
   const int top_k = values.top_k(call.vocab_size);
   if (!values.is_report) {
     filters.apply(values.parameters, top_k, job.total);
-    const u64 target =
-        random_below(filters.total(), values.parameters.seed, call.positions[row] + 1);
-    const int index = first_beyond(
-        count, target, [&](int i) { return fixed(filters.weight(i, candidate_of(i))); });
+    const u64 target = random_below(filters.total(), values.parameters.seed, call.positions[row] + 1);
+    const int index =
+        first_beyond(count, target, [&](int i) { return fixed(filters.weight(i, candidate_of(i))); });
     if (threadIdx.x == 0) choose(call, row, candidate_of(index).token_id, kSampled, job.peak);
     return;
   }
@@ -649,9 +646,8 @@ __global__ void __launch_bounds__(kThreads, 1) pick_kernel(const Call call) {
   const Row values = row_of(call, row, blockIdx.z == 1);
   if (job.todo == kScanAll) {
     if (blockIdx.x == 0) {
-      finish(call, row, values, job, call.vocab_size, [&](int i) -> Candidate {
-        return {i, values.gap(values.logit(i), job.peak)};
-      });
+      finish(call, row, values, job, call.vocab_size,
+             [&](int i) -> Candidate { return {i, values.gap(values.logit(i), job.peak)}; });
     }
     return;
   }
@@ -671,9 +667,8 @@ __global__ void __launch_bounds__(kThreads, 1) pick_kernel(const Call call) {
     for (int i = threadIdx.x % 32; i < place.y; i += 32) ordered[first[chunk] + i] = candidates[place.x + i];
   }
   __syncthreads();
-  finish(call, row, values, job, count, [&](int i) -> Candidate {
-    return {static_cast<int>(ordered[i].x), __uint_as_float(ordered[i].y)};
-  });
+  finish(call, row, values, job, count,
+         [&](int i) -> Candidate { return {static_cast<int>(ordered[i].x), __uint_as_float(ordered[i].y)}; });
 }
 
 // Cuts the workspace into its parts; returns how long it is.
@@ -705,9 +700,18 @@ void sample_cuda(const float* logits, const int32_t* slots, const int32_t* posit
                  int64_t max_rows, int64_t num_rows, int64_t vocab_size, bool greedy_only, void* stream) {
   if (num_rows == 0) return;
   const int64_t num_chunks = (vocab_size + kChunk - 1) / kChunk;
-  Call call{logits,     slots,       positions, parameters,
-            forced,     masks,       mask_words, last_tokens,
-            records,    static_cast<int>(num_rows), static_cast<int>(vocab_size), {}};
+  Call call{logits,
+            slots,
+            positions,
+            parameters,
+            forced,
+            masks,
+            mask_words,
+            last_tokens,
+            records,
+            static_cast<int>(num_rows),
+            static_cast<int>(vocab_size),
+            {}};
   divide(static_cast<uint8_t*>(workspace), max_rows, num_chunks, &call.workspace);
   Launch launch{dim3(static_cast<unsigned>(num_chunks), static_cast<unsigned>(num_rows), greedy_only ? 1 : 2),
                 dim3(kThreads), stream, 0, true};

@@ -34,7 +34,7 @@ __device__ void load_eight(const T* from, float (&to)[kSide]) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    silu_mul_to_bf16_kernel(const T* gate_up,                   // [num_tokens, 2 * width]; written by others while this runs
+    silu_mul_to_bf16_kernel(const T* gate_up,  // [num_tokens, 2 * width]; written by others while this runs
                             __nv_bfloat16* __restrict__ bf16,  // [num_tokens, width]
                             int width,
                             bool aligned) {  // whether eight columns of each row lie on 16 bytes
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    silu_mul_to_q8_kernel(const T* gate_up,               // [num_tokens, 2 * width]; written by others while this runs
-                          uint8_t* __restrict__ q8,       // rows of activation_row_bytes(width)
+    silu_mul_to_q8_kernel(const T* gate_up,  // [num_tokens, 2 * width]; written by others while this runs
+                          uint8_t* __restrict__ q8,  // rows of activation_row_bytes(width)
                           int width) {
   ptx::wait_for_producers();
   ptx::allow_consumers();
