@@ -18,7 +18,9 @@ from helexa.ops.tensor import check, dtype_id, on_cuda, stream
 
 MAX_EXPERTS, MAX_TOP_K, _BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
 FLOAT_FORMATS = ("f32", "f16", "bf16")
-MAX_DECODE_ROWS = 16  # up to here most experts have no second token, and their weights are multiplied as they are
+MAX_DECODE_ROWS = (
+    16  # up to here most experts have no second token, and their weights are multiplied as they are
+)
 _PART_ROWS = 4096  # that are multiplied at a time, so that memory for what lies between is bounded
 
 
@@ -26,7 +28,7 @@ _PART_ROWS = 4096  # that are multiplied at a time, so that memory for what lies
 class SharedExpert:
     """The expert that every token goes to.
 
-    gate_up: [S, H] twice.   down: [H, S].   gate: [1, H], whose sigmoid is its weight; None for a weight of one.
+    gate_up: [S, H] twice.   down: [H, S].   gate: [1, H], whose sigmoid is its weight; None for one.
     """
 
     gate_up: Sequence[PackedWeight]
@@ -84,12 +86,13 @@ def sparse_moe(
     shared: SharedExpert | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A whole mixture of experts: moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
+    """moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
 
-    x: [T, H]; on CUDA with the float32 rows besides, which the router reads.   router: [E, H], on CUDA of a float format.
-    gate_up, down: the stacks of moe_mlp.   out: [T, H] float32, on CUDA of more than MAX_MATVEC_ROWS rows bfloat16.
-    On CUDA up to MAX_DECODE_ROWS rows are multiplied as quant_matmul multiplies few rows, and a row's result does not
-    depend on the rows beside it; more are multiplied in bfloat16 with float32 sums, in an order that does not change.
+    x: [T, H]; on CUDA with the float32 rows besides, which the router reads.
+    router: [E, H], on CUDA of a float format.   gate_up, down: the stacks of moe_mlp.
+    out: [T, H] float32, on CUDA of more than MAX_MATVEC_ROWS rows bfloat16.
+    On CUDA up to MAX_DECODE_ROWS rows are multiplied as quant_matmul multiplies few rows, and a row's result
+    does not depend on the rows beside it; more are multiplied in bfloat16 with float32 sums.
     Raises ValueError if a shape, dtype or format does not fit.  Capturable.
     """
     if isinstance(x, Activation):
@@ -134,7 +137,8 @@ def moe_route(
             num_experts <= MAX_EXPERTS and top_k <= MAX_TOP_K,
             f"moe_route: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
         )
-        _C.moe_route_cuda(*arguments, stream(logits))
+        arguments.append(stream(logits))
+        _C.moe_route_cuda(*arguments)
     else:
         _C.moe_route_cpu(*arguments)
     return ids, weights
@@ -221,14 +225,16 @@ def sparse_moe_reference(
     top_k: int,
     normalize: bool,
     shared: SharedExpert | None = None,
+    rounded: bool = True,
 ) -> Tensor:
-    """The same in float64 over decoded weights, with the inputs of quantized ones rounded as the kernels round them."""
+    """The same in float64 over decoded weights; `rounded`: the inputs of quantized ones as int8."""
     stacks = [weight.dequantize().double().unflatten(0, (router.rows, -1)) for weight in (*gate_up, down)]
     both, last = torch.cat(stacks[:-1], 1), stacks[-1]
 
     def expert(rows: Tensor, first: Tensor, second: Tensor, formats: tuple[str, str]) -> Tensor:
-        gate, up = (_as_seen(rows, formats[0]) @ first.T).chunk(2, -1)
-        return _as_seen(functional.silu(gate) * up, formats[1]) @ second.T
+        round_first, round_second = (rounded and format not in FLOAT_FORMATS for format in formats)
+        gate, up = (_as_seen(rows, round_first) @ first.T).chunk(2, -1)
+        return _as_seen(functional.silu(gate) * up, round_second) @ second.T
 
     logits = x.double() @ router.dequantize().double().T
     ids, weights = moe_route_reference(logits, top_k, normalize=normalize)
@@ -246,13 +252,11 @@ def sparse_moe_reference(
     return out.float()
 
 
-def _as_seen(rows: Tensor, format: str) -> Tensor:
-    return rows.double() if format in FLOAT_FORMATS else quantize_input_reference(rows.float())
+def _as_seen(rows: Tensor, rounded: bool) -> Tensor:
+    return quantize_input_reference(rows.float()) if rounded else rows.double()
 
 
-def _on_cuda(
-    x: Activation, layer: _Layer, top_k: int, normalize: bool, out: Tensor | None
-) -> Tensor:
+def _on_cuda(x: Activation, layer: _Layer, top_k: int, normalize: bool, out: Tensor | None) -> Tensor:
     num_tokens, cols = x.num_rows, x.cols
     rows = x.x
     if rows is None:
@@ -271,9 +275,7 @@ def _on_cuda(
     return out
 
 
-def _few_rows(
-    x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor
-) -> None:
+def _few_rows(x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor) -> None:
     q8 = quantize_rows(rows).q8 if x.q8 is None else x.q8
     assert q8 is not None
     weights, num_tokens = layer.views(), rows.shape[0]
@@ -283,9 +285,7 @@ def _few_rows(
     _C.moe_few_cuda(*arguments)
 
 
-def _many_rows(
-    x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor
-) -> None:
+def _many_rows(x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor) -> None:
     bf16 = rows.bfloat16() if x.bf16 is None else x.bf16
     logits = rows @ _as_floats(layer.router).T
     mixed = shared_logits = None
