@@ -1,4 +1,4 @@
-"""The output gate of attention in Qwen3-Next and its successors."""
+"""The output gate of attention in Qwen3-Next and its successors, on the CPU; on CUDA it is part of attention."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def sigmoid_mul(x: Tensor, gate: Tensor) -> Tensor:
             f"sigmoid_mul: {name} {tuple(tensor.shape)} {tensor.dtype} is not a contiguous "
             f"{tuple(x.shape)} float32",
         )
+        check(tensor.device.type == "cpu", f"sigmoid_mul: {name} is on {tensor.device}, expected the CPU")
     _C.sigmoid_mul_cpu(x.data_ptr(), gate.data_ptr(), x.numel())
     return x
 
