@@ -126,7 +126,7 @@ def _on_cuda(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, width = k_cache.shape[1], num_heads * head_dim
     num_rows = rows.stop - rows.start
-    page_table = tables[0]
+    page_table, query_start, kv_lengths = tables
     num_sequences, max_pages = page_table.shape
     q = q.to(query_dtype(k_cache))
     cache_dtype = CACHE_DTYPE_IDS[k_cache.dtype]
@@ -155,14 +155,15 @@ def _on_cuda(
         partial = torch.empty(row_bytes // 4 * max_splits, dtype=torch.float32, device=q.device)
         num_blocks = num_queries * num_heads // num_kv_heads // 64 + num_sequences
         counters = _counters(q.device, num_kv_heads * num_blocks)
-    x = None if is_tiled else out
-    q8, bf16 = (out.q8, out.bf16) if isinstance(out, Activation) else (None, None)
+    q8, bf16, x = (out.q8, out.bf16, None) if isinstance(out, Activation) else (None, None, out)
     _C.attention_cuda(
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         cache_dtype,
-        *(table.data_ptr() for table in tables),
+        page_table.data_ptr(),
+        query_start.data_ptr(),
+        kv_lengths.data_ptr(),
         num_tokens,
         num_sequences,
         max_pages,
@@ -172,16 +173,23 @@ def _on_cuda(
         scale,
         rows.start,
         rows.stop,
-        0 if gate is None else gate.data_ptr(),
+        _address(gate),
         0 if gate is None else dtype_id(gate),
         0 if gate is None else gate.stride(0),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (q8, bf16, x)),
+        _address(q8),
+        _address(bf16),
+        _address(x),
         split_queries,
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (counters, partial)),
+        _address(counters),
+        _address(partial),
         max_splits,
         stream(q),
     )
     return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _is_output(out: Rows, num_rows: int, width: int, is_tiled: bool) -> bool:

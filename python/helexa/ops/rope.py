@@ -113,14 +113,12 @@ def rope_append(
     check(
         k_cache.device == qkv.device, f"rope_append: the caches are on {k_cache.device}, qkv on {qkv.device}"
     )
-    caches = (
+    common = (
         table.data_ptr(),
         slots.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         CACHE_DTYPE_IDS[k_cache.dtype],
-    )
-    rest = (
         out.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
@@ -133,9 +131,9 @@ def rope_append(
         interleaved,
     )
     if is_cuda:
-        _C.rope_append_cuda(qkv.data_ptr(), dtype_id(qkv), qkv.stride(0), *caches, *rest, stream(qkv))
+        _C.rope_append_cuda(qkv.data_ptr(), dtype_id(qkv), qkv.stride(0), *common, stream(qkv))
     else:
-        _C.rope_append_cpu(qkv.data_ptr(), *caches, *rest)
+        _C.rope_append_cpu(qkv.data_ptr(), *common)
     return out
 
 

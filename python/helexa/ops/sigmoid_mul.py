@@ -1,4 +1,4 @@
-"""The output gate of attention in Qwen3-Next and its successors, on the CPU; on CUDA it is part of attention."""
+"""The output gate of attention in Qwen3-Next and its successors; on CUDA `attention` applies it."""
 
 import torch
 from torch import Tensor
