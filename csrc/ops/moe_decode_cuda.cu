@@ -57,7 +57,8 @@ struct LaneRows {
   const uint8_t* first;
   int operand, results[2];  // bytes behind `first`
 
-  __device__ explicit LaneRows(const Tokens& tokens) : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes) {
+  __device__ explicit LaneRows(const Tokens& tokens)
+      : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes) {
     using Columns = LaneColumns<kSplit>;
     const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(tokens.rows.row_bytes);
     operand = tokens.row(Columns::operand_row(lane / 4)) * row_bytes;
@@ -66,13 +67,15 @@ struct LaneRows {
   }
 
   // Of one chunk of `cols` columns.
-  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int cols, int first_pair, int num_pairs) const {
+  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int cols, int first_pair,
+                                       int num_pairs) const {
     using Columns = LaneColumns<kSplit>;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint8_t* scales = first + activation_padded_cols(cols);
 #pragma unroll
     for (int j = 0; j < Columns::kOwnPairs; ++j) {
-      const uint8_t* codes = first + operand + 64 * (first_pair + min(Columns::operand_pair(g, j), num_pairs - 1)) + 16 * t;
+      const uint8_t* codes =
+          first + operand + 64 * (first_pair + min(Columns::operand_pair(g, j), num_pairs - 1)) + 16 * t;
       if constexpr (kSplit == 8) {  // the column stands for one step
         const uint2 v = *reinterpret_cast<const uint2*>(codes + 8 * (g % 2));
         x.code[j][0][0] = x.code[j][1][0] = v.x, x.code[j][0][1] = x.code[j][1][1] = v.y;
@@ -98,8 +101,8 @@ struct Stream {
   int num_chunks, step;  // every step-th chunk is this warp's
   int next, stage;
 
-  __device__ Stream(const Matrix& matrix, int64_t expert, int row_tile, uint8_t* ring, int stage_bytes, int split,
-                    int num_splits)
+  __device__ Stream(const Matrix& matrix, int64_t expert, int row_tile, uint8_t* ring, int stage_bytes,
+                    int split, int num_splits)
       : tile(matrix.data + expert * matrix.expert_bytes + static_cast<int64_t>(row_tile) * matrix.tile_bytes),
         ring(ring),
         tile_bytes(matrix.tile_bytes),
@@ -138,13 +141,15 @@ struct Stream {
 
 // Products of a tile of a float format: rows in turn, each lane with columns of its own.
 template <class T, class Store>
-__device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int split, int num_splits, Store&& store) {
+__device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int split, int num_splits,
+                                Store&& store) {
   const int cols = tokens.rows.cols, lane = threadIdx.x % 32;
   for (int i = 0; i < kTileRows * tokens.count; ++i) {
     const T* weights = reinterpret_cast<const T*>(tile) + static_cast<int64_t>(i % kTileRows) * cols;
     const float* x = tokens.rows.x + (tokens.first + tokens.row(i / kTileRows)) * cols;
     float sum = 0.0f;
-    for (int col = 32 * split + lane; col < cols; col += 32 * num_splits) sum = fmaf(to_float(weights[col]), x[col], sum);
+    for (int col = 32 * split + lane; col < cols; col += 32 * num_splits)
+      sum = fmaf(to_float(weights[col]), x[col], sum);
     sum = warp_sum(sum);
     if (lane == 0) store(i / kTileRows, i % kTileRows, sum);
   }
@@ -152,8 +157,8 @@ __device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int s
 
 // Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
 template <class F, int kSplit, int kStages, class Store>
-__device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tokens& tokens, int split, int num_splits,
-                                              Store&& store) {
+__device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tokens& tokens, int split,
+                                              int num_splits, Store&& store) {
   if constexpr (std::is_same_v<F, F32>) {
     multiply_floats<float>(stream.tile, tokens, split, num_splits, store);
   } else if constexpr (std::is_same_v<F, F16>) {
@@ -189,8 +194,8 @@ __device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tok
 }
 
 template <int kSplit, int kStages, class Store>
-__device__ __forceinline__ void multiply_tile(int format, Stream<kStages>& stream, const Tokens& tokens, int split,
-                                              int num_splits, Store&& store) {
+__device__ __forceinline__ void multiply_tile(int format, Stream<kStages>& stream, const Tokens& tokens,
+                                              int split, int num_splits, Store&& store) {
   switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name) \
   case Format::k##type: return multiply_tile<type, kSplit>(stream, tokens, split, num_splits, store);
@@ -223,7 +228,7 @@ __device__ Item load_item(const Call& call, const Plan& plan, int index, int bat
 struct GateUp {
   Rows x;
   Matrix matrices[2][2];  // gate and up
-  Rows hidden[2];         // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
+  Rows hidden[2];  // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
   Matrix down[2];
 };
 
@@ -257,12 +262,14 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2)
   const int width = matrix.rows, num_blocks = (width + 31) / 32;
   if (static_cast<int>(blockIdx.x) < num_blocks) {
     const int row_tile = min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1);
-    Stream<kStages> stream(matrix, item.expert, row_tile, dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes,
-                           call.stage_bytes, split, kGateUpSplits);
+    Stream<kStages> stream(matrix, item.expert, row_tile,
+                           dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes, call.stage_bytes,
+                           split, kGateUpSplits);
     prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
     if (is_shared) ptx::wait_for_producers();
     ptx::allow_consumers();
-    const Tokens tokens{layer.x, is_shared ? nullptr : plan.order + item.first, first_token, call.top_k, item.count};
+    const Tokens tokens{layer.x, is_shared ? nullptr : plan.order + item.first, first_token, call.top_k,
+                        item.count};
     multiply_tile<kSplit>(matrix.format, stream, tokens, split, kGateUpSplits,
                           [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
   }
@@ -279,7 +286,8 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2)
   const int column = blockIdx.x * 32 + lane;
   const float value = column < width ? silu(both[0]) * both[1] : 0.0f;
   const Rows& out = layer.hidden[is_shared];
-  const int64_t row = warp + (is_shared ? first_token : static_cast<int64_t>(blockIdx.z) * plan.max_pairs + item.first);
+  const int64_t row =
+      warp + (is_shared ? first_token : static_cast<int64_t>(blockIdx.z) * plan.max_pairs + item.first);
   quantize_lanes(value, out.q8 + row * out.row_bytes, width, blockIdx.x);
   if (out.x != nullptr && column < width) out.x[row * width + column] = value;
 }
@@ -302,7 +310,8 @@ __global__ void __launch_bounds__(32 * kDownWarps)
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   uint8_t* ring = dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes;
   // [num_splits, batch, slots, 16]
-  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * kStages * call.stage_bytes);
+  float* parts =
+      reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * kStages * call.stage_bytes);
   ptx::wait_for_producers();
   ptx::allow_consumers();
   const Plan plan = call.plan.of_batch(blockIdx.y);
@@ -315,14 +324,15 @@ __global__ void __launch_bounds__(32 * kDownWarps)
     const int64_t first_row =
         item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
     const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
-    multiply_tile<kSplit>(matrix.format, stream, tokens, split, num_splits, [&](int token, int row, float sum) {
-      int slot = token * slots + call.top_k;
-      if (!item.is_shared) {
-        const int pair = plan.order[item.first + token];
-        slot = pair / call.top_k * slots + pair % call.top_k;
-      }
-      parts[(split * kBatch * slots + slot) * kTileRows + row] = sum;
-    });
+    multiply_tile<kSplit>(matrix.format, stream, tokens, split, num_splits,
+                          [&](int token, int row, float sum) {
+                            int slot = token * slots + call.top_k;
+                            if (!item.is_shared) {
+                              const int pair = plan.order[item.first + token];
+                              slot = pair / call.top_k * slots + pair % call.top_k;
+                            }
+                            parts[(split * kBatch * slots + slot) * kTileRows + row] = sum;
+                          });
   }
   __syncthreads();
 
@@ -337,7 +347,8 @@ __global__ void __launch_bounds__(32 * kDownWarps)
     }
     sum = fmaf(shares[slot], result, sum);
   }
-  layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * kTileRows + row] = sum;
+  layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * kTileRows +
+            row] = sum;
 }
 
 bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
@@ -349,8 +360,13 @@ Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, 
     const int64_t tile = device_tile_bytes<F>(stack.cols);
     int chunk = 0;
     if constexpr (F::kScales != Scales::kPlain) chunk = chunk_bytes<F>();
-    return {stack.packed + first_row / kTileRows * tile, stack.rows / num_experts / kTileRows * tile,
-            static_cast<int>(tile), chunk, stack.format, static_cast<int>(rows), static_cast<int>(stack.cols)};
+    return {stack.packed + first_row / kTileRows * tile,
+            stack.rows / num_experts / kTileRows * tile,
+            static_cast<int>(tile),
+            chunk,
+            stack.format,
+            static_cast<int>(rows),
+            static_cast<int>(stack.cols)};
   });
 }
 
@@ -369,8 +385,8 @@ struct Buffers {
   Rows hidden, shared_hidden;
   int64_t bytes;
 
-  Buffers(uint8_t* base, int64_t num_tokens, int64_t num_experts, int64_t top_k, int64_t width, bool float_hidden,
-          int64_t shared_width, bool float_shared) {
+  Buffers(uint8_t* base, int64_t num_tokens, int64_t num_experts, int64_t top_k, int64_t width,
+          bool float_hidden, int64_t shared_width, bool float_shared) {
     Workspace space(base);
     const int slots = static_cast<int>(top_k) + (shared_width > 0 ? 1 : 0);
     logits = space.take<float>(num_tokens * (num_experts + 1));
@@ -398,8 +414,8 @@ int down_splits(int64_t slots, int64_t width) {
 
 Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_t top_k) {
   const bool has_shared = !weights.shared_down.empty();
-  return Buffers(base, num_tokens, weights.router.rows, top_k, weights.down.cols, is_float(weights.down.format),
-                 has_shared ? weights.shared_down[0].cols : 0,
+  return Buffers(base, num_tokens, weights.router.rows, top_k, weights.down.cols,
+                 is_float(weights.down.format), has_shared ? weights.shared_down[0].cols : 0,
                  has_shared && is_float(weights.shared_down[0].format));
 }
 
@@ -417,12 +433,12 @@ struct Kernels {
                            (call.has_shared ? 1 : 0);
     const size_t stages = static_cast<size_t>(kStages) * call.stage_bytes;
     launch_kernel(gate_up_kernel<kSplit, kStages>,
-                  {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps), stream,
-                   kGateUpWarps * stages, true},
+                  {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps),
+                   stream, kGateUpWarps * stages, true},
                   call, gate_up);
     launch_kernel(down_kernel<kSplit, kStages>,
-                  {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * kDownWarps), stream,
-                   kDownWarps * stages + parts_bytes(), true},
+                  {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches),
+                   dim3(32 * kDownWarps), stream, kDownWarps * stages + parts_bytes(), true},
                   call, down);
   }
   size_t parts_bytes() const {
@@ -445,12 +461,13 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
   if (num_tokens == 0) return;
   const Buffers buffers = cut(workspace, weights, num_tokens, top_k);
   const WeightView* shared_router = weights.shared_router.empty() ? nullptr : weights.shared_router.data();
-  route_few(x, weights.router, shared_router, buffers.logits, counters, buffers.routes, num_tokens, top_k, normalize,
-            stream);
+  route_few(x, weights.router, shared_router, buffers.logits, counters, buffers.routes, num_tokens, top_k,
+            normalize, stream);
 
   const int64_t num_experts = weights.router.rows, cols = weights.router.cols, width = weights.down.cols;
   const bool has_shared = !weights.shared_down.empty();
-  const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols), static_cast<int>(cols)};
+  const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols),
+                   static_cast<int>(cols)};
   Kernels kernels{{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k), has_shared, 0},
                   {input, {}, {buffers.hidden, buffers.shared_hidden}, {}},
                   {{buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},

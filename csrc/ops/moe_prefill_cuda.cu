@@ -70,7 +70,8 @@ __device__ void fill_table(const uint8_t* run, int num_units, float2* table) {
     scales.load(run, row);
 #pragma unroll
     for (int i = 0; i < kPerUnit; ++i) {
-      const float2 entry = {scales.scale(i / U::kHalves, i % U::kHalves), scales.offset(i / U::kHalves, i % U::kHalves)};
+      const float2 entry = {scales.scale(i / U::kHalves, i % U::kHalves),
+                            scales.offset(i / U::kHalves, i % U::kHalves)};
       if (i % 2 == part) table[table_place<F>(row, i)] = entry;
     }
   } else {
@@ -89,7 +90,8 @@ __device__ void fill_table(const uint8_t* run, int num_units, float2* table) {
 // Four codes as two registers of the A operand: the columns 4t, 4t + 1 and 4t + 2, 4t + 3, which take the places 2t, 2t + 1 and
 // 8 + 2t, 8 + 2t + 1 of the instruction; the tokens' columns do the same.
 template <bool kHasOffset>
-__device__ __forceinline__ void unpack_codes(uint32_t codes, float2 scale, uint32_t& first, uint32_t& second) {
+__device__ __forceinline__ void unpack_codes(uint32_t codes, float2 scale, uint32_t& first,
+                                             uint32_t& second) {
   const uint32_t biased = codes ^ 0x80808080u;
   float v[4];
 #pragma unroll
@@ -103,7 +105,8 @@ __device__ __forceinline__ void unpack_codes(uint32_t codes, float2 scale, uint3
 
 // The A operands of 64 columns: a[2 * step + half].
 template <class F>
-__device__ __forceinline__ void load_operands(const uint8_t* run, int pair, const float2* table, uint32_t (&a)[4][4]) {
+__device__ __forceinline__ void load_operands(const uint8_t* run, int pair, const float2* table,
+                                              uint32_t (&a)[4][4]) {
   using U = Unit<F>;
   const int lane = threadIdx.x % 32, row = lane / 4;
   PairCodes<F> codes;
@@ -115,7 +118,7 @@ __device__ __forceinline__ void load_operands(const uint8_t* run, int pair, cons
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int index = (2 * pair + kStep) * U::kHalves + (U::kHalves == 2 ? half : 0);
-      uint32_t(&to)[4] = a[2 * kStep + half];
+      uint32_t (&to)[4] = a[2 * kStep + half];
       unpack_codes<U::kHasOffset>(operand[2 * half], table[table_place<F>(row, index)], to[0], to[2]);
       unpack_codes<U::kHasOffset>(operand[2 * half + 1], table[table_place<F>(row + 8, index)], to[1], to[3]);
     }
@@ -237,11 +240,17 @@ __global__ void __launch_bounds__(32 * kWarps, 2) product_kernel(const __grid_co
   for (int m = 0; m < 2; ++m) {
     const Matrix& matrix = product.matrices[kGateUp ? m : 0];
     const int tile = kGateUp ? blockIdx.x * kWarps + warp : (blockIdx.x * kWarps + warp) * 2 + m;
-    uint8_t* own = stages + kStages * kStageBytes + (2 * warp + m) * (kSlots * product.slot_bytes + product.table_bytes);
+    uint8_t* own =
+        stages + kStages * kStageBytes + (2 * warp + m) * (kSlots * product.slot_bytes + product.table_bytes);
     const bool is_there = tile * kDeviceTileRows < matrix.rows;
-    weights[m] = {is_there ? matrix.data + group.expert * matrix.expert_bytes + tile * matrix.tile_bytes : nullptr,
-                  own + product.table_bytes, reinterpret_cast<float2*>(own), matrix.format, matrix.run_bytes,
-                  static_cast<int>(matrix.tile_bytes), product.slot_bytes};
+    weights[m] = {
+        is_there ? matrix.data + group.expert * matrix.expert_bytes + tile * matrix.tile_bytes : nullptr,
+        own + product.table_bytes,
+        reinterpret_cast<float2*>(own),
+        matrix.format,
+        matrix.run_bytes,
+        static_cast<int>(matrix.tile_bytes),
+        product.slot_bytes};
   }
 
   auto issue_weights = [&](int run) {
@@ -371,8 +380,13 @@ Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, 
       run = kUnitsPerRun<F> * Unit<F>::kBytes;
       table = kDeviceTileRows * kRowEntries<F> * static_cast<int>(sizeof(float2));
     }
-    return {stack.packed + first_row / kDeviceTileRows * tile, stack.rows / num_experts / kDeviceTileRows * tile, tile,
-            stack.format, static_cast<int>(rows), run, table};
+    return {stack.packed + first_row / kDeviceTileRows * tile,
+            stack.rows / num_experts / kDeviceTileRows * tile,
+            tile,
+            stack.format,
+            static_cast<int>(rows),
+            run,
+            table};
   });
 }
 
@@ -381,14 +395,17 @@ struct ProductLaunch {
   static constexpr int kBlockCols = (kGateUp ? 16 : 32) * kWarps;
 
   static int64_t shared_bytes(const Product& product) {
-    const int64_t rings = kStages * kStageBytes + 2 * kWarps * (kSlots * product.slot_bytes + product.table_bytes);
+    const int64_t rings =
+        kStages * kStageBytes + 2 * kWarps * (kSlots * product.slot_bytes + product.table_bytes);
     const int64_t staged = kGroup * (kBlockCols + 8) * static_cast<int64_t>(sizeof(__nv_bfloat16));
     return std::max(rings, staged);
   }
   static void launch(const Product& product, void* stream) {
-    const dim3 grid((product.width + kBlockCols - 1) / kBlockCols, static_cast<unsigned>(product.plan.max_groups));
+    const dim3 grid((product.width + kBlockCols - 1) / kBlockCols,
+                    static_cast<unsigned>(product.plan.max_groups));
     launch_kernel(product_kernel<kGateUp, kWarps, kSlots>,
-                  {grid, dim3(32 * kWarps), stream, static_cast<size_t>(shared_bytes(product)), true}, product);
+                  {grid, dim3(32 * kWarps), stream, static_cast<size_t>(shared_bytes(product)), true},
+                  product);
   }
 };
 
@@ -434,25 +451,40 @@ int64_t moe_many_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, 
   return moe::Buffers(nullptr, weights, num_tokens, top_k).bytes;
 }
 
-void moe_many_cuda(const void* x, const float* logits, const float* shared_logits, MoeWeights weights, bool normalize,
-                   const void* shared, int shared_dtype, void* out, int out_dtype, uint8_t* workspace,
-                   int64_t num_tokens, int64_t top_k, void* stream) {
+void moe_many_cuda(const void* x, const float* logits, const float* shared_logits, MoeWeights weights,
+                   bool normalize, const void* shared, int shared_dtype, void* out, int out_dtype,
+                   uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream) {
   using namespace moe;
   if (num_tokens == 0) return;
   const int64_t num_experts = weights.router.rows, cols = weights.router.cols, width = weights.down.cols;
   const Buffers buffers(workspace, weights, num_tokens, top_k);
   const Plan& plan = buffers.routes.plan;
-  route_many(logits, shared_logits, buffers.routes, num_tokens, num_experts, top_k, normalize, kGroup, stream);
+  route_many(logits, shared_logits, buffers.routes, num_tokens, num_experts, top_k, normalize, kGroup,
+             stream);
 
   const bool fused = weights.gate_up.size() == 1;
   const Matrix gate = part_of(weights.gate_up[0], num_experts, 0, width);
   const Matrix up = part_of(weights.gate_up[fused ? 0 : 1], num_experts, fused ? width : 0, width);
   const Matrix down = part_of(weights.down, num_experts, 0, cols);
-  launch_product<true>({plan, {gate, up}, static_cast<const __nv_bfloat16*>(x), buffers.hidden, static_cast<int>(cols),
-                        static_cast<int>(width), static_cast<int>(top_k), 0, 0},
+  launch_product<true>({plan,
+                        {gate, up},
+                        static_cast<const __nv_bfloat16*>(x),
+                        buffers.hidden,
+                        static_cast<int>(cols),
+                        static_cast<int>(width),
+                        static_cast<int>(top_k),
+                        0,
+                        0},
                        stream);
-  launch_product<false>({plan, {down, down}, buffers.hidden, buffers.results, static_cast<int>(width),
-                         static_cast<int>(cols), static_cast<int>(top_k), 0, 0},
+  launch_product<false>({plan,
+                         {down, down},
+                         buffers.hidden,
+                         buffers.results,
+                         static_cast<int>(width),
+                         static_cast<int>(cols),
+                         static_cast<int>(top_k),
+                         0,
+                         0},
                         stream);
   const dim3 grid(static_cast<unsigned>((cols / 2 + kCombineThreads - 1) / kCombineThreads),
                   static_cast<unsigned>(num_tokens));

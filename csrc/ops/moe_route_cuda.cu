@@ -175,11 +175,11 @@ __device__ void load_runs(const FloatRow& row, int first, int cols, float4 (&run
 
 template <int kTokens>  // of a batch
 __global__ void __launch_bounds__(kRouterWarps * 32)
-    router_kernel(const float* x,    // [num_tokens, cols]
-                  FloatRow router,   // [num_experts, cols]
-                  FloatRow shared,   // [cols], or null
-                  float* logits,     // [num_tokens, num_experts + 1]
-                  int* counters,     // [batches], zeros
+    router_kernel(const float* x,   // [num_tokens, cols]
+                  FloatRow router,  // [num_experts, cols]
+                  FloatRow shared,  // [cols], or null
+                  float* logits,    // [num_tokens, num_experts + 1]
+                  int* counters,    // [batches], zeros
                   Routes routes, int num_tokens, int cols, int num_experts, int top_k, bool normalize) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int expert = blockIdx.x * kRouterWarps + warp, stride = num_experts + 1;
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(128)
   ptx::allow_consumers();
   if (token >= num_tokens) return;
   route_token(logits + static_cast<int64_t>(token) * num_experts,
-              shared_logits == nullptr ? nullptr : shared_logits + token, token, num_experts, top_k, normalize,
-              routes);
+              shared_logits == nullptr ? nullptr : shared_logits + token, token, num_experts, top_k,
+              normalize, routes);
 }
 
 __global__ void __launch_bounds__(kPlanThreads)
@@ -245,8 +245,9 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 }  // namespace
 
-void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits, int* counters,
-               const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize, void* stream) {
+void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
+               int* counters, const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize,
+               void* stream) {
   const int num_experts = static_cast<int>(router.rows), cols = static_cast<int>(router.cols);
   // The numbers of the float formats are those of their types.
   auto row = [](const WeightView* w) -> FloatRow {
@@ -274,8 +275,8 @@ void route_many(const float* logits, const float* shared_logits, const Routes& r
 
 namespace helexa {
 
-void moe_route_cuda(const float* logits, int32_t* ids, float* weights, int64_t num_tokens, int64_t num_experts,
-                    int64_t top_k, bool normalize, void* stream) {
+void moe_route_cuda(const float* logits, int32_t* ids, float* weights, int64_t num_tokens,
+                    int64_t num_experts, int64_t top_k, bool normalize, void* stream) {
   if (num_tokens == 0) return;
   const moe::Routes routes{ids, weights, static_cast<int>(top_k), {}};
   moe::route_many(logits, nullptr, routes, num_tokens, num_experts, top_k, normalize, 1, stream);
