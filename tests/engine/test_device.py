@@ -23,9 +23,7 @@ def two_gpus(monkeypatch):
     problems = dict.fromkeys(range(2))
     none = "there are 2 CUDA devices, numbered from 0"
     monkeypatch.setattr(module, "EMULATED", False)
-    monkeypatch.setattr(
-        module, "cuda_problem", lambda index=0: problems.get(index, "there are 2 CUDA devices")
-    )
+    monkeypatch.setattr(module, "cuda_problem", lambda index=0: problems.get(index, none))
     monkeypatch.setattr(Device, "free_bytes", lambda self: free[self.name])
     monkeypatch.setattr(preflight, "weight_nbytes", lambda tensors, device: 1 << 20)
     return free

@@ -107,9 +107,13 @@ class EngineCore:
         self.stop()
         if self._flight is not None:
             self._flight.wait()
-        self.runner = self._flight = None
+        self.forget()
         if self.archive is not None:
             self.archive.close()
+
+    def forget(self) -> None:
+        """Lets go of model and caches where the device thread cannot."""
+        self.runner = self._flight = None
 
     def step(self) -> None:
         """Starts one plan, takes what the one before it has chosen, and queues the next step or rests."""

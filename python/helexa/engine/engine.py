@@ -316,7 +316,7 @@ class Engine:
                 self._worker.call(core.close).result(CLOSE_S)
         self._worker.close(CLOSE_S)
         if core is not None:
-            core.runner = None
+            core.forget()
         self._keeper.forget()
         if self.device.has_streams:
             release()
