@@ -108,11 +108,13 @@ struct LaneActivations {
   uint32_t code[kOwnPairs][2][2];  // [pair][step][word of the operand]
   float4 scale[kOwnPairs][2];      // [pair][column]: {scale, sum} of both steps
 
-  // Pair j of the chunk that begins with pair `first_pair` and has `num_pairs`, of the tile whose first row is `first_row`.
+  // Pair j of the chunk that begins with pair `first_pair` and has `num_pairs` (4 if kWhole), of the tile whose first row is
+  // `first_row`.
+  template <bool kWhole>
   __device__ __forceinline__ void load(const InputRows& x, int first_row, int lane, int first_pair,
                                        int num_pairs, int j) {
     const int g = lane >> 2, t = lane & 3;
-    const int own = first_pair + min(Columns::operand_pair(g, j), num_pairs - 1);
+    const int own = first_pair + existing<kWhole>(Columns::operand_pair(g, j), num_pairs);
     const uint8_t* from = row(x, first_row + Columns::operand_row(g)) + 64 * own + 16 * t;
     if constexpr (kSplit == 8) {
       // The column stands for one step, so that the other one's words are not needed.
@@ -122,7 +124,7 @@ struct LaneActivations {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       code[j][0][0] = v.x, code[j][0][1] = v.y, code[j][1][0] = v.z, code[j][1][1] = v.w;
     }
-    const int result = first_pair + min(Columns::result_pair(t, j), num_pairs - 1);
+    const int result = first_pair + existing<kWhole>(Columns::result_pair(t, j), num_pairs);
 #pragma unroll
     for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
       const uint8_t* scales = row(x, first_row + Columns::result_row(t, i)) + x.padded_cols;
@@ -130,9 +132,10 @@ struct LaneActivations {
     }
   }
 
+  template <bool kWhole>
   __device__ __forceinline__ void load(const InputRows& x, int lane, int first_pair, int num_pairs) {
 #pragma unroll
-    for (int j = 0; j < kOwnPairs; ++j) load(x, 0, lane, first_pair, num_pairs, j);
+    for (int j = 0; j < kOwnPairs; ++j) load<kWhole>(x, 0, lane, first_pair, num_pairs, j);
   }
 
   __device__ __forceinline__ float step_scale(int j, int column, int step) const {
@@ -143,6 +146,11 @@ struct LaneActivations {
   }
 
  private:
+  // The pair, or the chunk's last one for those beyond it, whose products nobody uses.
+  template <bool kWhole>
+  static __device__ __forceinline__ int existing(int pair, int num_pairs) {
+    return kWhole ? pair : min(pair, num_pairs - 1);
+  }
   static __device__ __forceinline__ const uint8_t* row(const InputRows& x, int r) {
     return Columns::kRows == 1 ? x.q8 : x.row(r);
   }
@@ -278,7 +286,7 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
     for (int n = 0; n < kTiles; ++n) {
       LaneActivations<kSplit> other;
       if (kTiles > 1) {
-        other.load(x, 8 * n, lane, first_pair, num_pairs, j);
+        other.template load<kWhole>(x, 8 * n, lane, first_pair, num_pairs, j);
       }
       const LaneActivations<kSplit>& rows = kTiles > 1 ? other : x0;
       StepProducts<F, kSplit> products;

@@ -169,7 +169,8 @@ __device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, co
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
     const int first_pair = chunk * kChunkPairs, num_pairs = min(kChunkPairs, pairs - first_pair);
     LaneActivations<kSplit> x0;
-    if constexpr (kTiles == 1) x0.load(x, lane, first_pair, num_pairs);
+    constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
+    if constexpr (kTiles == 1) x0.template load<kWhole>(x, lane, first_pair, num_pairs);
     const uint8_t* stage = ring.wait(a);
     multiply_chunk<F>(sums, stage, x, lane, first_pair, num_pairs, x0);
     ring.next(a, tiles, warp, num_warps, lane);
