@@ -76,7 +76,7 @@ def load(
     max_sequences: Annotated[
         int | None, typer.Option(min=1, help="sequences decoded at the same time")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, ... or auto")] = None,
     quant: Annotated[
         str | None,
         typer.Option(help="quantize a model in F32, F16 or BF16 while it loads: q4_k_m, q8_0, ..."),

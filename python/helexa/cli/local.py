@@ -9,12 +9,17 @@ from helexa.errors import HelexaError
 from helexa.weights.sources import resolve
 
 
-def load_engine(path: Path, *, context: int, threads: int | None, kv_dtype: str) -> Any:
+def load_engine(path: Path, *, context: int, threads: int | None, kv_dtype: str, device: str = "cpu") -> Any:
     """The engine with the model at `path`, on all CPUs that this process may use unless told otherwise."""
     from helexa.engine.engine import Engine
 
     return Engine.load(
-        path, max_context=context, num_threads=threads or usable_cpus(), kv_dtype=kv_dtype, max_sequences=1
+        path,
+        device=device,
+        max_context=context,
+        num_threads=threads or usable_cpus(),
+        kv_dtype=kv_dtype,
+        max_sequences=1,
     )
 
 

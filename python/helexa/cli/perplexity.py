@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +115,8 @@ def perplexity(
     kv_dtype: Annotated[
         str, typer.Option(help="of keys and values; float16 is also llama.cpp's default")
     ] = "float16",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, ... or auto")] = "cpu",
+    reference_device: Annotated[str, typer.Option(help="where the reference runs")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Measure the perplexity of a text, and the divergence from a reference model."""
@@ -121,14 +124,15 @@ def perplexity(
         content = text.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequest(f"{text} is not UTF-8: {error.reason} at byte {error.start}") from None
-    engine = load_engine(local_model(model), context=context, threads=threads, kv_dtype=kv_dtype)
+    load = partial(load_engine, context=context, threads=threads, kv_dtype=kv_dtype)
+    engine = load(local_model(model), device=device)
     other = None
     try:
         if engine.tokenizer is None:
             raise BadRequest(f"{model} has no vocabulary, so it cannot read a text")
         chunks = cut(engine.tokenizer, content, context)
         if reference is not None:
-            other = load_engine(local_model(reference), context=context, threads=threads, kv_dtype=kv_dtype)
+            other = load(local_model(reference), device=reference_device)
             _check_same_vocabulary(engine, other, chunks[0])
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("scoring", total=len(chunks))
