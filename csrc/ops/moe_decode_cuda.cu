@@ -5,6 +5,7 @@
 // weights of the second one, whose experts are known by then.  matvec.cuh has the products and says why no result depends on the
 // number of tokens.
 #include <algorithm>
+#include <initializer_list>
 
 #include "ops/matvec.cuh"
 #include "ops/moe.h"
@@ -19,6 +20,8 @@ constexpr int kGateUpTiles = 4;  // of a block: gate and up of 32 columns of the
 constexpr int kGateUpSplits = 2;
 constexpr int kGateUpWarps = kGateUpTiles * kGateUpSplits;
 constexpr int kDownWarps = 12;
+constexpr int kMaxStages = 4;
+constexpr int kGateUpStaticBytes = 4 * kGateUpTiles * kGateUpSplits * kBatch * kTileRows;
 
 // One matrix of each expert, or of the shared one.
 struct Matrix {
@@ -92,35 +95,41 @@ struct LaneRows {
   }
 };
 
+// The rings of a block's warps, at the beginning of its dynamic shared memory.
+struct Rings {
+  int num_stages, stage_bytes;
+
+  __host__ __device__ int bytes() const { return num_stages * stage_bytes; }  // of a warp
+};
+
 // The chunks of a tile that one warp takes, on their way through its ring.
-template <int kStages>
 struct Stream {
   const uint8_t* tile;
   uint8_t* ring;
-  int tile_bytes, chunk_bytes, stage_bytes;
+  Rings rings;
+  int tile_bytes, chunk_bytes;
   int num_chunks, step;  // every step-th chunk is this warp's
   int next, stage;
 
-  __device__ Stream(const Matrix& matrix, int64_t expert, int row_tile, uint8_t* ring, int stage_bytes,
-                    int split, int num_splits)
+  __device__ Stream(const Rings& rings, const Matrix& matrix, int64_t expert, int row_tile, int split,
+                    int num_splits)
       : tile(matrix.data + expert * matrix.expert_bytes + static_cast<int64_t>(row_tile) * matrix.tile_bytes),
-        ring(ring),
+        ring(dynamic_shared<uint8_t>() + static_cast<int>(threadIdx.x) / 32 * rings.bytes()),
+        rings(rings),
         tile_bytes(matrix.tile_bytes),
         chunk_bytes(matrix.chunk_bytes),
-        stage_bytes(stage_bytes),
         num_chunks(chunk_bytes == 0 ? 0 : (tile_bytes + chunk_bytes - 1) / chunk_bytes),
         step(num_splits),
         next(split),
         stage(0) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) fetch(i);
+    for (int i = 0; i < rings.num_stages; ++i) fetch(i);
   }
 
   __device__ __forceinline__ void fetch(int to) {
     if (next < num_chunks) {
       const int begin = next * chunk_bytes, bytes = min(chunk_bytes, tile_bytes - begin);
       for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) {
-        ptx::copy_async(ring + to * stage_bytes + at, tile + begin + at);
+        ptx::copy_async(ring + to * rings.stage_bytes + at, tile + begin + at);
       }
     }
     next += step;
@@ -128,14 +137,19 @@ struct Stream {
   }
 
   __device__ __forceinline__ const uint8_t* wait() const {
-    ptx::wait_for_copies<kStages - 1>();
+    switch (rings.num_stages) {
+      case 1: ptx::wait_for_copies<0>(); break;
+      case 2: ptx::wait_for_copies<1>(); break;
+      case 3: ptx::wait_for_copies<2>(); break;
+      default: ptx::wait_for_copies<kMaxStages - 1>(); break;
+    }
     __syncwarp();
-    return ring + stage * stage_bytes;
+    return ring + stage * rings.stage_bytes;
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
     fetch(stage);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+    stage = stage + 1 == rings.num_stages ? 0 : stage + 1;
   }
 };
 
@@ -156,9 +170,9 @@ __device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int s
 }
 
 // Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
-template <class F, int kSplit, int kStages, class Store>
-__device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tokens& tokens, int split,
-                                              int num_splits, Store&& store) {
+template <class F, int kSplit, class Store>
+__device__ __forceinline__ void multiply_tile(Stream& stream, const Tokens& tokens, int split, int num_splits,
+                                              Store&& store) {
   if constexpr (std::is_same_v<F, F32>) {
     multiply_floats<float>(stream.tile, tokens, split, num_splits, store);
   } else if constexpr (std::is_same_v<F, F16>) {
@@ -193,9 +207,9 @@ __device__ __forceinline__ void multiply_tile(Stream<kStages>& stream, const Tok
   }
 }
 
-template <int kSplit, int kStages, class Store>
-__device__ __forceinline__ void multiply_tile(int format, Stream<kStages>& stream, const Tokens& tokens,
-                                              int split, int num_splits, Store&& store) {
+template <int kSplit, class Store>
+__device__ __forceinline__ void multiply_tile(int format, Stream& stream, const Tokens& tokens, int split,
+                                              int num_splits, Store&& store) {
   switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name) \
   case Format::k##type: return multiply_tile<type, kSplit>(stream, tokens, split, num_splits, store);
@@ -209,7 +223,6 @@ struct Call {
   Plan plan;
   int num_tokens, top_k;
   bool has_shared;  // then it is the first item of a batch
-  int stage_bytes;
 };
 
 // An expert with some tokens of a batch.
@@ -226,6 +239,7 @@ __device__ Item load_item(const Call& call, const Plan& plan, int index, int bat
 
 // Of the experts, then of the shared one.
 struct GateUp {
+  Rings rings;
   Rows x;
   Matrix matrices[2][2];  // gate and up
   Rows hidden[2];  // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
@@ -245,8 +259,8 @@ __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, 
 }
 
 // hidden = silu(gate) * up, quantized.  One block to 32 columns of one item.
-template <int kSplit, int kStages>
-__global__ void __launch_bounds__(32 * kGateUpWarps, 2)
+template <int kSplit>
+__global__ void __launch_bounds__(32 * kGateUpWarps, kSplit == 8 ? 3 : 2)
     gate_up_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
   __shared__ float parts[kGateUpTiles][kGateUpSplits][kBatch][kTileRows];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -262,9 +276,7 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2)
   const int width = matrix.rows, num_blocks = (width + 31) / 32;
   if (static_cast<int>(blockIdx.x) < num_blocks) {
     const int row_tile = min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1);
-    Stream<kStages> stream(matrix, item.expert, row_tile,
-                           dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes, call.stage_bytes,
-                           split, kGateUpSplits);
+    Stream stream(layer.rings, matrix, item.expert, row_tile, split, kGateUpSplits);
     prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
     if (is_shared) ptx::wait_for_producers();
     ptx::allow_consumers();
@@ -294,6 +306,7 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2)
 
 // Of the experts, then of the shared one.
 struct Down {
+  Rings rings;
   Rows hidden[2];
   Matrix matrices[2];
   const float* weights;  // [num_tokens, slots]
@@ -302,16 +315,14 @@ struct Down {
 };
 
 // out = the sum of the experts' results by their weights.  One block to 16 columns of a batch.
-template <int kSplit, int kStages>
+template <int kSplit>
 __global__ void __launch_bounds__(32 * kDownWarps)
     down_kernel(const __grid_constant__ Call call, const __grid_constant__ Down layer) {
   const int warp = threadIdx.x / 32, num_splits = layer.num_splits;
   const int slots = call.top_k + (call.has_shared ? 1 : 0);
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
-  uint8_t* ring = dynamic_shared<uint8_t>() + warp * kStages * call.stage_bytes;
   // [num_splits, batch, slots, 16]
-  float* parts =
-      reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * kStages * call.stage_bytes);
+  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * layer.rings.bytes());
   ptx::wait_for_producers();
   ptx::allow_consumers();
   const Plan plan = call.plan.of_batch(blockIdx.y);
@@ -320,7 +331,7 @@ __global__ void __launch_bounds__(32 * kDownWarps)
     const int split = i % num_splits;
     const Item item = load_item(call, plan, i / num_splits, batch_tokens);
     const Matrix& matrix = layer.matrices[item.is_shared];
-    Stream<kStages> stream(matrix, item.expert, blockIdx.x, ring, call.stage_bytes, split, num_splits);
+    Stream stream(layer.rings, matrix, item.expert, blockIdx.x, split, num_splits);
     const int64_t first_row =
         item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
     const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
@@ -419,6 +430,19 @@ Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_
                  has_shared && is_float(weights.shared_down[0].format));
 }
 
+// As deep as `blocks` of some warps on a multiprocessor allow; one stage where even a single block has little.
+Rings make_rings(std::initializer_list<const Matrix*> matrices, int num_warps, int blocks,
+                 int64_t other_bytes) {
+  Rings rings{1, 0};
+  for (const Matrix* m : matrices) rings.stage_bytes = std::max(rings.stage_bytes, m->chunk_bytes);
+  const int64_t depth = static_cast<int64_t>(num_warps) * std::max(rings.stage_bytes, 1);
+  const int64_t wanted = (shared_memory() / blocks - other_bytes) / depth;
+  const int64_t possible = (shared_memory() - other_bytes) / depth;
+  rings.num_stages = static_cast<int>(
+      std::clamp<int64_t>(std::max<int64_t>(wanted, 2), 1, std::min<int64_t>(possible, kMaxStages)));
+  return rings;
+}
+
 struct Kernels {
   Call call;
   GateUp gate_up;
@@ -426,23 +450,27 @@ struct Kernels {
   int64_t widest;  // of the hidden rows
   int64_t num_experts;
 
-  template <int kSplit, int kStages>
-  void launch(void* stream) const {
+  template <int kSplit>
+  void launch(void* stream) {
+    const int slots = call.top_k + (call.has_shared ? 1 : 0);
     const unsigned batches = static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch);
     const unsigned items = max_groups(std::min(call.num_tokens, kBatch) * call.top_k, num_experts, kBatch) +
                            (call.has_shared ? 1 : 0);
-    const size_t stages = static_cast<size_t>(kStages) * call.stage_bytes;
-    launch_kernel(gate_up_kernel<kSplit, kStages>,
+    const auto& m = gate_up.matrices;
+    // Three blocks of 8 warps have as many registers as there are; of `down` a model of usual size has a block per multiprocessor.
+    gate_up.rings = make_rings({&m[0][0], &m[0][1], &m[1][0], &m[1][1]}, kGateUpWarps, 3, kGateUpStaticBytes);
+    launch_kernel(gate_up_kernel<kSplit>,
                   {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps),
-                   stream, kGateUpWarps * stages, true},
+                   stream, static_cast<size_t>(kGateUpWarps) * gate_up.rings.bytes(), true},
                   call, gate_up);
-    launch_kernel(down_kernel<kSplit, kStages>,
-                  {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches),
-                   dim3(32 * kDownWarps), stream, kDownWarps * stages + parts_bytes(), true},
-                  call, down);
-  }
-  size_t parts_bytes() const {
-    return sizeof(float) * down.num_splits * kBatch * (call.top_k + (call.has_shared ? 1 : 0)) * kTileRows;
+    down.num_splits = down_splits(slots, widest);
+    const int64_t parts = static_cast<int64_t>(sizeof(float)) * down.num_splits * kBatch * slots * kTileRows;
+    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, kDownWarps, 2, parts);
+    launch_kernel(
+        down_kernel<kSplit>,
+        {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * kDownWarps),
+         stream, static_cast<size_t>(kDownWarps * down.rings.bytes() + parts), true},
+        call, down);
   }
 };
 
@@ -468,9 +496,9 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
   const bool has_shared = !weights.shared_down.empty();
   const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols),
                    static_cast<int>(cols)};
-  Kernels kernels{{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k), has_shared, 0},
-                  {input, {}, {buffers.hidden, buffers.shared_hidden}, {}},
-                  {{buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
+  Kernels kernels{{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k), has_shared},
+                  {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}},
+                  {{}, {buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
                   width,
                   num_experts};
   auto& [call, gate_up, down, widest, experts] = kernels;
@@ -482,21 +510,8 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
     down.matrices[1] = part_of(shared, 1, 0, cols);
     widest = std::max(widest, shared.cols);
   }
-  down.num_splits = down_splits(buffers.routes.slots, widest);
-  for (int i = 0; i < (has_shared ? 2 : 1); ++i) {
-    gate_up.down[i] = down.matrices[i];
-    for (const Matrix& m : {gate_up.matrices[i][0], gate_up.matrices[i][1], down.matrices[i]}) {
-      call.stage_bytes = std::max(call.stage_bytes, m.chunk_bytes);
-    }
-  }
-  // Two chunks under way per warp, unless the device has too little shared memory.
-  const bool is_roomy =
-      2 * kDownWarps * call.stage_bytes + static_cast<int64_t>(kernels.parts_bytes()) <= shared_memory();
-  if (num_tokens == 1) {
-    is_roomy ? kernels.launch<8, 2>(stream) : kernels.launch<8, 1>(stream);
-  } else {
-    is_roomy ? kernels.launch<1, 2>(stream) : kernels.launch<1, 1>(stream);
-  }
+  for (int i = 0; i < 2; ++i) gate_up.down[i] = down.matrices[i];
+  num_tokens == 1 ? kernels.launch<8>(stream) : kernels.launch<1>(stream);
 }
 
 }  // namespace helexa

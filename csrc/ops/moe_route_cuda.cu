@@ -218,6 +218,15 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
                 normalize, routes);
   }
   __syncthreads();
+  if (num_tokens == 1) {  // its pairs are groups as they are
+    const Plan& plan = routes.plan;
+    if (threadIdx.x == 0) *plan.num_groups = top_k;
+    for (int j = threadIdx.x; j < top_k; j += blockDim.x) {
+      plan.groups[j] = {fresh(routes.ids + j), j, 1, 0};
+      plan.order[j] = j;
+    }
+    return;
+  }
   sort_pairs(routes.ids + static_cast<int64_t>(first) * top_k, count * top_k, num_experts, kBatch,
              routes.plan.of_batch(blockIdx.y));
 }
