@@ -123,6 +123,13 @@ def cuda_problem(index: int = 0) -> str | None:
     return None
 
 
+def wake_cuda() -> str | None:
+    """Starts CUDA on all its devices, so that no load has to; what keeps helexa from using them, if so."""
+    for device in (found := _usable()):
+        device.free_bytes()
+    return None if found else cuda_problem()
+
+
 def find_devices(name: str) -> list[Device]:
     """The devices that `name` allows, the best first. Raises InvalidParameter for one that cannot be used."""
     check_device_name(name)

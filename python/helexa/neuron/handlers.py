@@ -1,17 +1,21 @@
 """The control routes of a neuron. They answer from memory and never wait for a device."""
 
 import asyncio
+import logging
 import platform
 import time
 from contextlib import suppress
 from importlib import metadata
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from helexa import __version__
+from helexa.engine.device import wake_cuda
 from helexa.errors import UnknownModel
+from helexa.log import fields
 from helexa.neuron import discovery
 from helexa.neuron.config import NeuronConfig
 from helexa.neuron.metrics import CONTENT_TYPE, Metrics
@@ -30,6 +34,8 @@ from helexa.wire.control import (
 )
 from helexa.wire.generation import encode
 from helexa.wire.models import ModelCard, ModelList
+
+logger = logging.getLogger(__name__)
 
 _TELEMETRY_S = 5.0
 
@@ -63,8 +69,10 @@ class Control:
 
     async def watch_devices(self) -> None:
         """Looks at the hardware once, then keeps the telemetry of its devices fresh, if there are any."""
-        self._discovery = asyncio.create_task(asyncio.to_thread(discovery.discover))
+        self._discovery = asyncio.create_task(_discover())
         found = await self._discovery
+        if found.cuda_unavailable_reason:
+            logger.warning("cuda_unavailable", extra=fields(reason=found.cuda_unavailable_reason))
         while found.devices:
             self._devices = await asyncio.to_thread(discovery.device_health)
             await asyncio.sleep(_TELEMETRY_S)
@@ -84,7 +92,7 @@ class Control:
 
     async def discovery(self, _: Request) -> Response:
         if self._discovery is None:
-            self._discovery = asyncio.create_task(asyncio.to_thread(discovery.discover))
+            self._discovery = asyncio.create_task(_discover())
         return _json(await asyncio.shield(self._discovery))
 
     async def health(self, _: Request) -> Response:
@@ -135,6 +143,14 @@ class Control:
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._config.neuron.max_body_bytes)
+
+
+async def _discover() -> Discovery:
+    """What the host is. Where it has CUDA devices, CUDA is started, and its word on them counts."""
+    found = await asyncio.to_thread(discovery.discover)
+    if found.devices and (problem := await asyncio.to_thread(wake_cuda)) is not None:
+        found = msgspec.structs.replace(found, cuda_unavailable_reason=problem)
+    return found
 
 
 def _card(model: LoadedModel) -> ModelCard:
