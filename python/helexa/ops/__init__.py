@@ -13,7 +13,7 @@ from helexa.ops.activation import (
     empty_activation,
     quantize_rows,
 )
-from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference
+from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference, cache_shape
 from helexa.ops.dequantize import (
     SCRATCH_BYTES,
     dequantize_rows,
@@ -26,6 +26,7 @@ from helexa.ops.graph import CpuGraph
 from helexa.ops.moe import (
     FLOAT_FORMATS,
     SharedExpert,
+    moe_counters,
     moe_mlp,
     moe_mlp_reference,
     moe_route,
@@ -101,6 +102,7 @@ __all__ = [
     "as_float",
     "attention",
     "attention_reference",
+    "cache_shape",
     "cpu_isa",
     "default_readers",
     "dequantize_rows",
@@ -113,6 +115,7 @@ __all__ = [
     "gated_matmul",
     "has_cuda",
     "is_tiled",
+    "moe_counters",
     "moe_mlp",
     "moe_mlp_reference",
     "moe_route",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,19 +37,22 @@ class SharedExpert:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """The weights of sparse_moe."""
+    """What sparse_moe takes besides rows."""
 
     router: PackedWeight
     gate_up: Sequence[PackedWeight]
     down: PackedWeight
     shared: SharedExpert | None
+    top_k: int
+    normalize: bool
+    counters: Tensor | None
 
-    def check(self, top_k: int, cols: int) -> None:
+    def check(self, cols: int) -> None:
         """Raises ValueError unless the CUDA kernels take rows of `cols` and these weights."""
         num_experts = self.router.rows
         check(
-            1 <= top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
-            f"sparse_moe: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+            1 <= self.top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
+            f"sparse_moe: {self.top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
         )
         _check_stacks("sparse_moe", self.gate_up, self.down, num_experts, cols)
         if self.shared is not None:
@@ -75,6 +77,11 @@ class _Layer:
         return [self.router] if gate is None else [self.router, gate]
 
 
+def moe_counters(device: torch.device) -> Tensor:
+    """Zeros that the kernels of sparse_moe count in, and leave as zeros."""
+    return torch.zeros(-(-MAX_DECODE_ROWS // _BATCH_ROWS), dtype=torch.int32, device=device)
+
+
 def sparse_moe(
     x: Rows,
     router: PackedWeight,
@@ -84,19 +91,21 @@ def sparse_moe(
     top_k: int,
     normalize: bool,
     shared: SharedExpert | None = None,
+    counters: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
 
     x: [T, H]; on CUDA with the float32 rows besides, which the router reads.
     router: [E, H], on CUDA of a float format.   gate_up, down: the stacks of moe_mlp.
+    counters: of moe_counters, in use by one stream at a time; on CUDA a launch is spent on them if not given.
     out: [T, H] float32, on CUDA of more than MAX_MATVEC_ROWS rows bfloat16.
     On CUDA up to MAX_DECODE_ROWS rows are multiplied as quant_matmul multiplies few rows, and a row's result
     does not depend on the rows beside it; more are multiplied in bfloat16 with float32 sums.
     Raises ValueError if a shape, dtype or format does not fit.  Capturable.
     """
     if isinstance(x, Activation):
-        return _on_cuda(x, _Layer(router, gate_up, down, shared), top_k, normalize, out)
+        return _on_cuda(x, _Layer(router, gate_up, down, shared, top_k, normalize, counters), out)
     ids, weights = moe_route(quant_matmul(x, [router]), top_k, normalize=normalize)
     mixed = shared_gate = None
     if shared is not None:
@@ -256,45 +265,52 @@ def _as_seen(rows: Tensor, rounded: bool) -> Tensor:
     return quantize_input_reference(rows.float()) if rounded else rows.double()
 
 
-def _on_cuda(x: Activation, layer: _Layer, top_k: int, normalize: bool, out: Tensor | None) -> Tensor:
+def _on_cuda(x: Activation, layer: _Layer, out: Tensor | None) -> Tensor:
     num_tokens, cols = x.num_rows, x.cols
     rows = x.x
     if rows is None:
         raise ValueError("sparse_moe: the router needs the rows as floats")
     _check_like("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
-    layer.check(top_k, cols)
+    layer.check(cols)
     dtype = torch.float32 if num_tokens <= MAX_MATVEC_ROWS else torch.bfloat16
     out = torch.empty((num_tokens, cols), dtype=dtype, device=rows.device) if out is None else out
     _check_like("sparse_moe", "out", out, (num_tokens, cols), dtype)
     if num_tokens <= MAX_DECODE_ROWS:
-        _few_rows(x, rows, layer, top_k, normalize, out)
+        _few_rows(x, rows, layer, out)
         return out
     for first in range(0, num_tokens, _PART_ROWS):
         part = slice(first, first + _PART_ROWS)
-        _many_rows(x[part], rows[part], layer, top_k, normalize, out[part])
+        _many_rows(x[part], rows[part], layer, out[part])
     return out
 
 
-def _few_rows(x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor) -> None:
+def _few_rows(x: Activation, rows: Tensor, layer: _Layer, out: Tensor) -> None:
     q8 = quantize_rows(rows).q8 if x.q8 is None else x.q8
     assert q8 is not None
-    weights, num_tokens = layer.views(), rows.shape[0]
+    weights, num_tokens, top_k = layer.views(), rows.shape[0], layer.top_k
     workspace = _workspace(_C.moe_few_workspace_bytes(weights, num_tokens, top_k), rows.device)
-    arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, normalize, out.data_ptr()]
-    arguments += (_counters(rows.device).data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
+    arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, layer.normalize, out.data_ptr()]
+    counters = moe_counters(rows.device) if layer.counters is None else layer.counters
+    arguments += (counters.data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_few_cuda(*arguments)
 
 
-def _many_rows(x: Activation, rows: Tensor, layer: _Layer, top_k: int, normalize: bool, out: Tensor) -> None:
+def _many_rows(x: Activation, rows: Tensor, layer: _Layer, out: Tensor) -> None:
     bf16 = rows.bfloat16() if x.bf16 is None else x.bf16
     logits = rows @ _as_floats(layer.router).T
     mixed = shared_logits = None
     if (shared := layer.shared) is not None:
         mixed = quant_matmul(gated_matmul(x, shared.gate_up), [shared.down])
         shared_logits = None if shared.gate is None else rows @ _as_floats(shared.gate).T
-    weights, num_tokens = layer.views(), rows.shape[0]
+    weights, num_tokens, top_k = layer.views(), rows.shape[0], layer.top_k
     workspace = _workspace(_C.moe_many_workspace_bytes(weights, num_tokens, top_k), rows.device)
-    arguments: list[Any] = [bf16.data_ptr(), logits.data_ptr(), _address(shared_logits), weights, normalize]
+    arguments: list[Any] = [
+        bf16.data_ptr(),
+        logits.data_ptr(),
+        _address(shared_logits),
+        weights,
+        layer.normalize,
+    ]
     arguments += (_address(mixed), 0 if mixed is None else dtype_id(mixed), out.data_ptr(), dtype_id(out))
     arguments += (workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_many_cuda(*arguments)
@@ -312,12 +328,6 @@ def _as_floats(weight: PackedWeight) -> Tensor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """For the router's blocks: every launch leaves zeros.  Those of a device are in one stream at a time."""
-    return torch.zeros(-(-MAX_DECODE_ROWS // _BATCH_ROWS), dtype=torch.int32, device=device)
 
 
 def _check_stacks(
