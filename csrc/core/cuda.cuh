@@ -74,7 +74,7 @@ struct Launch {
   dim3 grid;
   dim3 block;
   void* stream;
-  size_t shared_bytes = 0;  // of dynamic shared memory; more than 48 KiB is asked for as needed
+  size_t shared_bytes = 0;  // of dynamic shared memory; a lot of it is asked for as needed
   // Whether it may start while the kernel before it still runs (sm_90 and later).  Such a kernel calls ptx::wait_for_producers()
   // in every block before it touches memory that others write, and before it writes any.
   bool overlap = false;
@@ -87,7 +87,7 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Argument
   emulation::run(launch.grid, launch.block, launch.shared_bytes,
                  [=] { kernel(static_cast<std::decay_t<Parameters>>(arguments)...); });
 #else
-  if (launch.shared_bytes > 48 * 1024) {
+  if (launch.shared_bytes > 32 * 1024) {  // 48 KiB are free to use, static shared memory included
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(launch.shared_bytes)));
   }
