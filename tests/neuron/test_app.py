@@ -71,7 +71,7 @@ async def test_a_load_is_asynchronous_single_and_repeatable(client, script):
     again = await client.post("/models/load", json={"model_id": "n"})
     assert again.status_code == 200
     assert [loads for loads in script.loads if loads[0] == "/models/n"] == [
-        ("/models/n", {"max_context": 64})
+        ("/models/n", {"device": "auto", "max_context": 64})
     ]
 
 

@@ -123,11 +123,13 @@ class LoadedModel:
         if status == "loaded" and (reason := self.poisoned):
             status, error = "poisoned", DevicePoisoned(reason)
         engine = self.engine
+        device = engine.options.device if engine else str(self.options.get("device", AUTO))
         return ModelInfo(
             id=self.id,
             status=status,
             source=self.source,
-            device=engine.options.device if engine else str(self.options.get("device", AUTO)),
+            device=device,
+            devices=[int(index)] if (index := device.partition(":")[2]) else [],
             architecture=engine.config.model_type if engine else None,
             memory_bytes=self.memory_bytes,
             capabilities=_capabilities(engine) if engine else [],
