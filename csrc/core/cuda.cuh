@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 #include <type_traits>
 
@@ -69,6 +70,16 @@ inline int num_multiprocessors() {
 #endif
 }
 
+// Whether kernels may start before the ones ahead of them have ended; HELEXA_CUDA_OVERLAP=0 forbids it, which shows in a profile what
+// each kernel takes by itself.
+inline bool may_overlap() {
+  static const bool allowed = [] {
+    const char* value = std::getenv("HELEXA_CUDA_OVERLAP");
+    return value == nullptr || std::string(value) != "0";
+  }();
+  return allowed;
+}
+
 // How a kernel is launched.
 struct Launch {
   dim3 grid;
@@ -100,7 +111,7 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Argument
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = launch.overlap && device_capability() >= 90 ? 1 : 0;
+  config.numAttrs = launch.overlap && may_overlap() && device_capability() >= 90 ? 1 : 0;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<std::decay_t<Parameters>>(arguments)...));
 #endif
 }
