@@ -8,8 +8,9 @@
 namespace helexa {
 
 constexpr int64_t kPageTokens = 256;
-// A cache_dtype beside those of DType, on CUDA devices only: 8-bit floats with 4 bits of exponent, whose queries are float16.
-constexpr int kE4M3 = 3;
+// Values of cache_dtype beside those of DType, on CUDA devices only; queries are then float16.
+constexpr int kE4M3 = 3;  // 8-bit floats with 4 bits of exponent
+constexpr int kInt8 = 4;  // int8 codes with a scale for each token and head: ops/kv_cache.cuh
 
 // Causal attention over a paged cache, softmax(q k^T * scale) v, where query head h reads the keys of kv head
 // h / (num_heads / num_kv_heads).  q, out [T, num_heads, head_dim] float32; caches [pages, num_kv_heads, 256, head_dim] of
@@ -20,7 +21,7 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
                    float* out, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
                    int64_t num_kv_heads, int64_t head_dim, float scale);
 
-// The same on a CUDA device, with q of the caches' dtype, float16 for kE4M3.  Only the rows first_row .. end_row of q are wanted; their gates and results
+// The same on a CUDA device, with q of the caches' dtype, float16 for kE4M3 and kInt8.  Only the rows first_row .. end_row of q are wanted; their gates and results
 // have row numbers from 0.  Results are multiplied by the sigmoid of gate, float32 or bfloat16 in rows gate_stride values apart, if
 // it is there.  They leave as q8 (ops/activation.cuh) or as bf16 [rows, num_heads * head_dim], whichever is not null, where
 // is_attention_tiled; else as float32 x.

@@ -12,15 +12,12 @@
 //       only, two warps have the same keys and each half of the dims of v.  At the end the parts are joined as splits are.
 //
 // Rows leave in the form that the next matmul takes, multiplied by the sigmoid of the output gate if there is one.
-#include <cuda_fp8.h>
-
 #include "core/cuda.cuh"
 #include "ops/activation.cuh"
 #include "ops/attention.h"
+#include "ops/kv_cache.cuh"
 
 namespace helexa {
-
-__device__ inline float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
 
 // The arguments of attention_cuda.
 struct AttentionCall {
@@ -65,26 +62,6 @@ struct Tile {
   static constexpr int kResultStride = kDim + 8;
 };
 
-// The type in which elements of a cache are multiplied, which is that of q too.
-template <class C>
-struct Operand {
-  using Type = C;
-};
-template <>
-struct Operand<__nv_fp8_e4m3> {
-  using Type = __half;
-};
-
-// Eight bytes of a cache as eight 16-bit values.
-__device__ inline uint4 widen(uint2 bytes, __nv_fp8_e4m3) {
-  auto two = [](uint32_t pair) {
-    const __half2_raw wide =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair & 0xffffu), __NV_E4M3);
-    return static_cast<uint32_t>(wide.x) | static_cast<uint32_t>(wide.y) << 16;
-  };
-  return make_uint4(two(bytes.x), two(bytes.x >> 16), two(bytes.y), two(bytes.y >> 16));
-}
-
 // The tiles' memory has two stages, or a tile of 16-bit values and two stages of bytes.
 template <int kDim, int kRows>
 constexpr int shared_bytes() {
@@ -123,6 +100,24 @@ __device__ __forceinline__ uint32_t pair(float x, float y, __nv_bfloat16) {
 }
 __device__ __forceinline__ uint32_t pair(float x, float y, __half) {
   return bits_as<uint32_t>(__floats2half2_rn(x, y));
+}
+
+// Eight bytes of a cache as eight 16-bit values.
+__device__ inline uint4 widen(uint2 bytes, float, __nv_fp8_e4m3) {
+  auto two = [](uint32_t pair) {
+    const __half2_raw wide =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair & 0xffffu), __NV_E4M3);
+    return static_cast<uint32_t>(wide.x) | static_cast<uint32_t>(wide.y) << 16;
+  };
+  return make_uint4(two(bytes.x), two(bytes.x >> 16), two(bytes.y), two(bytes.y >> 16));
+}
+__device__ inline uint4 widen(uint2 bytes, float scale, int8_t) {
+  auto two = [scale](uint32_t codes) {
+    const uint32_t second = codes >> 8;
+    return pair(scale * static_cast<float>(static_cast<int8_t>(codes)),
+                scale * static_cast<float>(static_cast<int8_t>(second)), __half());
+  };
+  return make_uint4(two(bytes.x), two(bytes.x >> 16), two(bytes.y), two(bytes.y >> 16));
 }
 
 // The queries of one sequence and kv head, and the part of its keys that a block sees.
@@ -229,8 +224,8 @@ template <class C,  // type of the caches
           int kRowTiles,  // of 16 rows in a warp
           int kRowParts, int kKeyParts, int kDimParts>
 struct Block {
-  using T = typename Operand<C>::Type;
-  static constexpr bool kWiden = sizeof(C) == 1;
+  using T = typename Cache<C>::Operand;
+  static constexpr bool kWiden = sizeof(C) == 1, kScaled = Cache<C>::kScaled;
   static_assert(kRowParts * kKeyParts * kDimParts == kWarps);
   static_assert(kRowTiles == 1 || kKeyParts * kDimParts == 1);
   using Shape = Tile<kDim>;
@@ -246,16 +241,18 @@ struct Block {
     return reinterpret_cast<C*>(shared + (kWiden ? Shape::kStageValues : 0)) + stage * Shape::kStageValues;
   }
 
-  // Starts copying the tile of keys from `key` on to where it is multiplied or, if it has to be widened, as it lies in the cache;
-  // none from part.end_key on.
-  static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, C* stage) {
+  // Starts copying the tile of keys from `key` on to where it is multiplied or, if it has to be widened, as it lies in the cache, with
+  // the keys' and the values' scales if it has any; none from part.end_key on.
+  static __device__ void load_tile(const AttentionCall& call, const Part& part, int key, C* stage,
+                                   float* scales) {
     if (key < part.end_key) {
       const int64_t page = call.page_table[part.sequence * call.max_pages + key / kPageTokens];
-      const int64_t offset =
-          ((page * call.num_kv_heads + part.kv_head) * kPageTokens + key % kPageTokens) * kDim;
-      const C* k = static_cast<const C*>(call.k_cache) + offset;
-      const C* v = static_cast<const C*>(call.v_cache) + offset;
+      const int64_t first = (page * call.num_kv_heads + part.kv_head) * Cache<C>::head_stride(kDim);
+      const C* const k_page = static_cast<const C*>(call.k_cache) + first;
+      const C* const v_page = static_cast<const C*>(call.v_cache) + first;
       constexpr int kValues = 16 / sizeof(C), kChunks = kDim / kValues;
+      const C* k = k_page + key % kPageTokens * kDim;
+      const C* v = v_page + key % kPageTokens * kDim;
 #pragma unroll
       for (int i = threadIdx.x; i < Shape::kKeys * kChunks; i += kThreads) {
         const int row = i / kChunks;
@@ -264,17 +261,25 @@ struct Block {
         ptx::copy_async(stage + to, k + i * kValues, valid);
         ptx::copy_async(stage + Shape::kKeys * kDim + to, v + i * kValues, valid);
       }
+      if constexpr (kScaled) {
+        if (threadIdx.x < Shape::kKeys / 2) {
+          const int row = threadIdx.x * 4;  // those of the values follow those of the keys
+          const float* from = scales_of(row < Shape::kKeys ? k_page : v_page, kDim);
+          ptx::copy_async(scales + row, from + key % kPageTokens + row % Shape::kKeys);
+        }
+      }
     }
     ptx::commit_copies();
   }
 
-  static __device__ void widen_tile(const C* stage, T* tile) {
+  // Keys and values follow each other as rows of one tile, num_keys of them are there.
+  static __device__ void widen_tile(const C* stage, const float* scales, int num_keys, T* tile) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < 2 * Shape::kKeys * Shape::kRowChunks; i += kThreads) {
-      const uint4 wide = widen(*reinterpret_cast<const uint2*>(stage + 8 * i), C());
-      // Keys and values follow each other as rows of one tile.
-      *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(i / Shape::kRowChunks, i % Shape::kRowChunks)) =
-          wide;
+      const int row = i / Shape::kRowChunks;
+      const float scale = kScaled && row % Shape::kKeys < num_keys ? scales[row] : 0.0f;
+      const uint4 wide = widen(*reinterpret_cast<const uint2*>(stage + 8 * i), scale, C());
+      *reinterpret_cast<uint4*>(tile + chunk_offset<kDim>(row, i % Shape::kRowChunks)) = wide;
     }
   }
 
@@ -295,6 +300,7 @@ struct Block {
   // for the producers of q and of the newest keys, but, where both stages are filled ahead, has older keys copied before that.
   static __device__ Results attend(const AttentionCall& call, Part part, int first_row, T* shared) {
     __shared__ float row_max[kKeyParts * kRows], row_weights[kKeyParts * kRows];
+    __shared__ __align__(16) float scales[kStages][kScaled ? 2 * Shape::kKeys : 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
     const int dim_part = warp % kDimParts, key_part = warp / kDimParts % kKeyParts;
     const int warp_row = warp / (kDimParts * kKeyParts) * 16 * kRowTiles;
@@ -327,13 +333,13 @@ struct Block {
     for (; kBothAhead && num_early < kTilesAhead; ++num_early) {
       const int key = part.first_key + num_early * Shape::kKeys;
       if (key + Shape::kKeys > part.first_position) break;
-      load_tile(call, part, key, stage_at(shared, num_early));
+      load_tile(call, part, key, stage_at(shared, num_early), scales[num_early]);
     }
     ptx::wait_for_producers();
     ptx::allow_consumers();
     load_queries(call, part, first_row, queries);
     for (int i = num_early; i < kTilesAhead; ++i)
-      load_tile(call, part, part.first_key + i * Shape::kKeys, stage_at(shared, i));
+      load_tile(call, part, part.first_key + i * Shape::kKeys, stage_at(shared, i), scales[i]);
     ptx::commit_copies();
     int stage = 0;
     for (int tile_key = part.first_key; tile_key < part.end_key; tile_key += Shape::kKeys, stage ^= 1) {
@@ -346,11 +352,11 @@ struct Block {
       // Everybody's copies are there, and everybody is done with the stage before.
       __syncthreads();
       if constexpr (kWiden) {
-        widen_tile(stage_at(shared, stage), shared);
+        widen_tile(stage_at(shared, stage), scales[stage], part.end_key - tile_key, shared);
         __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
+        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage), scales[stage]);
       } else if (!kBothAhead) {
-        load_tile(call, part, tile_key + Shape::kKeys, stage_at(shared, stage ^ 1));
+        load_tile(call, part, tile_key + Shape::kKeys, stage_at(shared, stage ^ 1), scales[stage ^ 1]);
       }
       const T* k = shared + (kWiden ? 0 : stage * Shape::kStageValues) + key_part * kKeys * kDim;
       const T* v = k + Shape::kKeys * kDim;
@@ -455,7 +461,7 @@ struct Block {
       }
       if constexpr (kBothAhead && !kWiden) {
         __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage));
+        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage), scales[stage]);
       }
     }
     ptx::wait_for_copies<0>();

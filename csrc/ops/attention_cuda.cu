@@ -21,7 +21,7 @@ __device__ float warp_max(float x) {
 
 template <class C>  // type of the caches
 __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall call) {
-  using Q = typename attention_tiled::Operand<C>::Type;
+  using Q = typename Cache<C>::Operand;
   ptx::wait_for_producers();
   ptx::allow_consumers();
   __shared__ float q[kMaxHeadDim], weights[kWarps][32], warp_best[kWarps], warp_total[kWarps];
@@ -45,20 +45,28 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(const AttentionCall cal
   const int64_t kv_head = head / (H / call.num_kv_heads);
   for (int first = 32 * warp; first < num_keys; first += 32 * kWarps) {
     const int64_t page = call.page_table[s * call.max_pages + first / kPageTokens];
-    const int64_t offset = ((page * call.num_kv_heads + kv_head) * kPageTokens + first % kPageTokens) * D;
-    const C* k = static_cast<const C*>(call.k_cache) + offset;
-    const C* v = static_cast<const C*>(call.v_cache) + offset;
+    const int64_t first_value = (page * call.num_kv_heads + kv_head) * Cache<C>::head_stride(D);
+    const C* const k_page = static_cast<const C*>(call.k_cache) + first_value;
+    const C* const v_page = static_cast<const C*>(call.v_cache) + first_value;
+    const C* k = k_page + first % kPageTokens * D;
+    const C* v = v_page + first % kPageTokens * D;
+    // Of this lane's key and value.
+    auto scale_in = [&](const C* values) { return scales_of(values, D)[first % kPageTokens + lane]; };
     const int count = min(32, num_keys - first);
     float score = -INFINITY;
     if (lane < count) {
       score = 0.0f;
       for (int d = 0; d < D; ++d) score += q[d] * to_float(k[lane * D + d]);
+      if constexpr (Cache<C>::kScaled) score *= scale_in(k_page);
     }
     const float former = best;
     best = fmaxf(best, warp_max(score));
     const float factor = expf(former - best), weight = expf(score - best);
     total = total * factor + weight;
     weights[warp][lane] = weight;
+    if constexpr (Cache<C>::kScaled) {
+      if (lane < count) weights[warp][lane] *= scale_in(v_page);
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) {
@@ -118,6 +126,7 @@ void attention_plain(const AttentionCall& call, void* stream) {
 
 void attention_plain(const AttentionCall& call, void* stream) {
   if (call.cache_dtype == kE4M3) return attention_plain<__nv_fp8_e4m3>(call, stream);
+  if (call.cache_dtype == kInt8) return attention_plain<int8_t>(call, stream);
   with_dtype(static_cast<DType>(call.cache_dtype),
              [&](auto value) { attention_plain<decltype(value)>(call, stream); });
 }

@@ -36,7 +36,7 @@ __device__ void store_rows(const AttentionCall& call, const Part& part, int firs
 template <class C,  // type of the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) prompt_kernel(const AttentionCall call) {
-  using T = typename Operand<C>::Type;
+  using T = typename Cache<C>::Operand;
   using Rows = Block<C, kDim, kDim <= 128 ? 2 : 1, 4, 1, 1>;
   // Which rows of which sequence: blocks count through all of them.  Later rows come first, since they see more keys.
   const int group = static_cast<int>(call.num_heads / call.num_kv_heads);
@@ -197,7 +197,7 @@ __device__ void join(const AttentionCall& call, const Part& part, int first_row,
 template <class C,  // type of the caches
           int kDim>
 __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall call) {
-  using T = typename Operand<C>::Type;
+  using T = typename Cache<C>::Operand;
   using FewRows = Block<C, kDim, 1, 1, kDim <= 128 ? 4 : 2, kDim <= 128 ? 1 : 2>;
   using ManyRows = Block<C, kDim, 1, 4, 1, 1>;
   constexpr int kRows = ManyRows::kRows;
@@ -267,6 +267,7 @@ template <int kDim>
 void launch(const AttentionCall& call, void* stream) {
   switch (call.cache_dtype) {
     case kE4M3: return launch<__nv_fp8_e4m3, kDim>(call, stream);
+    case kInt8: return launch<int8_t, kDim>(call, stream);
     case static_cast<int>(DType::kBF16): return launch<__nv_bfloat16, kDim>(call, stream);
     default: return launch<__half, kDim>(call, stream);
   }

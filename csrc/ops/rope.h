@@ -22,7 +22,7 @@ void rope_append_cpu(const float* qkv, const float* table, const int32_t* slots,
                      int64_t num_pairs, bool interleaved);
 
 // The same on a CUDA device.  qkv is float32 or bfloat16, as qkv_dtype says; its rows are qkv_stride values apart; q_out is
-// of cache_dtype, float16 for kE4M3.
+// of cache_dtype, float16 for kE4M3 and kInt8.
 void rope_table_cuda(const int32_t* positions, const float* inv_freq, float* table, int64_t num_tokens,
                      int64_t num_pairs, float magnitude, void* stream);
 void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const float* table,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // One warp to a head, whether of q, k or v: the head lies in shared memory between its norm and its rotation, since the two values
 // of a pair are read by the same lane but were not normed by it.
-#include <cuda_fp8.h>
-
 #include "core/cuda.cuh"
+#include "ops/activation.cuh"
 #include "ops/attention.h"
+#include "ops/kv_cache.cuh"
 #include "ops/rope.h"
 
 namespace helexa {
@@ -98,9 +98,20 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int i = lane; i < D; i += 32) assign(q[i], x[i]);
   } else {
     const int kv_head = (head - H) % Hkv;
-    C* cache = static_cast<C*>(head < H + Hkv ? call.k_cache : call.v_cache);
-    cache += ((slot / kPageTokens * Hkv + kv_head) * kPageTokens + slot % kPageTokens) * D;
-    for (int i = lane; i < D; i += 32) assign(cache[i], x[i]);
+    const int64_t place = slot / kPageTokens * Hkv + kv_head, offset = slot % kPageTokens;
+    C* const cache = static_cast<C*>(head < H + Hkv ? call.k_cache : call.v_cache);
+    if constexpr (std::is_same_v<C, int8_t>) {
+      int8_t* const page = cache + place * Cache<C>::head_stride(D);
+      float most = 0.0f;
+      for (int i = lane; i < D; i += 32) most = fmaxf(most, q8_magnitude(x[i]));
+      for (int bit = 16; bit > 0; bit /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
+      const Q8Scale scale(most);
+      for (int i = lane; i < D; i += 32) page[offset * D + i] = static_cast<int8_t>(scale.code(x[i]));
+      if (lane == 0) scales_of(page, D)[offset] = scale.scale;
+    } else {
+      C* const values = cache + (place * kPageTokens + offset) * D;
+      for (int i = lane; i < D; i += 32) assign(values[i], x[i]);
+    }
   }
 }
 
@@ -154,6 +165,7 @@ void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const 
   };
   auto to_caches = [&](auto x) {
     if (cache_dtype == kE4M3) return append(x, __nv_fp8_e4m3(), __half());
+    if (cache_dtype == kInt8) return append(x, int8_t(), __half());
     with_dtype(static_cast<DType>(cache_dtype), [&](auto c) { append(x, c, c); });
   };
   static_cast<DType>(qkv_dtype) == DType::kF32 ? to_caches(float()) : to_caches(__nv_bfloat16());

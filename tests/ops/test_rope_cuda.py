@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from helexa import ops
+from support.kv_caches import cache_values, make_cache
 
 pytestmark = pytest.mark.cuda
 
-CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
 
 
 def inverse_frequencies(num_rotated: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def make_call(
     num_rotated = head_dim if num_rotated is None else num_rotated
     positions = torch.randint(0, 5000, (num_tokens,), dtype=torch.int32)
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    cache = torch.zeros(3, num_kv_heads, ops.PAGE_TOKENS, head_dim, dtype=dtype)
+    cache = make_cache(torch.zeros(3, num_kv_heads, ops.PAGE_TOKENS, head_dim), dtype)
     tensors = {
         "qkv": torch.randn(num_tokens, width + more_columns).to(qkv_dtype)[:, :width],
         "table": ops.rope_table_reference(positions, inverse_frequencies(num_rotated)),
@@ -54,18 +55,24 @@ def make_call(
 
 
 def check_against_reference(call, interleaved, assert_close):
-    expected = {**call, "k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
     dtype = call["k_cache"].dtype
-    q_dtype = torch.float16 if dtype == torch.float8_e4m3fn else dtype
+    # The reference's caches are those of torch, and int8's are float32, from which codes are made.
+    caches = {name: cache_values(call[name]) for name in ("k_cache", "v_cache")}
+    if dtype != torch.int8:
+        caches = {name: cache.to(dtype) for name, cache in caches.items()}
+    expected = {**call, **caches}
+    q_dtype = torch.float16 if dtype.itemsize == 1 else dtype
     q_expected = ops.rope_append_reference(**expected, interleaved=interleaved).to(q_dtype)
     out = torch.full_like(q_expected, torch.nan)
     q = ops.rope_append(**call, interleaved=interleaved, out=out)
     assert q is out
     # A last-bit difference in float32 may round to either neighbour in the type of the cache.
     tolerances = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3, torch.float8_e4m3fn: 1e-2}
+    tolerances[torch.int8] = 1e-3
     assert_close("q", q_expected, q, tolerances[q_dtype])
-    assert_close("k", expected["k_cache"].float(), call["k_cache"].float(), tolerances[dtype])
-    assert torch.equal(expected["v_cache"].view(torch.uint8), call["v_cache"].view(torch.uint8))
+    caches = {name: make_cache(cache.float().cpu(), dtype) for name, cache in caches.items()}
+    assert_close("k", cache_values(caches["k_cache"]), cache_values(call["k_cache"]).cpu(), tolerances[dtype])
+    assert torch.equal(caches["v_cache"].view(torch.uint8), call["v_cache"].view(torch.uint8).cpu())
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -108,7 +115,7 @@ def test_a_token_with_a_negative_slot_is_not_written(cuda_device, assert_close):
     call = make_call(cuda_device, 5)
     call["slots"][2] = -1
     check_against_reference(call, False, assert_close)
-    assert call["k_cache"].any(-1).any(1).sum() == 4
+    assert cache_values(call["k_cache"]).any(-1).any(1).sum() == 4
 
 
 def test_values_beyond_float8_become_the_greatest_and_nan_stays(cuda_device):
@@ -120,6 +127,16 @@ def test_values_beyond_float8_become_the_greatest_and_nan_stays(cuda_device):
     assert v[:2].tolist() == [448, -448]
     assert v[2].isnan()
     assert not v[3:].isnan().any()
+
+
+def test_a_nan_spoils_its_head_in_int8(cuda_device):
+    call = make_call(cuda_device, 1, 1, 2, 16, dtype=torch.int8, norms=False)
+    call["qkv"][0, 48] = torch.nan
+    ops.rope_append(**call, interleaved=False)
+    page, offset = divmod(int(call["slots"][0]), ops.PAGE_TOKENS)
+    v = cache_values(call["v_cache"])[page, :, offset]
+    assert v[0].isnan().all()
+    assert not v[1].isnan().any()
 
 
 def test_the_two_pairings_differ(cuda_device, assert_close):

@@ -1,6 +1,7 @@
 """Causal attention over a paged cache, for prefill and decode (Dao et al. 2022; pages: Kwon et al. 2023)."""
 
 import threading
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,7 +17,7 @@ PAGE_TOKENS = 256  # csrc/ops/attention.h
 SPLIT_QUERIES = 16
 MAX_SPLIT_BYTES = 32 << 20  # of partial results on CUDA; steps of many sequences get fewer splits each
 _MIN_SPLIT_KEYS = 128  # csrc/ops/attention_cuda.cuh
-CACHE_DTYPE_IDS = {**DTYPE_IDS, torch.float8_e4m3fn: 3}  # csrc/ops/attention.h
+CACHE_DTYPE_IDS = {**DTYPE_IDS, torch.float8_e4m3fn: 3, torch.int8: 4}  # csrc/ops/attention.h
 
 
 def attention(
@@ -35,7 +36,8 @@ def attention(
     """softmax(q · kᵀ · scale) · v of the given rows, [R, H · D]; a query sees its own and earlier positions.
 
     q: [T, H, D] float32; on CUDA any float dtype, best query_dtype(k_cache).
-    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn.
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn and
+    int8, the latter with rows of scales (`cache_shape`).
     page_table: [S, max_pages] int32.   query_start: [S+1] int32.   kv_lengths: [S] int32.
     gate: [R, H · D] float32, on CUDA also bfloat16 and in rows that lie apart; its sigmoid
     multiplies the result.
@@ -48,8 +50,8 @@ def attention(
     are rounded to bfloat16 for bfloat16 caches where the machine multiplies those.  The result does not
     depend on the number of threads.
     On CUDA heads of 64, 128 and 256 whose caches are not float32 run on tensor cores, with q and the weights
-    rounded to the caches' dtype (float16 for float8), and give an Activation; other shapes are computed
-    slowly in float32 and give a Tensor.
+    rounded to the caches' dtype (float16 for those of bytes), and give an Activation; other shapes are
+    computed slowly in float32 and give a Tensor.
     Splits depend on a sequence's length only, unless MAX_SPLIT_BYTES limits them.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates `out` and workspaces;
     the tables are read at each replay.
@@ -236,13 +238,25 @@ def _counters(device: torch.device, count: int) -> Tensor:
 
 def query_dtype(k_cache: Tensor) -> torch.dtype:
     """In which attention on CUDA multiplies queries with such a cache."""
-    return torch.float16 if k_cache.dtype == torch.float8_e4m3fn else k_cache.dtype
+    return torch.float16 if k_cache.dtype.itemsize == 1 else k_cache.dtype
+
+
+def cache_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of a cache of that dtype that holds [pages, Hkv, 256, D] values.
+
+    Of int8 codes it has more rows behind the 256: the float32 scales of the page's tokens, one for each.
+    """
+    *pages, num_tokens, head_dim = shape
+    more = -(-4 * num_tokens // head_dim) if dtype == torch.int8 else 0
+    return (*pages, num_tokens + more, head_dim)
 
 
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, head_dim: int) -> None:
     """Raises ValueError unless both caches are one layer's pages of heads of that size."""
     dtypes = CACHE_DTYPE_IDS if on_cuda(k_cache) else DTYPE_IDS
-    fits = k_cache.ndim == 4 and k_cache.shape[2:] == (PAGE_TOKENS, head_dim) and k_cache.dtype in dtypes
+    fits = k_cache.ndim == 4 and k_cache.dtype in dtypes and head_dim > 0
+    fits = fits and k_cache.shape[2:] == cache_shape((PAGE_TOKENS, head_dim), k_cache.dtype)
+    fits = fits and (k_cache.dtype != torch.int8 or head_dim % 4 == 0)
     check(
         fits,
         f"{op}: k_cache {tuple(k_cache.shape)} {k_cache.dtype} is not [pages, Hkv, 256, {head_dim}]",

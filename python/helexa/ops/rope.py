@@ -71,7 +71,8 @@ def rope_append(
     table: [T, R/2, 2] of `rope_table`, R ≤ D: the first R values of a head are rotated, in pairs
     (i, i + R/2), or (2i, 2i + 1) if interleaved.
     slots: [T] int32, page · 256 + offset; a negative one is not written.
-    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn.
+    k_cache, v_cache: [pages, Hkv, 256, D] float32 | float16 | bfloat16; on CUDA also float8_e4m3fn and
+    int8, the latter with rows of scales (`cache_shape`).
     q_norm, k_norm: [D] float32 weights of a norm per head.
     out: float32; on CUDA of the dtype that attention multiplies.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
