@@ -31,9 +31,22 @@ def test_a_copy_takes_the_asked_positions_of_all_layers_and_leaves_the_rest():
         assert torch.equal(tensor, old)
 
 
-def test_a_page_is_as_large_as_what_a_cache_of_pages_takes():
-    cache = KVCache(SHAPES, torch.bfloat16)
-    assert 9 * page_nbytes(SHAPES, torch.bfloat16) == sum(t.nbytes for t in (*cache.k, *cache.v))
+def test_a_copy_of_int8_codes_takes_their_scales_along():
+    cache = KVCache(SHAPES, torch.int8)
+    for tensor in (*cache.k, *cache.v):
+        tensor.copy_(torch.randint(-127, 128, tensor.shape))
+    before = [tensor.clone() for tensor in (*cache.k, *cache.v)]
+    cache.copy(3, 7, 2)
+    for tensor, old in zip((*cache.k, *cache.v), before, strict=True):
+        assert tensor.shape[2] * tensor.shape[3] >= 4 * (tensor.shape[3] + 4)
+        old[7, :, :2], old[7, :, 4:] = old[3, :, :2], old[3, :, 4:]
+        assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_page_is_as_large_as_what_a_cache_of_pages_takes(dtype):
+    cache = KVCache(SHAPES, dtype)
+    assert 9 * page_nbytes(SHAPES, dtype) == sum(t.nbytes for t in (*cache.k, *cache.v))
 
 
 def test_dtypes_are_known_by_name():

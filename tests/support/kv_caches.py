@@ -11,7 +11,8 @@ def make_cache(values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.int8:
         return values.to(dtype)
     most = values.abs().amax(-1, keepdim=True)
-    codes = torch.where(most.isnan(), 77.0, values * (127 / most.clamp(min=1e-30))).round().to(torch.int8)
+    inverse = torch.full_like(most, 127.0) / most.clamp(min=1e-30)
+    codes = torch.where(most.isnan(), 77.0, values * inverse).round().to(torch.int8)
     more = ops.cache_shape(values.shape, dtype)[2] - ops.PAGE_TOKENS
     tail = torch.full((*values.shape[:2], more * values.shape[3]), 0x7F, dtype=torch.int8)
     tail[..., : 4 * ops.PAGE_TOKENS] = (most / 127).flatten(2).view(torch.int8)

@@ -193,7 +193,7 @@ class Archive:
 
     def _tensors(self, page: int, length: int, slot: int | None) -> list[Tensor]:
         """Where the keys and values of so many tokens lie, and the states if there is a slot."""
-        tensors = [layer[page, :, :length] for layer in (*self._cache.k, *self._cache.v)]
+        tensors = self._cache.parts(page, length)
         if slot is not None:
             tensors += [layer[slot] for layer in (*self._states.conv, *self._states.recurrent)]
         return tensors

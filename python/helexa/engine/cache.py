@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from helexa.errors import InvalidParameter, OutOfMemory
+from helexa.ops import cache_shape
 
 KV_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
 }
 KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for must leave
 DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
@@ -40,7 +42,7 @@ def kv_dtype(name: str, *, on_cuda: bool) -> torch.dtype:
 
 def page_nbytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
     """Bytes that one page takes over all layers, keys and values."""
-    return sum(2 * math.prod(shape[1:]) * dtype.itemsize for shape in shapes)
+    return sum(2 * math.prod(cache_shape(shape[1:], dtype)) * dtype.itemsize for shape in shapes)
 
 
 def plan_capacity(
@@ -106,8 +108,10 @@ class KVCache:
     ):
         self.page_tokens = shapes[0][2]
         self.num_pages = shapes[0][0]
-        self.k = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
-        self.v = [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+        self.k, self.v = (
+            [torch.empty(cache_shape(shape, dtype), dtype=dtype, device=device) for shape in shapes]
+            for _ in range(2)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -115,11 +119,14 @@ class KVCache:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first num_tokens positions of a page to another, in all layers."""
-        for layer in (*self.k, *self.v):
-            self._part(layer, target, num_tokens).copy_(self._part(layer, source, num_tokens))
+        for old, new in zip(self.parts(source, num_tokens), self.parts(target, num_tokens), strict=True):
+            new.copy_(old)
 
-    def _part(self, layer: Tensor, page: int, num_tokens: int) -> Tensor:
-        return layer[page, :, :num_tokens]
+    def parts(self, page: int, num_tokens: int) -> list[Tensor]:
+        """Where the first num_tokens positions of a page lie, in all layers."""
+        layers = [layer[page] for layer in (*self.k, *self.v)]
+        scales = [layer[:, self.page_tokens :] for layer in layers if layer.shape[1] > self.page_tokens]
+        return [layer[:, :num_tokens] for layer in layers] + scales
 
 
 class StateCache:

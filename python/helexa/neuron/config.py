@@ -99,7 +99,7 @@ class EngineSection:
     device: str | None = None
     max_context: int | None = None
     max_sequences: int | None = None
-    kv_dtype: Literal["float32", "float16", "bfloat16", "float8_e4m3"] | None = None
+    kv_dtype: Literal["float32", "float16", "bfloat16", "float8_e4m3", "int8"] | None = None
     kv_cache_tokens: int | None = None
     num_threads: int | None = None
     prefill_chunk: int | None = None
