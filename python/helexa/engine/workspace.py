@@ -23,7 +23,7 @@ def workspace_nbytes(config: ModelConfig, options: EngineOptions) -> int:
     # The residual and one form of the input stay while a block's input, output and what is between are there.
     activations = tokens * (config.hidden_size * (2 * _FLOAT + 2 * _HALF) + widest)
     sampling = (rows * 2 * _FLOAT + (options.max_sequences + 1) * _MASK_BYTES) * config.vocab_size
-    return activations + sampling + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
+    return activations + sampling + ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
 
 
 def _attention_width(config: ModelConfig) -> int:

@@ -13,7 +13,13 @@ from helexa.ops.activation import (
     empty_activation,
     quantize_rows,
 )
-from helexa.ops.attention import PAGE_TOKENS, attention, attention_reference, cache_shape
+from helexa.ops.attention import (
+    MAX_SPLIT_BYTES,
+    PAGE_TOKENS,
+    attention,
+    attention_reference,
+    cache_shape,
+)
 from helexa.ops.dequantize import (
     SCRATCH_BYTES,
     dequantize_rows,
@@ -79,6 +85,7 @@ __all__ = [
     "MAX_MATVEC_ROWS",
     "MAX_VOCABULARY",
     "NOT_FINITE",
+    "MAX_SPLIT_BYTES",
     "PAGE_TOKENS",
     "SAMPLED",
     "SAMPLE_PARAMETERS",
