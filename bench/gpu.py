@@ -3,7 +3,8 @@
 Writes each model with random weights of the real shapes, then measures both sides in turns, each time in a
 fresh process: prefill, decode at depth 0 and 8192, decode of several streams, loading, device memory. Figures
 are medians of the rounds, ratios medians of the pairs; of llama.cpp's micro-batches (512, its default, and
-2048) the faster counts for prefill. The last line of the output is one JSON document.
+2048) the faster counts for prefill. Both sides have a cache for the same context, and neither keeps snapshots
+of recurrent states, of which llama-bench has none. The last line of the output is one JSON document.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def own_figures(model: str, options: dict[str, Any], seed: int, repeat: int) -> 
         return statistics.median(run[key] for run in runs)
 
     found: Figures = {"bytes_per_token": bytes_per_token(Path(model))}
-    with loaded("first load", 1, CONTEXT, CONTEXT + 512) as run:
+    with loaded("first load", 1, CONTEXT, CONTEXT) as run:
         for prompt in PROMPTS:
             runs = run(prompt=prompt)
             found[f"prefill {prompt}"] = middle(runs, "prefill_tok_s")
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="more of EngineOptions, as JSON")
     parser.add_argument("--out", type=Path, help="file for the JSON document")
     args = parser.parse_args()
-    options = {"device": args.device, **args.options}
+    options = {"device": args.device, "snapshot_bytes": 0, **args.options}
     ceiling = in_fresh_process("ceilings")
     copy, product = ceiling["copy_bytes_s"] / 1e12, ceiling["bf16_flop_s"] / 1e12
     print(f"# copy {copy:.2f} TB/s, bf16 product {product:.0f} TFLOP/s", flush=True)

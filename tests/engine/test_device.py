@@ -106,7 +106,7 @@ def test_the_first_device_with_room_is_taken_and_else_the_cpu(two_gpus, model):
 def test_prompts_are_computed_in_larger_steps_on_a_device(monkeypatch):
     monkeypatch.setattr(module, "EMULATED", False)
     assert EngineOptions(device="cpu").prefill_tokens == 512
-    assert EngineOptions(device="cuda:0").prefill_tokens == 4096
+    assert EngineOptions(device="cuda:0").prefill_tokens == 2048
     assert EngineOptions(device="cuda:0", prefill_chunk=100).prefill_tokens == 100
 
 

@@ -6,6 +6,8 @@ from helexa.engine.archive import Archive
 from helexa.engine.cache import (
     DEFAULT_SHARE,
     DEVICE_SHARE,
+    DEVICE_SNAPSHOTS,
+    SNAPSHOTS,
     KVCache,
     StateCache,
     kv_dtype,
@@ -27,6 +29,7 @@ from helexa.engine.preflight import reserved_nbytes
 from helexa.engine.scheduler import Scheduler
 from helexa.engine.snapshots import Snapshots
 from helexa.engine.state_store import StateStore
+from helexa.engine.workspace import activation_nbytes
 from helexa.layers.step import PAGE_TOKENS
 from helexa.models import Model, ModelConfig, kv_cache_shapes, state_shapes
 
@@ -48,7 +51,8 @@ def build_core(
     device = Device(options.device)
     dtype = kv_dtype(options.kv_dtype, on_cuda=device.is_cuda)
     free_bytes = device.free_bytes() - reserved_nbytes(config, options, device)
-    num_slots, num_snapshots = options.max_sequences + 1, _num_snapshots(config, options, free_bytes)
+    num_slots = options.max_sequences + 1
+    num_snapshots = _num_snapshots(config, options, device, free_bytes)
     states = state_shapes(config, num_slots + num_snapshots)
     num_pages, max_context = plan_capacity(
         page_bytes=page_nbytes(kv_cache_shapes(config, 1), dtype),
@@ -70,6 +74,7 @@ def build_core(
         if store is not None:
             archive = Archive(store, model_key, cache, state_cache, prefix)
     runner = _runner(model, config, cache, state_cache, device, options, max_context)
+    runner.claim = device.claim(activation_nbytes(config, options))
     runner.prepare()
     scheduler = Scheduler(
         pool,
@@ -108,7 +113,7 @@ def _runner(
     )
 
 
-def _num_snapshots(config: ModelConfig, options: EngineOptions, free_bytes: int) -> int:
+def _num_snapshots(config: ModelConfig, options: EngineOptions, device: Device, free_bytes: int) -> int:
     slot_bytes = state_nbytes(state_shapes(config, 1))
     if not slot_bytes or not options.prefix_cache:
         return 0
@@ -116,4 +121,5 @@ def _num_snapshots(config: ModelConfig, options: EngineOptions, free_bytes: int)
         slot_bytes=slot_bytes,
         budget_bytes=options.snapshot_bytes,
         free_bytes=free_bytes,
+        most=DEVICE_SNAPSHOTS if device.has_streams else SNAPSHOTS,
     )

@@ -24,6 +24,7 @@ KEPT_FREE = 0.05  # share of the free memory that a cache which was asked for mu
 DEFAULT_SHARE = 0.5  # share of the free memory that the default size may take
 DEVICE_SHARE = 0.9  # the same of a device that does nothing else
 SNAPSHOTS = 64  # of recurrent states, in at most this share of the free memory
+DEVICE_SNAPSHOTS = 16  # the same of a device: a few conversations; older ones wait in the state store
 SNAPSHOT_SHARE = 0.125
 
 
@@ -83,10 +84,15 @@ def plan_capacity(
     return num_pages, min(context, num_pages * page_tokens)
 
 
-def plan_snapshots(*, slot_bytes: int, budget_bytes: int | None, free_bytes: int) -> int:
-    """How many snapshots to have slots for. Raises OutOfMemory if there is no memory for what was asked."""
+def plan_snapshots(
+    *, slot_bytes: int, budget_bytes: int | None, free_bytes: int, most: int = SNAPSHOTS
+) -> int:
+    """How many snapshots to have slots for, by default `most`.
+
+    Raises OutOfMemory if there is no memory for what was asked.
+    """
     if budget_bytes is None:
-        return min(SNAPSHOTS, int(free_bytes * SNAPSHOT_SHARE) // slot_bytes)
+        return min(most, int(free_bytes * SNAPSHOT_SHARE) // slot_bytes)
     if budget_bytes > free_bytes:
         raise OutOfMemory(
             f"snapshots may take {budget_bytes} bytes, but only {free_bytes} bytes of memory are free",

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ AUTO = "auto"
 OLDEST = (8, 0)  # compute capability
 
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """Memory of a device that nobody uses now, but whose owner will again; it lasts as long as this does."""
+
+    device: str
+    nbytes: int
+
+
+_claims: "WeakSet[Claim]" = WeakSet()
 
 
 def check_device_name(name: str) -> None:
@@ -57,11 +69,23 @@ class Device:
             torch.cuda.set_stream(torch.cuda.Stream(self.tensors))  # type: ignore[no-untyped-call]
 
     def free_bytes(self) -> int:
-        """What can be allocated now; of a CUDA device with what torch holds and nobody uses."""
+        """What can be allocated now; of a CUDA device with what torch holds, and nobody uses or claims."""
         if not self.has_streams:
             return available_bytes()
         free, _ = torch.cuda.mem_get_info(self.tensors)
-        return free + torch.cuda.memory_reserved(self.tensors) - torch.cuda.memory_allocated(self.tensors)
+        idle = torch.cuda.memory_reserved(self.tensors) - torch.cuda.memory_allocated(self.tensors)
+        return free + idle - sum(claim.nbytes for claim in list(_claims) if claim.device == self.name)
+
+    def claim(self, nbytes: int) -> Claim:
+        """Takes so much of the device's memory in one piece, from which later allocations are cut.
+
+        Without it, steps of different sizes would each leave pieces that do not suit the others.
+        """
+        claim = Claim(self.name, nbytes if self.has_streams else 0)
+        if self.has_streams:
+            torch.empty(nbytes, dtype=torch.uint8, device=self.tensors)
+            _claims.add(claim)
+        return claim
 
     def staging(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Main memory, zeroed, that the device copies from and to while the host goes on."""

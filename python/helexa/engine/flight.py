@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from helexa.engine.cache import KVCache, StateCache
+from helexa.engine.device import Claim
 from helexa.engine.sampler import Sampled
 from helexa.engine.scheduler import Plan
 
@@ -49,6 +50,7 @@ class Runner(ABC):
     def __init__(self, cache: KVCache, states: StateCache):
         self.cache = cache
         self.states = states
+        self.claim: Claim | None = None  # of the memory for steps
 
     @abstractmethod
     def start(self, plan: Plan) -> Flight:

@@ -7,7 +7,9 @@ from helexa.engine.device import Device, check_device_name
 from helexa.errors import InvalidParameter
 from helexa.weights.recipes import find_recipe
 
-CPU_CHUNK, CUDA_CHUNK = 512, 4096  # tokens
+# Tokens. On a device, larger chunks gain no speed and take more memory for activations; beside running streams
+# the scheduler takes smaller ones.
+CPU_CHUNK, CUDA_CHUNK = 512, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class EngineOptions:
     kv_dtype: str = "bfloat16"
     kv_cache_tokens: int | None = None
     num_threads: int | None = None  # None: one for each physical core that the process may use
-    prefill_chunk: int | None = None  # tokens; None: 512, on a CUDA device 4096
+    prefill_chunk: int | None = None  # tokens; None: 512, on a CUDA device 2048
     prefix_cache: bool = True
     snapshot_bytes: int | None = None  # of memory for states of recurrent layers; None: by what is free
     quant: str | None = None  # a recipe, by which a model in F32, F16 or BF16 is quantized while it loads

@@ -16,14 +16,19 @@ _MASK_BYTES = 8  # per token of the vocabulary and slot: counts, masks, what the
 
 def workspace_nbytes(config: ModelConfig, options: EngineOptions) -> int:
     """Bytes that steps need at their peak, and what sampling keeps."""
-    tokens = min(options.prefill_tokens, config.max_position_embeddings)
     rows = bucket_of(options.max_sequences)
+    sampling = (rows * 2 * _FLOAT + (options.max_sequences + 1) * _MASK_BYTES) * config.vocab_size
+    activations = activation_nbytes(config, options)
+    return activations + sampling + ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
+
+
+def activation_nbytes(config: ModelConfig, options: EngineOptions) -> int:
+    """Bytes that a step of as many tokens as there may be takes for what layers hand to each other."""
+    tokens = min(options.prefill_tokens, config.max_position_embeddings)
     mixer = max(_attention_width(config), _linear_attention_width(config))
     widest = max(mixer, _feed_forward_width(config))
     # The residual and one form of the input stay while a block's input, output and what is between are there.
-    activations = tokens * (config.hidden_size * (2 * _FLOAT + 2 * _HALF) + widest)
-    sampling = (rows * 2 * _FLOAT + (options.max_sequences + 1) * _MASK_BYTES) * config.vocab_size
-    return activations + sampling + ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
+    return tokens * (config.hidden_size * (2 * _FLOAT + 2 * _HALF) + widest)
 
 
 def _attention_width(config: ModelConfig) -> int:
