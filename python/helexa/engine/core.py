@@ -66,6 +66,7 @@ class EngineCore:
         self._closed: HelexaError | None = None
         self._flight: Flight | None = None  # the step that runs while the next one is planned
         self._landed_s = 0.0
+        self.step_started_s: float | None = None  # by time.monotonic; None between two steps
         self._outbox: dict[Mailbox, list[tuple[Receiver, Sampled | Finished]]] = {}
 
     def submit(self, sequence: Sequence) -> None:
@@ -117,6 +118,13 @@ class EngineCore:
 
     def step(self) -> None:
         """Starts one plan, takes what the one before it has chosen, and queues the next step or rests."""
+        self.step_started_s = time.monotonic()
+        try:
+            self._step()
+        finally:
+            self.step_started_s = None
+
+    def _step(self) -> None:
         runner = self.runner
         if runner is None:
             self._is_stepping = False

@@ -41,6 +41,7 @@ from helexa.engine.snapshots import borders
 from helexa.engine.state_store import StateStore
 from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
+from helexa.engine.watchdog import Watchdog
 from helexa.engine.weight_keeper import WeightKeeper
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
@@ -106,6 +107,7 @@ class Engine:
         except BaseException:
             self._worker.close()
             raise
+        self._watchdog = Watchdog(self._worker, self._step_started_s, self.options.step_limit_s)
 
     @classmethod
     def load(
@@ -314,6 +316,7 @@ class Engine:
                 self._worker.call(self._keeper.park).result(PARK_S)
             with contextlib.suppress(HelexaError, TimeoutError):
                 self._worker.call(core.close).result(CLOSE_S)
+        self._watchdog.close()
         self._worker.close(CLOSE_S)
         if core is not None:
             core.forget()
@@ -430,6 +433,9 @@ class Engine:
             for other in [other for other in self._mailboxes if other.is_closed()]:
                 del self._mailboxes[other]
             return self._mailboxes.setdefault(loop, LoopMailbox(loop))
+
+    def _step_started_s(self) -> float | None:
+        return None if self._core is None else self._core.step_started_s
 
     def _on_fault(self, error: DevicePoisoned) -> None:
         if self._core is not None:

@@ -10,6 +10,7 @@ from helexa.weights.recipes import find_recipe
 # Tokens. On a device, larger chunks gain no speed and take more memory for activations; beside running streams
 # the scheduler takes smaller ones.
 CPU_CHUNK, CUDA_CHUNK = 512, 2048
+CPU_LIMIT_S, CUDA_LIMIT_S = 900.0, 60.0  # far beyond the longest step of a model that fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class EngineOptions:
     prefill_chunk: int | None = None  # tokens; None: 512, on a CUDA device 2048
     prefix_cache: bool = True
     snapshot_bytes: int | None = None  # of memory for states of recurrent layers; None: by what is free
+    step_timeout_s: float | None = (
+        None  # after which a step is taken for hung; None: 900, on a CUDA device 60
+    )
     quant: str | None = None  # a recipe, by which a model in F32, F16 or BF16 is quantized while it loads
     quant_cache: bool = True  # keep the result on disk
     reserved_bytes: int = 0  # of the free memory, promised to others in this process
@@ -43,12 +47,22 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
+        if self.step_timeout_s is not None and not self.step_timeout_s > 0:
+            raise InvalidParameter(
+                f"step_timeout_s is {self.step_timeout_s!r}; expected a positive number",
+                param="step_timeout_s",
+            )
         if self.quant is not None:
             find_recipe(self.quant)
 
     def on(self, device: Device) -> Self:
         """These options for a certain device."""
         return replace(self, device=device.name)
+
+    @property
+    def step_limit_s(self) -> float:
+        """How long a step may take before the device is taken for hung."""
+        return self.step_timeout_s or (CUDA_LIMIT_S if Device(self.device).is_cuda else CPU_LIMIT_S)
 
     @property
     def prefill_tokens(self) -> int:

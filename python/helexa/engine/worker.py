@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from helexa.errors import DevicePoisoned, HelexaError, ShuttingDown
@@ -48,6 +48,27 @@ class DeviceWorker:
         self._put(job, future)
         return future
 
+    def give_up(self, reason: str) -> None:
+        """Poisons the worker while its thread hangs in a job; what is queued fails, and all that comes later.
+
+        Called on another thread.
+        """
+        if self.poisoned is not None:
+            return
+        logger.error("worker_hangs", extra=fields(worker=self.name, reason=reason))
+        self._poison(reason)
+        while True:
+            try:
+                entry = self._queue.get_nowait()
+            except Empty:
+                return
+            if entry is None:
+                self._queue.put(None)
+                return
+            _, future = entry
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_exception(self._poison_error())
+
     def close(self, timeout_s: float = 10.0) -> bool:
         """Runs what is queued, refuses what is new, ends the thread; False if it is busy after timeout_s."""
         with self._gate:
@@ -82,7 +103,8 @@ class DeviceWorker:
             result = job()
         except Exception as error:
             if is_fault(error) and self.poisoned is None:
-                self._poison(error)
+                logger.exception("device_poisoned", extra=fields(worker=self.name))
+                self._poison(f"{type(error).__name__}: {error}")
                 error = self._poison_error()
             _forget_locals(error)
             if future is not None:
@@ -93,10 +115,9 @@ class DeviceWorker:
             if future is not None:
                 future.set_result(result)
 
-    def _poison(self, error: Exception) -> None:
-        logger.exception("device_poisoned", extra=fields(worker=self.name))
+    def _poison(self, reason: str) -> None:
         with self._gate:
-            self.poisoned = f"{type(error).__name__}: {error}"
+            self.poisoned = reason
         if self._on_fault is not None:
             try:
                 self._on_fault(self._poison_error())

@@ -105,6 +105,7 @@ class EngineSection:
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
     snapshot_bytes: int | None = None
+    step_timeout_s: float | None = None
     quant: str | None = None  # by which models in F32, F16 or BF16 are quantized while they load
     quant_cache: bool | None = None  # whether the result is kept on disk
 

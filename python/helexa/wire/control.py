@@ -175,6 +175,7 @@ class LoadOptions(Request, frozen=True):
     prefill_chunk: int | None = None
     prefix_cache: bool | None = None
     snapshot_bytes: int | None = None
+    step_timeout_s: float | None = None
     quant: str | None = None
     quant_cache: bool | None = None
 

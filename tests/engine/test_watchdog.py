@@ -1,0 +1,87 @@
+"""Steps that do not end."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from helexa.engine.engine import Engine
+from helexa.engine.options import EngineOptions
+from helexa.engine.sampling_params import SamplingParams
+from helexa.engine.watchdog import Watchdog
+from helexa.engine.worker import DeviceWorker
+from helexa.errors import DevicePoisoned, InvalidParameter
+from helexa.models import ModelConfig
+
+
+def test_a_worker_that_hangs_is_given_up_and_what_is_queued_fails():
+    faults: list[DevicePoisoned] = []
+    worker = DeviceWorker("cpu-0", faults.append)
+    end = threading.Event()
+    hanging, waiting = worker.call(lambda: end.wait(30)), worker.call(lambda: 1)
+    started_s = time.monotonic()
+    watchdog = Watchdog(worker, lambda: started_s, 0.1)
+    with pytest.raises(DevicePoisoned, match=r"not ended within 0\.1 s"):
+        waiting.result(5)
+    with pytest.raises(DevicePoisoned):
+        worker.call(lambda: 2)
+    assert len(faults) == 1
+    end.set()
+    assert hanging.result(5)
+    assert worker.close()
+    watchdog.close()
+
+
+def test_steps_that_end_are_left_alone():
+    worker = DeviceWorker("cpu-0")
+    watchdog = Watchdog(worker, lambda: time.monotonic() - 0.01, 0.2)
+    time.sleep(0.5)
+    assert worker.poisoned is None
+    assert worker.call(lambda: 1).result(5) == 1
+    watchdog.close()
+    assert worker.close()
+
+
+async def test_requests_of_a_hung_step_end_with_an_error_and_closing_does_not_hang():
+    end = threading.Event()
+
+    def hang(step):
+        end.wait(60)
+        raise AssertionError("nobody waits for this any more")
+
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=32,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        rotary_dim=4,
+        attention_scale=1.0,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+    )
+    options = EngineOptions(capture=False, kv_cache_tokens=512, step_timeout_s=0.3)
+    engine = Engine(lambda: hang, config, options, name="hung")
+    try:
+        async with asyncio.timeout(20):
+            with pytest.raises(DevicePoisoned, match="not ended"):
+                async for _ in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
+                    pass
+            with pytest.raises(DevicePoisoned):
+                async for _ in engine.generate([1], SamplingParams(max_tokens=1)):
+                    pass
+        assert engine.stats().poisoned is not None
+    finally:
+        end.set()
+        engine.close()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_a_limit_has_to_be_positive(value):
+    with pytest.raises(InvalidParameter, match="step_timeout_s"):
+        EngineOptions(step_timeout_s=value)
