@@ -24,6 +24,7 @@ from helexa.engine.device_sampler import DeviceSampler
 from helexa.engine.flight import Runner, bucket_of
 from helexa.engine.options import EngineOptions
 from helexa.engine.pages import PagePool
+from helexa.engine.phases import Phases
 from helexa.engine.prefix_cache import PrefixCache
 from helexa.engine.preflight import reserved_nbytes
 from helexa.engine.scheduler import Scheduler
@@ -43,11 +44,13 @@ def build_core(
     post: Callable[[Callable[[], object]], None],
     store: StateStore | None = None,
     model_key: str = "",
+    phases: Phases | None = None,
 ) -> EngineCore:
     """A core with caches that fit the free memory. Raises OutOfMemory or InvalidParameter.
 
-    store: what outlives the caches; `model_key` says there which weights these are.
+    store: what outlives the caches; `model_key` says there which weights these are. phases: counts the time.
     """
+    phases = phases or Phases()
     device = Device(options.device)
     dtype = kv_dtype(options.kv_dtype, on_cuda=device.is_cuda)
     free_bytes = device.free_bytes() - reserved_nbytes(config, options, device)
@@ -64,8 +67,9 @@ def build_core(
         free_bytes=free_bytes - state_nbytes(states),
         share=DEVICE_SHARE if device.has_streams else DEFAULT_SHARE,
     )
-    cache = KVCache(kv_cache_shapes(config, num_pages + 1), dtype, device.tensors)
-    state_cache = StateCache(states, device.tensors)
+    with phases("caches"):
+        cache = KVCache(kv_cache_shapes(config, num_pages + 1), dtype, device.tensors)
+        state_cache = StateCache(states, device.tensors)
     pool = PagePool(num_pages, cache.page_tokens)
     prefix = archive = None
     if options.prefix_cache and (num_snapshots or not states):
@@ -75,7 +79,7 @@ def build_core(
             archive = Archive(store, model_key, cache, state_cache, prefix)
     runner = _runner(model, config, cache, state_cache, device, options, max_context)
     runner.claim = device.claim(activation_nbytes(config, options))
-    runner.prepare()
+    runner.prepare(phases)
     scheduler = Scheduler(
         pool,
         prefix,

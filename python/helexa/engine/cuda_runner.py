@@ -21,6 +21,7 @@ from helexa.engine.device_sampler import is_greedy
 from helexa.engine.device_step import FLIGHTS, DecodeInputs, Landing, PrefillInputs
 from helexa.engine.flight import Flight, Runner, bucket_of
 from helexa.engine.pages import SCRATCH_PAGE
+from helexa.engine.phases import Phases
 from helexa.engine.sampler import Sampled, Sampler
 from helexa.engine.sampling_params import ResolvedParams
 from helexa.engine.scheduler import Plan
@@ -162,21 +163,25 @@ class CudaRunner(Runner):
     def start(self, plan: Plan) -> Flight:
         return self._prefill(plan) if plan.is_prefill else self._decode(plan)
 
-    def prepare(self) -> None:
+    def prepare(self, phases: Phases) -> None:
         """Runs what will be run, so that all code is loaded, and captures the decode steps."""
         if not self._device.has_streams:
             return
         num_tokens = min(_WARM_UP_TOKENS, self._max_context)
         warm_up = Sequence([0] * num_tokens, num_tokens)
         warm_up.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
-        self._prefill_logits(warm_up, num_tokens)
+        stream = torch.cuda.current_stream()
+        with phases("warm_up"):
+            self._prefill_logits(warm_up, num_tokens)
+            stream.synchronize()
         if self._capture:
-            pool = torch.cuda.graph_pool_handle()
-            rows = self._most_rows
-            while rows:
-                self._capture_step(rows, pool)
-                rows //= 2
-        torch.cuda.current_stream().synchronize()
+            with phases("capture"):
+                pool = torch.cuda.graph_pool_handle()
+                rows = self._most_rows
+                while rows:
+                    self._capture_step(rows, pool)
+                    rows //= 2
+                stream.synchronize()
 
     def next_landing(self) -> Landing:
         self._turn = (self._turn + 1) % FLIGHTS

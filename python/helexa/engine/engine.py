@@ -33,6 +33,7 @@ from helexa.engine.memory import allocation_errors, release
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
 from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, text_parts
+from helexa.engine.phases import Phases
 from helexa.engine.preflight import place
 from helexa.engine.sampler import Sampler
 from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
@@ -77,11 +78,13 @@ class Engine:
         store: StateStore | None = None,
         model_key: str = "",
         keeper: WeightKeeper | None = None,
+        phases: Phases | None = None,
     ):
         """Calls `build` on the device thread and returns when the model is ready.
 
         store: keeps what the caches hold beyond this engine, for others with the same `model_key`, which says
         what weights and vocabulary these are. keeper: knows the weights by then, and parks them in the end.
+        phases: counts the time.
         """
         self.config = config
         self.name = name
@@ -96,6 +99,7 @@ class Engine:
         self.weight_bytes = 0  # of a model that was loaded from files
         self.cache_bytes = 0  # reserved for keys and values, committed as they are written
         self._keeper = keeper or WeightKeeper(None, "")
+        self._phases = phases or Phases()
         self._lock = threading.Lock()
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._grammars: GrammarCompiler | None = None
@@ -129,17 +133,21 @@ class Engine:
         started_s = time.perf_counter()
         progress = progress or (lambda progress: None)
         engine_options = EngineOptions(**options)
-        file = open_model(path)
+        phases = Phases()
+        with phases("header"):
+            file = open_model(path)
         try:
-            config = config_from_gguf(file.metadata, file.tensors)
-            tensors = planned_tensors(file, engine_options)
-            engine_options, weight_bytes = place(tensors, config, engine_options)
-            model_key = f"{fingerprint(file)} {engine_options.quant}"
+            with phases("plan"):
+                config = config_from_gguf(file.metadata, file.tensors)
+                tensors = planned_tensors(file, engine_options)
+                engine_options, weight_bytes = place(tensors, config, engine_options)
+            source = fingerprint(file)
+            model_key = f"{source} {engine_options.quant}"
             keeper = WeightKeeper(parking, model_key)
             with ThreadPoolExecutor(1, "tokenizer") as pool:
-                text = pool.submit(text_parts, file, model_key)
+                text = pool.submit(phases.timed, "text", partial(text_parts, file, source))
                 engine = cls(
-                    partial(read_model, file, config, engine_options, progress, keeper),
+                    partial(read_model, file, config, engine_options, progress, keeper, phases),
                     config,
                     engine_options,
                     name=str(file.metadata.get("general.name") or Path(path).stem),
@@ -148,9 +156,11 @@ class Engine:
                     store=store,
                     model_key=model_key,
                     keeper=keeper,
+                    phases=phases,
                 )
                 try:
-                    parts = text.result()
+                    with phases("text_wait"):
+                        parts = text.result()
                 except BaseException:
                     engine.close()
                     raise
@@ -166,7 +176,8 @@ class Engine:
                 model=engine.name,
                 max_context=engine.max_context,
                 kv_tokens=engine.stats().kv_tokens_total,
-                load_s=round(time.perf_counter() - started_s, 2),
+                load_s=round(time.perf_counter() - started_s, 3),
+                **phases.fields(),
             ),
         )
         return engine
@@ -332,8 +343,9 @@ class Engine:
 
     @allocation_errors()
     def _start(self, build: Callable[[], Model], store: StateStore | None, model_key: str) -> EngineCore:
-        options = self.options
-        self.device.enter()
+        options, phases = self.options, self._phases
+        with phases("device"):
+            self.device.enter()
         torch.set_grad_enabled(False)
         # The kernels bring their own threads; torch's few small operations run faster without waking others.
         torch.set_num_threads(1)
@@ -345,7 +357,7 @@ class Engine:
             # Between two steps this thread needs the interpreter for a tenth of a millisecond; by default it
             # would wait 5 ms for others to give it up.
             sys.setswitchinterval(SWITCH_S)
-        core = build_core(build(), self.config, options, self._worker.post, store, model_key)
+        core = build_core(build(), self.config, options, self._worker.post, store, model_key, phases)
         assert core.runner is not None
         self.max_context = core.scheduler.max_context
         self.cache_bytes = core.runner.cache.nbytes + core.runner.states.nbytes

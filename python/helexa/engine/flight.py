@@ -7,6 +7,7 @@ from torch import Tensor
 
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.device import Claim
+from helexa.engine.phases import Phases
 from helexa.engine.sampler import Sampled
 from helexa.engine.scheduler import Plan
 
@@ -56,7 +57,7 @@ class Runner(ABC):
     def start(self, plan: Plan) -> Flight:
         """Starts a step over pages that the scheduler has assigned. Raises OutOfMemory where it cannot."""
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self, phases: Phases) -> None:  # noqa: B027
         """Does once what would be in the way of the first steps."""
 
 

@@ -13,6 +13,7 @@ from helexa.engine.collector import Pooling
 from helexa.engine.device import Device
 from helexa.engine.grammar import GrammarCompiler
 from helexa.engine.options import EngineOptions
+from helexa.engine.phases import Phases
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.weight_keeper import WeightKeeper
 from helexa.log import fields
@@ -51,22 +52,30 @@ def planned_tensors(file: ModelFile, options: EngineOptions) -> Mapping[str, Ten
 
 
 def read_model(
-    file: ModelFile, config: ModelConfig, options: EngineOptions, progress: Progress, keeper: WeightKeeper
+    file: ModelFile,
+    config: ModelConfig,
+    options: EngineOptions,
+    progress: Progress,
+    keeper: WeightKeeper,
+    phases: Phases,
 ) -> Model:
     """The model with the weights of the file, or those that are parked. Raises InvalidFile."""
     device = Device(options.device)
     parked = keeper.find() if device.is_cuda else None
-    with (
-        _weights(file, options, progress, is_read=parked is None) as tensors,
-        GGUFWeights(
-            tensors,
-            device=device.tensors,
-            num_readers=ops.default_readers() if device.is_cuda else None,
-            progress=progress,
-            parked=parked,
-        ) as weights,
-    ):
-        model = build_model(config, weights)
+    with _weights(file, options, progress, is_read=parked is None) as tensors:
+        with phases("place"):
+            weights = GGUFWeights(
+                tensors,
+                device=device.tensors,
+                num_readers=ops.default_readers() if device.is_cuda else None,
+                progress=progress,
+                parked=parked,
+            )
+        with weights:
+            with phases("build"):
+                model = build_model(config, weights)
+            with phases("copy"):  # what is left of it: it began with the building
+                weights.finish()
     keeper.keep(weights)
     if config.num_mtp_layers:
         logger.info("mtp_loaded", extra=fields(model=file.path.name, layers=config.num_mtp_layers))
