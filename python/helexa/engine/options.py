@@ -7,8 +7,8 @@ from helexa.engine.device import Device, check_device_name
 from helexa.errors import InvalidParameter
 from helexa.weights.recipes import find_recipe
 
-# Tokens. On a device, larger chunks gain no speed and take more memory for activations; beside running streams
-# the scheduler takes smaller ones.
+# Tokens. On a device, larger chunks gain no speed and take more memory for activations; beside running
+# streams the scheduler takes smaller ones.
 CPU_CHUNK, CUDA_CHUNK = 512, 2048
 CPU_LIMIT_S, CUDA_LIMIT_S = 900.0, 60.0  # far beyond the longest step of a model that fits
 
