@@ -6,8 +6,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "core/cuda_error.h"
 #include "core/float_types.h"
@@ -80,6 +83,22 @@ inline bool may_overlap() {
   return allowed;
 }
 
+#ifndef HELEXA_EMULATED_CUDA
+// Lets a kernel have so much dynamic shared memory on the current device.  What was allowed once stays so: another thread may be about
+// to launch the kernel with more.
+inline void allow_shared_bytes(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  most = bytes;
+}
+#endif
+
 // How a kernel is launched.
 struct Launch {
   dim3 grid;
@@ -98,9 +117,9 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Argument
   emulation::run(launch.grid, launch.block, launch.shared_bytes,
                  [=] { kernel(static_cast<std::decay_t<Parameters>>(arguments)...); });
 #else
-  if (launch.shared_bytes > 32 * 1024) {  // 48 KiB are free to use, static shared memory included
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(launch.shared_bytes)));
+  // 48 KiB are free to use, static shared memory included.
+  if (launch.shared_bytes > 32 * 1024) {
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), static_cast<int>(launch.shared_bytes));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = launch.grid;
