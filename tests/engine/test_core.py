@@ -245,6 +245,21 @@ def test_all_logits_come_in_chunks_and_never_from_the_prefix_cache(bench, expect
     assert machine.pool.num_used == 0
 
 
+def test_who_waits_for_the_last_of_its_rows_has_no_step_of_nothing(bench, monkeypatch):
+    machine = bench()
+    start, lengths = machine.core.runner.start, []
+
+    def started(plan):
+        lengths.append(plan.num_tokens)
+        return start(plan)
+
+    monkeypatch.setattr(machine.core.runner, "start", started)
+    collector = LogitsCollector(20, VOCAB)
+    machine.submit(list(range(1, 17)) + [3, 1, 4, 1], 0, receiver=collector, rows=collector)
+    machine.run()
+    assert lengths == [8, 8, 4]
+
+
 def test_a_decode_that_outgrows_the_pages_resumes_where_it_was(bench, expected):
     machine = bench(num_pages=6)
     prompts = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]

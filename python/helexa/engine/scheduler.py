@@ -145,7 +145,7 @@ class Scheduler:
         if self.waiting and not self._is_blocked:
             self._admit()
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
-        has_prefill = any(not (one.is_decoding or one.is_awaited) for one in self.running)
+        has_prefill = any(one.is_prefilling for one in self.running)
         if decoding and (self._prefilled_last or not has_prefill):
             decoding = self._with_room(decoding)
             if decoding:
@@ -301,7 +301,7 @@ class Scheduler:
             self._is_blocked = False
 
     def _plan_prefill(self, chunk: int) -> Plan:
-        prefilling = [one for one in self.running if not (one.is_decoding or one.is_awaited)]
+        prefilling = [one for one in self.running if one.is_prefilling]
         if self._snapshots is not None and len(prefilling) > 1:
             prefilling = _without_followers(prefilling)
         sequence = min(prefilling, key=lambda sequence: (sequence.last_turn, *sequence.rank))

@@ -125,6 +125,11 @@ class Sequence:
         return self.num_expected > 0 and len(self.token_ids) + self.num_expected >= self.max_length
 
     @property
+    def is_prefilling(self) -> bool:
+        """Whether there is something to compute of it in a step of its own."""
+        return self.num_pending > 0 and not (self.is_decoding or self.is_awaited)
+
+    @property
     def shares_pages(self) -> bool:
         """Whether the prefix cache may serve this sequence; who wants all rows must compute all tokens."""
         return self.rows is None
