@@ -2,12 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "ops/quant_matmul.h"
 
 namespace helexa {
 
-// out[n] = row first_row + n of a packed weight matrix [rows, cols], as float32 or bfloat16; first_row is a multiple of 16.
-// out: [num_rows, cols], rows out_stride values apart, 16 bytes aligned where the format is quantized; out_stride is a multiple of 4.
-void dequantize_cuda(int format, const uint8_t* packed, int64_t rows, int64_t cols, int64_t first_row,
-                     int64_t num_rows, void* out, int64_t out_stride, int dtype, void* stream);
+// out = the packed weight matrices [rows_i, cols] one below the other, as float32 or bfloat16; biases do not matter.  Whole tiles of 16
+// rows from within a matrix are a matrix too.
+// out: [sum of rows_i, cols], rows out_stride values apart, 16 bytes aligned where the format is quantized; out_stride is a multiple of 4.
+void dequantize_cuda(std::vector<WeightView> weights, void* out, int64_t out_stride, int dtype, void* stream);
 
 }  // namespace helexa

@@ -98,36 +98,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace
-
-void dequantize_cuda(int format, const uint8_t* packed, int64_t rows, int64_t cols, int64_t first_row,
-                     int64_t num_rows, void* out, int64_t out_stride, int dtype, void* stream) {
-  (void)rows;
-  if (num_rows == 0) return;
-  with_format(static_cast<Format>(format), [&](auto f) {
+template <class T>
+void dequantize(const WeightView& weight, T* out, int64_t out_stride, void* stream) {
+  with_format(static_cast<Format>(weight.format), [&](auto f) {
     using F = decltype(f);
-    const auto run = [&](auto* to) {
-      using T = std::remove_pointer_t<decltype(to)>;
-      if constexpr (F::kScales == Scales::kPlain) {
-        constexpr int kEach = kThreads * kPlainEach;
-        const dim3 grid(static_cast<unsigned>(num_rows), static_cast<unsigned>((cols + kEach - 1) / kEach));
-        launch_kernel(convert_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true},
-                      packed + first_row * cols * F::kBlockBytes, to, cols, out_stride);
-      } else {
-        constexpr int kEach = kWarps * kGroupCols;
-        const dim3 grid(static_cast<unsigned>((num_rows + kDeviceTileRows - 1) / kDeviceTileRows),
-                        static_cast<unsigned>((cols + kEach - 1) / kEach));
-        launch_kernel(dequantize_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true},
-                      packed + first_row / kDeviceTileRows * device_tile_bytes<F>(cols), to, num_rows, cols,
-                      out_stride);
-      }
-    };
-    if (static_cast<DType>(dtype) == DType::kBF16) {
-      run(static_cast<__nv_bfloat16*>(out));
+    if constexpr (F::kScales == Scales::kPlain) {
+      constexpr int kEach = kThreads * kPlainEach;
+      const dim3 grid(static_cast<unsigned>(weight.rows), static_cast<unsigned>((weight.cols + kEach - 1) / kEach));
+      launch_kernel(convert_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out, weight.cols,
+                    out_stride);
     } else {
-      run(static_cast<float*>(out));
+      constexpr int kEach = kWarps * kGroupCols;
+      const dim3 grid(static_cast<unsigned>((weight.rows + kDeviceTileRows - 1) / kDeviceTileRows),
+                      static_cast<unsigned>((weight.cols + kEach - 1) / kEach));
+      launch_kernel(dequantize_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out, weight.rows,
+                    weight.cols, out_stride);
     }
   });
+}
+
+template <class T>
+void dequantize_all(const std::vector<WeightView>& weights, T* out, int64_t out_stride, void* stream) {
+  for (const WeightView& weight : weights) {
+    if (weight.rows > 0) dequantize(weight, out, out_stride, stream);
+    out += weight.rows * out_stride;
+  }
+}
+
+}  // namespace
+
+void dequantize_cuda(std::vector<WeightView> weights, void* out, int64_t out_stride, int dtype, void* stream) {
+  if (static_cast<DType>(dtype) == DType::kBF16) {
+    dequantize_all(weights, static_cast<__nv_bfloat16*>(out), out_stride, stream);
+  } else {
+    dequantize_all(weights, static_cast<float*>(out), out_stride, stream);
+  }
 }
 
 }  // namespace helexa

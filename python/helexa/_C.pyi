@@ -62,17 +62,7 @@ def pack_cuda(
     format: int, raw: int, first_row: int, num_rows: int, cols: int, tiles: int, stream: int, /
 ) -> None: ...
 def dequantize_cuda(
-    format: int,
-    tiles: int,
-    rows: int,
-    cols: int,
-    first_row: int,
-    num_rows: int,
-    out: int,
-    out_stride: int,
-    dtype: int,
-    stream: int,
-    /,
+    weights: Sequence[WeightView], out: int, out_stride: int, dtype: int, stream: int, /
 ) -> None: ...
 def embedding_cuda(
     token_ids: int,

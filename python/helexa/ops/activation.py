@@ -11,9 +11,10 @@ from helexa.ops.tensor import check, dtype_id, stream
 MAX_MATVEC_ROWS = (
     64  # up to here weights are multiplied as they are, beyond they are first unpacked to bfloat16
 )
+_ALL_ROWS = slice(None)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Activation:
     """T rows of `cols` values; who produces them writes the forms, so that no launch is spent on conversion.
 
@@ -30,13 +31,17 @@ class Activation:
 
     def __getitem__(self, rows: slice) -> "Activation":
         """The same of some of the rows."""
+        if rows == _ALL_ROWS:
+            return self
         forms = [None if form is None else form[rows] for form in (self.q8, self.bf16, self.x)]
         return Activation(self.cols, *forms)
 
     @property
     def num_rows(self) -> int:
         """T."""
-        return next(form.shape[0] for form in (self.q8, self.bf16, self.x) if form is not None)
+        form = self.q8 if self.q8 is not None else self.bf16 if self.bf16 is not None else self.x
+        assert form is not None
+        return form.size(0)
 
     def values(self) -> Tensor:
         """[T, cols] float32, as matmuls see them."""
@@ -92,7 +97,7 @@ def quantize_rows(x: Tensor) -> Activation:
     """
     check(
         x.ndim == 2 and x.is_contiguous() and x.dtype in (torch.float32, torch.bfloat16),
-        f"quantize_rows: x {tuple(x.shape)} {x.dtype} is not contiguous float32 or bfloat16 rows",
+        lambda: f"quantize_rows: x {tuple(x.shape)} {x.dtype} is not contiguous float32 or bfloat16 rows",
     )
     num_rows, cols = x.shape
     if num_rows > MAX_MATVEC_ROWS:

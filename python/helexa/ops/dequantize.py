@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
-from helexa.ops.tensor import check, dtype_id, stream
+from helexa.ops.pack import TILE_ROWS, PackedWeight
+from helexa.ops.tensor import DTYPE_IDS, check, dtype_id, stream
 
 # Bounds the scratch; the largest matrix of a model of 30 billion weights fits at once.
 SCRATCH_BYTES = 192 << 20
@@ -22,6 +22,7 @@ _PART_OUTPUTS = 2 * 132 * 128 * 128
 _CACHED_BYTES = 32 << 20
 _PART_STEP = 256  # rows; keeps parts whole tiles of the products
 
+_BFLOAT16 = DTYPE_IDS[torch.bfloat16]
 _FLOATS = ("f32", "f16", "bf16")
 _Piece = tuple[PackedWeight, int, int]  # first row and end
 
@@ -37,28 +38,21 @@ def dequantize_rows(weight: PackedWeight, first_row: int, num_rows: int, out: Te
     """
     check(
         out.shape == (num_rows, weight.cols) and out.stride(1) == 1 and out.device == weight.data.device,
-        f"dequantize: out {tuple(out.shape)} is not [{num_rows}, {weight.cols}] on {weight.data.device}",
+        lambda: (
+            f"dequantize: out {tuple(out.shape)} is not [{num_rows}, {weight.cols}] on {weight.data.device}"
+        ),
     )
     check(
         weight.format in _FLOATS or (out.stride(0) % 4 == 0 and out.data_ptr() % 16 == 0),
         "dequantize: the rows of out are not aligned",
     )
+    end = first_row + num_rows
     check(
-        first_row % TILE_ROWS == 0 and first_row >= 0 and first_row + num_rows <= weight.rows,
-        f"dequantize: rows {first_row} … {first_row + num_rows} are not in tiles of {weight.rows} rows",
+        first_row % TILE_ROWS == 0 and first_row >= 0 and end <= weight.rows,
+        lambda: f"dequantize: rows {first_row} … {end} are not in tiles of {weight.rows} rows",
     )
-    _C.dequantize_cuda(
-        FORMAT_IDS[weight.format],
-        weight.data.data_ptr(),
-        weight.rows,
-        weight.cols,
-        first_row,
-        num_rows,
-        out.data_ptr(),
-        out.stride(0),
-        dtype_id(out),
-        stream(out),
-    )
+    view = weight.view_rows(first_row, end)
+    _C.dequantize_cuda([view], out.data_ptr(), out.stride(0), dtype_id(out), stream(out))
     return out
 
 
@@ -70,20 +64,18 @@ def unpacked_matmul(
     x: [T, K] bfloat16, contiguous.   biases: [Nᵢ] float32 or None each.   out: [T, ΣNᵢ] bfloat16 or float32.
     Raises ValueError if a shape or dtype does not fit.
     """
-    cols = x.shape[1]
     check(x.dtype == torch.bfloat16 and x.is_contiguous(), "unpacked_matmul: x must be contiguous bfloat16")
-    for weight in weights:
-        check(
-            weight.cols == cols,
-            f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x {tuple(x.shape)}",
-        )
-    total = sum(weight.rows for weight in weights)
-    check(out.shape == (x.shape[0], total), f"unpacked_matmul: out {tuple(out.shape)} has no {total} columns")
-    column = 0
-    for part in _parts(weights, _part_rows(x)):
-        matrix = _unpacked(part, x)
-        _multiply(x, matrix, out[:, column : column + matrix.shape[0]])
-        column += matrix.shape[0]
+    total = _total_rows(weights, x)
+    check(
+        out.shape == (x.shape[0], total),
+        lambda: f"unpacked_matmul: out {tuple(out.shape)} has no {total} columns",
+    )
+    scratch, column = _scratch(x.device, x.shape[1]), 0
+    for part in _parts(weights, min(_part_rows(x), _rows_of(scratch, x.shape[1]))):
+        matrix = _unpacked(part, scratch, x)
+        end = column + matrix.shape[0]
+        _multiply(x, matrix, out if end - column == total else out[:, column:end])
+        column = end
     if biases is not None:
         column = 0
         for weight, bias in zip(weights, biases, strict=True):
@@ -105,28 +97,36 @@ def unpacked_matmul_reference(
     return torch.cat(outs, 1)
 
 
-def _scratches() -> dict[torch.device, Tensor]:
-    if not hasattr(_thread, "scratches"):
-        _thread.scratches = {}
-    scratches: dict[torch.device, Tensor] = _thread.scratches
-    return scratches
+def _total_rows(weights: Sequence[PackedWeight], x: Tensor) -> int:
+    total, cols = 0, x.shape[1]
+    for weight in weights:
+        if weight.cols != cols:
+            shape = [weight.rows, weight.cols]
+            raise ValueError(f"quant_matmul: weight {shape} does not fit x {tuple(x.shape)}")
+        total += weight.rows
+    return total
 
 
 def _scratch(device: torch.device, cols: int) -> Tensor:
-    """The thread's scratch on the device as rows of `cols` numbers, whole tiles of them."""
-    scratch = _scratches().get(device)
+    """The thread's scratch on the device, [numbers], with room for a tile of such rows at least."""
+    scratches: dict[torch.device, Tensor] = vars(_thread).setdefault("scratches", {})
+    scratch = scratches.get(device)
     if scratch is None or scratch.numel() < TILE_ROWS * cols:
         size = max(SCRATCH_BYTES // 2, TILE_ROWS * cols)
-        scratch = _scratches()[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
-    rows = scratch.numel() // cols // TILE_ROWS * TILE_ROWS
-    return scratch[: rows * cols].view(rows, cols)
+        scratch = scratches[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
+    return scratch
+
+
+def _rows_of(scratch: Tensor, cols: int) -> int:
+    """How many rows fit, whole tiles of them."""
+    return scratch.numel() // cols // TILE_ROWS * TILE_ROWS
 
 
 def _part_rows(x: Tensor) -> int:
-    """How many rows of weights are unpacked at a time for the input x, whole tiles of them."""
-    cols = x.shape[1]
-    wanted = max(_CACHED_BYTES // (2 * cols), _PART_OUTPUTS // max(x.shape[0], 1), 1)
-    return min(_scratch(x.device, cols).shape[0], -(-wanted // _PART_STEP) * _PART_STEP)
+    """How many rows of weights are best unpacked at a time for the input x."""
+    num_rows, cols = x.shape
+    wanted = max(_CACHED_BYTES // (2 * cols), _PART_OUTPUTS // max(num_rows, 1), 1)
+    return -(-wanted // _PART_STEP) * _PART_STEP
 
 
 def _parts(weights: Sequence[PackedWeight], most: int) -> Iterator[list[_Piece]]:
@@ -147,16 +147,17 @@ def _parts(weights: Sequence[PackedWeight], most: int) -> Iterator[list[_Piece]]
     yield part
 
 
-def _unpacked(part: Sequence[_Piece], x: Tensor) -> Tensor:
+def _unpacked(part: Sequence[_Piece], scratch: Tensor, x: Tensor) -> Tensor:
     """The rows of a part as one bfloat16 matrix, which lives until the next part."""
     weight, first, end = part[0]
     if len(part) == 1 and weight.format == "bf16":  # lies as it is multiplied
         return weight.data.view(torch.bfloat16).view(weight.rows, weight.cols)[first:end]
-    scratch, row = _scratch(x.device, x.shape[1]), 0
+    views, num_rows, cols = [], 0, x.shape[1]
     for weight, first, end in part:
-        dequantize_rows(weight, first, end - first, scratch[row : row + end - first])
-        row += end - first
-    return scratch[:row]
+        views.append(weight.view if end - first == weight.rows else weight.view_rows(first, end))
+        num_rows += end - first
+    _C.dequantize_cuda(views, scratch.data_ptr(), cols, _BFLOAT16, stream(x))
+    return scratch.as_strided((num_rows, cols), (cols, 1))
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:

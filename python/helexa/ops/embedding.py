@@ -19,11 +19,11 @@ def embedding(token_ids: Tensor, weight: PackedWeight, *, out: Tensor | None = N
     out = torch.empty(num_tokens, weight.cols, device=token_ids.device) if out is None else out
     check(
         out.shape == (num_tokens, weight.cols) and out.is_contiguous(),
-        f"embedding: out {tuple(out.shape)} is not [{num_tokens}, {weight.cols}]",
+        lambda: f"embedding: out {tuple(out.shape)} is not [{num_tokens}, {weight.cols}]",
     )
     check(
         token_ids.device == weight.data.device == out.device,
-        f"embedding: ids on {token_ids.device}, weight on {weight.data.device}, out on {out.device}",
+        lambda: f"embedding: ids on {token_ids.device}, weight on {weight.data.device}, out on {out.device}",
     )
     entry, tail = (_C.embedding_cuda, (stream(out),)) if on_cuda(out) else (_C.embedding_cpu, ())
     entry(

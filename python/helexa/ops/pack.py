@@ -5,6 +5,7 @@ The CPU's layout is csrc/quant/packed.h, that of CUDA devices csrc/quant/tiles.c
 
 import mmap
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops.tensor import DTYPE_IDS, EMULATED, check, on_cuda, stream
+from helexa.ops.tensor import EMULATED, address, check, dtype_id, on_cuda, stream
 from helexa.quant import FORMATS
 
 TILE_ROWS = 16
@@ -41,15 +42,26 @@ class PackedWeight:
     cols: int
     data: Tensor = field(repr=False)
 
+    @cached_property
+    def view(self) -> _C.WeightView:
+        """What the extension knows it by, without a bias."""
+        return self.view_rows(0, self.rows)
+
+    def view_rows(self, first: int, end: int, bias: Tensor | None = None) -> _C.WeightView:
+        """The same of some of its rows; on a device `first` is a multiple of TILE_ROWS, on the CPU 0."""
+        number, place = FORMAT_IDS[self.format], self.data.data_ptr()
+        if first:
+            place += _C.tiled_bytes(number, first, self.cols)
+        return _C.WeightView(number, place, end - first, self.cols, address(bias))
+
     def dequantize(self) -> Tensor:
         """The matrix as float32 [rows, cols] on its device, with the values of the file."""
         out = torch.empty(self.rows, self.cols, device=self.data.device)
-        shape = (FORMAT_IDS[self.format], self.data.data_ptr(), self.rows, self.cols)
         if on_cuda(self.data):
-            dtype = DTYPE_IDS[torch.float32]
-            _C.dequantize_cuda(*shape, 0, self.rows, out.data_ptr(), self.cols, dtype, stream(out))
+            _C.dequantize_cuda([self.view], out.data_ptr(), self.cols, dtype_id(out), stream(out))
         else:
             ids = torch.arange(self.rows, dtype=torch.int32)
+            shape = (FORMAT_IDS[self.format], self.data.data_ptr(), self.rows, self.cols)
             _C.embedding_cpu(ids.data_ptr(), self.rows, *shape, out.data_ptr())
         return out
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from helexa import _C
 from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, empty_activation, quantize_rows
 from helexa.ops.dequantize import unpacked_matmul
-from helexa.ops.pack import FORMAT_IDS, PackedWeight
+from helexa.ops.pack import PackedWeight
 from helexa.ops.silu_mul import silu_mul
-from helexa.ops.tensor import check, on_cuda, stream
+from helexa.ops.tensor import address, check, check_tensor, on_cuda, stream
 
 Biases = Sequence[Tensor | None] | None
 
@@ -39,14 +39,14 @@ def quant_matmul(
     """
     if isinstance(x, Activation) or on_cuda(x):
         return _on_cuda(x, weights, biases, out, dtype)
-    check(dtype in (None, torch.float32), f"quant_matmul: on the CPU out is float32, not {dtype}")
+    check(dtype in (None, torch.float32), lambda: f"quant_matmul: on the CPU out is float32, not {dtype}")
     check(
         x.ndim == 2 and x.dtype == torch.float32 and x.is_contiguous(),
         "quant_matmul: x must be contiguous float32",
     )
     views, shape = _views(weights, biases, x.shape[1]), (x.shape[0], _total_rows(weights))
     out = torch.empty(shape) if out is None else out
-    _check_out(out, shape, torch.float32)
+    check_tensor("quant_matmul", "out", out, shape, torch.float32)
     check(shape[0] == 0 or out.data_ptr() != x.data_ptr(), "quant_matmul: out is not memory of its own")
     _C.quant_matmul_cpu(x.data_ptr(), shape[0], views, out.data_ptr())
     return out
@@ -82,19 +82,19 @@ def _on_cuda(
     wanted = dtype or (torch.float32 if is_few else torch.bfloat16)
     check(
         wanted == torch.float32 or (wanted == torch.bfloat16 and not is_few),
-        f"quant_matmul: {num_rows} rows on CUDA make float32{'' if is_few else ' or bfloat16'}, not {dtype}",
+        lambda: f"quant_matmul: {num_rows} rows on CUDA cannot make {dtype}",
     )
     shape = (num_rows, _total_rows(weights))
     out = torch.empty(shape, dtype=wanted, device=weights[0].data.device) if out is None else out
-    _check_out(out, shape, wanted)
+    check_tensor("quant_matmul", "out", out, shape, wanted)
     if is_few:
-        check(len(weights) <= _MAX_WEIGHTS, f"quant_matmul: more than {_MAX_WEIGHTS} weights")
+        check(len(weights) <= _MAX_WEIGHTS, lambda: f"quant_matmul: more than {_MAX_WEIGHTS} weights")
         rows = _few_rows(x)
         views = _views(weights, biases, rows.cols)
         _C.quant_matmul_cuda(*_addresses(rows), num_rows, views, out.data_ptr(), stream(out))
     else:
         rows = x if isinstance(x, Activation) else quantize_rows(x)
-        check(rows.bf16 is not None, f"quant_matmul: {num_rows} rows on CUDA have to be bfloat16")
+        check(rows.bf16 is not None, lambda: f"quant_matmul: {num_rows} rows on CUDA have to be bfloat16")
         assert rows.bf16 is not None
         unpacked_matmul(rows.bf16, weights, biases, out)
     return out
@@ -113,40 +113,29 @@ def _few_rows(x: Rows) -> Activation:
 
 def _addresses(rows: Activation) -> tuple[int, int]:
     assert rows.q8 is not None
-    return rows.q8.data_ptr(), 0 if rows.x is None else rows.x.data_ptr()
+    return rows.q8.data_ptr(), address(rows.x)
 
 
 def _views(weights: Sequence[PackedWeight], biases: Biases, cols: int) -> list[_C.WeightView]:
-    biases = [None] * len(weights) if biases is None else biases
+    check(len(weights) > 0, "quant_matmul: there are no weights")
+    for weight in weights:
+        if weight.cols != cols:
+            shape = [weight.rows, weight.cols]
+            raise ValueError(f"quant_matmul: weight {shape} does not fit x of {cols} columns")
+    if biases is None:
+        return [weight.view for weight in weights]
     views = []
     for weight, bias in zip(weights, biases, strict=True):
         check(
-            weight.cols == cols,
-            f"quant_matmul: weight [{weight.rows}, {weight.cols}] does not fit x of {cols} columns",
-        )
-        check(
             bias is None or (bias.shape == (weight.rows,) and bias.dtype == torch.float32),
-            f"quant_matmul: a bias is not [{weight.rows}] float32",
+            "quant_matmul: a bias does not have a float32 for each row of its weight",
         )
-        bias_ptr = 0 if bias is None else bias.data_ptr()
-        views.append(
-            _C.WeightView(
-                FORMAT_IDS[weight.format], weight.data.data_ptr(), weight.rows, weight.cols, bias_ptr
-            )
-        )
-    check(len(views) > 0, "quant_matmul: there are no weights")
+        views.append(weight.view_rows(0, weight.rows, bias))
     return views
 
 
 def _total_rows(weights: Sequence[PackedWeight]) -> int:
     return sum(weight.rows for weight in weights)
-
-
-def _check_out(out: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check(
-        out.shape == shape and out.is_contiguous() and out.dtype == dtype,
-        f"quant_matmul: out {tuple(out.shape)} {out.dtype} is not a contiguous {shape} {dtype}",
-    )
 
 
 def quantize_input_reference(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from helexa import _C
 from helexa.ops.activation import Activation, Rows, empty_activation
-from helexa.ops.tensor import check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
 
 MAX_CUDA_WIDTH = 16384  # a block of a device keeps a row in registers
 
@@ -26,22 +26,26 @@ def rms_norm(
     is there is written.   keep_float: on CUDA the result has `x` too.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
-    check(x.ndim == 2 and x.is_contiguous(), f"rms_norm: x {tuple(x.shape)} is not a contiguous [T, D]")
+    shape, device = x.shape, x.device
     check(
-        weight.shape == x.shape[-1:] and weight.dtype == torch.float32 and weight.is_contiguous(),
-        f"rms_norm: weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)}",
+        len(shape) == 2 and x.is_contiguous(),
+        lambda: f"rms_norm: x {tuple(shape)} is not a contiguous [T, D]",
     )
-    check(weight.device == x.device, f"rms_norm: weight is on {weight.device}, x on {x.device}")
+    check_tensor("rms_norm", "weight", weight, shape[1:], torch.float32)
+    check(weight.device == device, lambda: f"rms_norm: weight is on {weight.device}, x on {device}")
     if residual is not None:
-        _check_floats("residual", residual, x)
+        check_tensor("rms_norm", "residual", residual, shape, torch.float32)
+        check(residual.device == device, "rms_norm: residual is not on the device of x")
     if on_cuda(x):
         return _on_cuda(x, weight, eps, residual, out, keep_float)
-    check(x.dtype == torch.float32, f"rms_norm: x is {x.dtype}; on the CPU it has to be float32")
-    out = torch.empty(x.shape) if out is None else out
-    check(isinstance(out, Tensor), "rms_norm: on the CPU out is a tensor")
-    _check_floats("out", out, x)
-    residual_ptr = 0 if residual is None else residual.data_ptr()
-    _C.rms_norm_cpu(x.data_ptr(), weight.data_ptr(), residual_ptr, out.data_ptr(), *x.shape, eps)
+    check(x.dtype == torch.float32, lambda: f"rms_norm: x is {x.dtype}; on the CPU it has to be float32")
+    out = torch.empty(shape) if out is None else out
+    if not isinstance(out, Tensor):
+        raise ValueError("rms_norm: on the CPU out is a tensor")
+    check_tensor("rms_norm", "out", out, shape, torch.float32)
+    _C.rms_norm_cpu(
+        x.data_ptr(), weight.data_ptr(), address(residual), out.data_ptr(), shape[0], shape[1], eps
+    )
     return out
 
 
@@ -50,22 +54,30 @@ def _on_cuda(
 ) -> Activation:
     num_tokens, width = x.shape
     check(
-        x.dtype in (torch.float32, torch.bfloat16), f"rms_norm: x is {x.dtype}; expected float32 or bfloat16"
+        x.dtype in (torch.float32, torch.bfloat16),
+        lambda: f"rms_norm: x is {x.dtype}; expected float32 or bfloat16",
     )
     check(
         0 < width <= MAX_CUDA_WIDTH,
-        f"rms_norm: rows of {width} values; a device takes up to {MAX_CUDA_WIDTH}",
+        lambda: f"rms_norm: rows of {width} values; a device takes up to {MAX_CUDA_WIDTH}",
     )
     if out is None:
         out = empty_activation(num_tokens, width, x.device, keep_float=keep_float)
-    check(
-        isinstance(out, Activation) and out.num_rows == num_tokens and out.cols == width,
-        f"rms_norm: on CUDA out is an Activation of {tuple(x.shape)}",
+    elif not isinstance(out, Activation) or out.num_rows != num_tokens or out.cols != width:
+        raise ValueError(f"rms_norm: on CUDA out is an Activation of {tuple(x.shape)}")
+    _C.rms_norm_cuda(
+        x.data_ptr(),
+        dtype_id(x),
+        weight.data_ptr(),
+        address(residual),
+        address(out.q8),
+        address(out.bf16),
+        address(out.x),
+        num_tokens,
+        width,
+        eps,
+        stream(x),
     )
-    written = [0 if form is None else form.data_ptr() for form in (out.q8, out.bf16, out.x)]
-    residual_ptr = 0 if residual is None else residual.data_ptr()
-    source = (x.data_ptr(), dtype_id(x), weight.data_ptr(), residual_ptr)
-    _C.rms_norm_cuda(*source, *written, num_tokens, width, eps, stream(x))
     return out
 
 
@@ -73,16 +85,3 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, residual: Tenso
     """The same in torch."""
     y = x.float() if residual is None else residual.add_(x)
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def _check_floats(name: str, tensor: Tensor, x: Tensor) -> None:
-    fits = (
-        tensor.shape == x.shape
-        and tensor.dtype == torch.float32
-        and tensor.device == x.device
-        and tensor.is_contiguous()
-    )
-    check(
-        fits,
-        f"rms_norm: {name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} is not float32 like x",
-    )

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from helexa import _C
 from helexa.ops.activation import Activation, Rows, empty_activation
-from helexa.ops.tensor import check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
 
 
 def silu_mul(gate_up: Tensor, *, out: Rows | None = None) -> Rows:
@@ -18,17 +18,16 @@ def silu_mul(gate_up: Tensor, *, out: Rows | None = None) -> Rows:
     """
     check(
         gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0 and gate_up.is_contiguous(),
-        f"silu_mul: gate_up {tuple(gate_up.shape)} is not a contiguous [T, 2F]",
+        lambda: f"silu_mul: gate_up {tuple(gate_up.shape)} is not a contiguous [T, 2F]",
     )
     shape = (gate_up.shape[0], gate_up.shape[1] // 2)
     if on_cuda(gate_up):
         return _on_cuda(gate_up, shape, out)
     check(gate_up.dtype == torch.float32, "silu_mul: on the CPU gate_up has to be float32")
     out = torch.empty(shape, dtype=torch.float32) if out is None else out
-    check(
-        isinstance(out, Tensor) and out.shape == shape and out.dtype == torch.float32 and out.is_contiguous(),
-        f"silu_mul: out is not a contiguous {shape} float32",
-    )
+    if not isinstance(out, Tensor):
+        raise ValueError("silu_mul: on the CPU out is a tensor")
+    check_tensor("silu_mul", "out", out, shape, torch.float32)
     _C.silu_mul_cpu(gate_up.data_ptr(), out.data_ptr(), *shape)
     return out
 
@@ -36,17 +35,18 @@ def silu_mul(gate_up: Tensor, *, out: Rows | None = None) -> Rows:
 def _on_cuda(gate_up: Tensor, shape: tuple[int, int], out: Rows | None) -> Activation:
     check(
         gate_up.dtype in (torch.float32, torch.bfloat16),
-        f"silu_mul: gate_up is {gate_up.dtype}; expected float32 or bfloat16",
+        lambda: f"silu_mul: gate_up is {gate_up.dtype}; expected float32 or bfloat16",
     )
-    out = empty_activation(*shape, gate_up.device) if out is None else out
-    check(
-        isinstance(out, Activation)
-        and (out.num_rows, out.cols) == shape
-        and (out.q8 is None) != (out.bf16 is None),
-        f"silu_mul: on CUDA out is an Activation of {shape} with q8 or bf16",
-    )
-    written = [0 if form is None else form.data_ptr() for form in (out.q8, out.bf16)]
-    _C.silu_mul_cuda(gate_up.data_ptr(), dtype_id(gate_up), *written, *shape, stream(gate_up))
+    if out is None:
+        out = empty_activation(*shape, gate_up.device)
+    elif (
+        not isinstance(out, Activation)
+        or (out.num_rows, out.cols) != shape
+        or (out.q8 is None) == (out.bf16 is None)
+    ):
+        raise ValueError(f"silu_mul: on CUDA out is an Activation of {shape} with q8 or bf16")
+    forms = address(out.q8), address(out.bf16)
+    _C.silu_mul_cuda(gate_up.data_ptr(), dtype_id(gate_up), *forms, *shape, stream(gate_up))
     return out
 
 
