@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from helexa.engine.device import Device
 from helexa.engine.engine import Engine
 from helexa.engine.options import EngineOptions
 from helexa.engine.sampling_params import SamplingParams
@@ -43,7 +44,9 @@ def test_steps_that_end_are_left_alone():
     assert worker.close()
 
 
-async def test_requests_of_a_hung_step_end_with_an_error_and_closing_does_not_hang():
+@pytest.fixture
+def hung():
+    """An engine whose steps last until the event is set, and that event."""
     end = threading.Event()
 
     def hang(step):
@@ -67,18 +70,38 @@ async def test_requests_of_a_hung_step_end_with_an_error_and_closing_does_not_ha
     )
     options = EngineOptions(capture=False, kv_cache_tokens=512, step_timeout_s=0.3)
     engine = Engine(lambda: hang, config, options, name="hung")
-    try:
-        async with asyncio.timeout(20):
-            with pytest.raises(DevicePoisoned, match="not ended"):
-                async for _ in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
-                    pass
-            with pytest.raises(DevicePoisoned):
-                async for _ in engine.generate([1], SamplingParams(max_tokens=1)):
-                    pass
-        assert engine.stats().poisoned is not None
-    finally:
-        end.set()
-        engine.close()
+    yield engine, end
+    end.set()
+    engine.close()
+
+
+async def test_requests_of_a_hung_step_end_with_an_error_and_closing_does_not_hang(hung):
+    engine, _ = hung
+    async with asyncio.timeout(20):
+        with pytest.raises(DevicePoisoned, match="not ended"):
+            async for _ in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
+                pass
+        with pytest.raises(DevicePoisoned):
+            async for _ in engine.generate([1], SamplingParams(max_tokens=1)):
+                pass
+    assert engine.stats().poisoned is not None
+
+
+async def test_memory_of_a_device_that_hangs_is_not_waited_for(hung, monkeypatch):
+    engine, end = hung
+    with pytest.raises(DevicePoisoned):
+        async for _ in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
+            pass
+    released = []
+    monkeypatch.setattr("helexa.engine.engine.CLOSE_S", 0.1)
+    monkeypatch.setattr("helexa.engine.engine.release", lambda: released.append(end.is_set()))
+    monkeypatch.setattr(Device, "has_streams", True)
+    await asyncio.to_thread(engine.close)
+    assert released == []
+    end.set()
+    monkeypatch.setattr("helexa.engine.engine.CLOSE_S", 10.0)
+    await asyncio.to_thread(engine.close)
+    assert released == [True]
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])

@@ -109,7 +109,7 @@ class Engine:
         try:
             self._core = self._worker.call(partial(self._start, build, store, model_key)).result()
         except BaseException:
-            self._worker.close()
+            self._end_worker()
             raise
         self._watchdog = Watchdog(self._worker, self._step_started_s, self.options.step_limit_s)
 
@@ -328,11 +328,16 @@ class Engine:
             with contextlib.suppress(HelexaError, TimeoutError):
                 self._worker.call(core.close).result(CLOSE_S)
         self._watchdog.close()
-        self._worker.close(CLOSE_S)
-        if core is not None:
-            core.forget()
+        self._end_worker()
+
+    def _end_worker(self) -> None:
+        """Ends the device thread and gives the memory back."""
+        has_ended = self._worker.close(CLOSE_S)
+        if self._core is not None:
+            self._core.forget()
         self._keeper.forget()
-        if self.device.has_streams:
+        # A device gives nothing back before it has done its work: what hangs there would be waited for.
+        if self.device.has_streams and has_ended:
             release()
 
     def __enter__(self) -> Self:
