@@ -255,7 +255,7 @@ def test_who_waits_for_the_last_of_its_rows_has_no_step_of_nothing(bench, monkey
 
     monkeypatch.setattr(machine.core.runner, "start", started)
     collector = LogitsCollector(20, VOCAB)
-    machine.submit(list(range(1, 17)) + [3, 1, 4, 1], 0, receiver=collector, rows=collector)
+    machine.submit([*range(1, 17), 3, 1, 4, 1], 0, receiver=collector, rows=collector)
     machine.run()
     assert lengths == [8, 8, 4]
 
