@@ -5,8 +5,6 @@ step chose stay there for the next one, which is queued before the host has seen
 read is copied back behind each step, and an event tells when it is there.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -289,23 +287,10 @@ class CudaRunner(Runner):
         self._inputs.fill([], rows)
         logits = self._decode_logits(rows)  # so that all is loaded
         self._bodies[rows] = torch.cuda.CUDAGraph()
-        with _captured(self._bodies[rows], pool):
+        with ops.captured(self._bodies[rows], pool):
             self._logits[rows] = self._decode_logits(rows)
         for greedy_only in (True, False):
             self.chooser.launch(logits, state_slots, positions, greedy_only=greedy_only)
             self._choices[rows, greedy_only] = torch.cuda.CUDAGraph()
-            with _captured(self._choices[rows, greedy_only], pool):
+            with ops.captured(self._choices[rows, greedy_only], pool):
                 self.chooser.launch(self._logits[rows], state_slots, positions, greedy_only=greedy_only)
-
-
-@contextmanager
-def _captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Captures what the thread queues on its stream; other threads may use devices meanwhile.
-
-    Unlike torch.cuda.graph, it neither collects garbage nor gives free memory back, which takes long.
-    """
-    graph.capture_begin(pool, "thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()

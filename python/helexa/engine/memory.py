@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from helexa import ops
 from helexa.errors import OutOfMemory
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -51,7 +52,7 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         with suppress(RuntimeError):  # a device that is lost
-            torch.cuda.empty_cache()
+            ops.free_unused()
     with suppress(OSError, AttributeError):  # a system with another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -26,6 +26,7 @@ from helexa.ops.dequantize import (
     unpacked_matmul,
     unpacked_matmul_reference,
 )
+from helexa.ops.device_memory import captured, free_unused
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
@@ -110,6 +111,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "cache_shape",
+    "captured",
     "cpu_isa",
     "default_readers",
     "dequantize_rows",
@@ -117,6 +119,7 @@ __all__ = [
     "embedding_reference",
     "empty_activation",
     "empty_packed",
+    "free_unused",
     "gated_delta_net",
     "gated_delta_net_reference",
     "gated_matmul",

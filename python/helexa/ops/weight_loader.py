@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helexa import _C
 from helexa._C import set_num_threads
+from helexa.ops.device_memory import free_unused
 from helexa.ops.pack import FORMAT_IDS, PackedWeight
 from helexa.ops.tensor import EMULATED, check
 from helexa.quant import FORMATS
@@ -123,7 +124,7 @@ class WeightLoader:
         for thread in self._threads:
             thread.join()
         if self._origin is not None:
-            torch.cuda.empty_cache()  # the slots on the device
+            free_unused()  # the slots on the device
 
     def _put(
         self,
