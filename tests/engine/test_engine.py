@@ -409,6 +409,7 @@ def test_a_cache_that_cannot_fit_is_refused_with_the_bytes(engine_of):
         ({"max_sequences": 0}, "max_sequences is 0; expected a positive integer"),
         ({"max_sequences": 10**6}, "max_sequences is 1000000; expected at most 1024"),
         ({"num_threads": 10**6}, "num_threads is 1000000; expected at most 1024"),
+        ({"prefill_chunk": 10**6}, "prefill_chunk is 1000000; expected at most 32768"),
     ],
 )
 def test_wrong_options_are_named(engine_of, options, message):

@@ -43,7 +43,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(f"{name} is {value!r}; expected a positive integer", param=name)
-        for name, most in (("max_sequences", 1024), ("num_threads", 1024)):  # each takes memory by itself
+        # Each takes memory by itself.
+        for name, most in (("max_sequences", 1024), ("num_threads", 1024), ("prefill_chunk", 1 << 15)):
             value = getattr(self, name)
             if value is not None and value > most:
                 raise InvalidParameter(f"{name} is {value}; expected at most {most}", param=name)
