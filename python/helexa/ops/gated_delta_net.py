@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from helexa import _C
 from helexa.ops.activation import Activation, Rows, empty_activation, quantize_rows
-from helexa.ops.tensor import check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import check, check_tensor, dtype_id, on_cuda, stream
 
 MAX_STATE_DIM = 256
 _L2_EPS = 1e-6
@@ -101,6 +101,7 @@ def gated_delta_net(
     kv_lengths: Tensor,
     *,
     out: Rows | None = None,
+    settled: bool = False,
 ) -> Rows:
     """One layer for the new tokens of S sequences; their states are updated in place.
 
@@ -109,6 +110,9 @@ def gated_delta_net(
     state_slots: [S] int32, all different.   query_start: [S + 1] int32.
     kv_lengths: [S] int32; a sequence whose tokens are all here starts from zero, whatever its slot holds.
     out: on the CPU [T, H_v·d_v] float32, on CUDA an Activation with `q8`, `bf16` or `x`.
+    settled: on CUDA, allows to read all but x before the launch before this one has ended. It promises that
+    a norm, or another launch that waits for those before it at once, lies between this one and whatever wrote
+    these tensors (csrc/ops/gated_delta_net.h says why).
     Few tokens go one by one, many in chunks of 64; both round differently, as float32 does.  On CUDA chunks
     round queries, keys and operands of products to 11 bits, and values to the width of x.
     Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out` and scratch.
@@ -118,7 +122,7 @@ def gated_delta_net(
     conv_shape, state_shape = p.state_shapes(states.shape[0])
     num_sequences = state_slots.shape[0]
     dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
-    check(x.dtype in dtypes, f"gated_delta_net: x is {x.dtype}, expected one of {dtypes}")
+    check(x.dtype in dtypes, lambda: f"gated_delta_net: x is {x.dtype}, expected one of {dtypes}")
     for name, tensor, expected, dtype in (
         ("x", x, (x.shape[0], p.row), x.dtype),
         ("conv_states", conv_states, conv_shape, torch.float32),
@@ -127,18 +131,18 @@ def gated_delta_net(
         ("query_start", query_start, (num_sequences + 1,), torch.int32),
         ("kv_lengths", kv_lengths, (num_sequences,), torch.int32),
     ):
-        _check(name, tensor, expected, dtype)
+        check_tensor("gated_delta_net", name, tensor, expected, dtype)
     tensors = (x, p.conv_weight, p.decay, p.dt_bias, p.norm_weight, conv_states, states, state_slots)
     pointers: list[Any] = [tensor.data_ptr() for tensor in (*tensors, query_start, kv_lengths)]
     sizes: list[Any] = [p.num_key_heads, p.num_value_heads, p.key_head_dim, p.value_head_dim]
     sizes.append(p.conv_weight.shape[0])
     if is_cuda:
-        return _on_cuda(x, p, pointers, num_sequences, states.shape[0], sizes, out)
+        return _on_cuda(x, p, pointers, num_sequences, p.counters(states.shape[0]), sizes, out, settled)
     shape = (x.shape[0], p.value_dim)
     out = torch.empty(shape, dtype=torch.float32) if out is None else out
-    check(isinstance(out, Tensor), "gated_delta_net: on the CPU out is a tensor")
-    assert isinstance(out, Tensor)
-    _check("out", out, shape, torch.float32)
+    if not isinstance(out, Tensor):
+        raise ValueError("gated_delta_net: on the CPU out is a tensor")
+    check_tensor("gated_delta_net", "out", out, shape, torch.float32)
     arguments = [*pointers, out.data_ptr(), x.shape[0], num_sequences, *sizes, p.eps, p.tiled]
     _C.gated_delta_net_cpu(*arguments)
     return out
@@ -149,36 +153,35 @@ def _on_cuda(
     p: DeltaParameters,
     pointers: list[Any],
     num_sequences: int,
-    num_slots: int,
+    counters: Tensor,
     sizes: list[Any],
     out: Rows | None,
+    settled: bool,
 ) -> Activation:
     num_tokens = x.shape[0]
     if out is None and p.value_head_dim % 32 != 0:  # codes come 32 columns at a time
         plain = Activation(p.value_dim, x=torch.empty(num_tokens, p.value_dim, device=x.device))
-        _on_cuda(x, p, pointers, num_sequences, num_slots, sizes, plain)
+        _on_cuda(x, p, pointers, num_sequences, counters, sizes, plain, settled)
         assert plain.x is not None
         return quantize_rows(plain.x)
-    out = empty_activation(num_tokens, p.value_dim, x.device) if out is None else out
-    check(
-        isinstance(out, Activation) and (out.num_rows, out.cols) == (num_tokens, p.value_dim),
-        f"gated_delta_net: on CUDA out is an Activation of {num_tokens} x {p.value_dim}",
-    )
-    assert isinstance(out, Activation)
+    if out is None:
+        out = empty_activation(num_tokens, p.value_dim, x.device)
+    elif not isinstance(out, Activation) or (out.num_rows, out.cols) != (num_tokens, p.value_dim):
+        raise ValueError(f"gated_delta_net: on CUDA out is an Activation of {num_tokens} x {p.value_dim}")
     check(
         out.q8 is None or p.value_head_dim % 32 == 0,
-        f"gated_delta_net: codes need heads of a multiple of 32, not {p.value_head_dim}",
+        lambda: f"gated_delta_net: codes need heads of a multiple of 32, not {p.value_head_dim}",
     )
-    forms = [form for form in (out.x, out.bf16, out.q8) if form is not None]
+    forms = [(i, form) for i, form in enumerate((out.x, out.bf16, out.q8)) if form is not None]
     check(len(forms) == 1, "gated_delta_net: out has to have one form")
-    number = next(i for i, form in enumerate((out.x, out.bf16, out.q8)) if form is not None)
+    number, form = forms[0]
     work = [num_tokens, num_sequences, *sizes, dtype_id(x)]
     workspace = torch.empty(_C.gated_delta_net_workspace(*work), dtype=torch.uint8, device=x.device)
-    arguments = [*pointers, p.counters(num_slots).data_ptr(), workspace.data_ptr(), forms[0].data_ptr()]
+    arguments = [*pointers, counters.data_ptr(), workspace.data_ptr(), form.data_ptr()]
     arguments += [
         num_tokens,
         num_sequences,
-        num_slots,
+        settled,
         *sizes,
         dtype_id(x),
         number,
@@ -188,13 +191,6 @@ def _on_cuda(
     ]
     _C.gated_delta_net_cuda(*arguments)
     return out
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(
-        tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous(),
-        f"gated_delta_net: {name} {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}",
-    )
 
 
 def gated_delta_net_reference(

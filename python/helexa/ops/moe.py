@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from helexa import _C
 from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, quantize_rows
-from helexa.ops.pack import FORMAT_IDS, TILE_ROWS, PackedWeight
+from helexa.ops.pack import TILE_ROWS, PackedWeight
 from helexa.ops.quant_matmul import gated_matmul, quant_matmul, quantize_input_reference
 from helexa.ops.silu_mul import silu_mul
-from helexa.ops.tensor import check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
 
 MAX_EXPERTS, MAX_TOP_K, _BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
 FLOAT_FORMATS = ("f32", "f16", "bf16")
@@ -52,25 +52,27 @@ class _Layer:
         num_experts = self.router.rows
         check(
             1 <= self.top_k <= min(num_experts, MAX_TOP_K) and num_experts <= MAX_EXPERTS,
-            f"sparse_moe: {self.top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+            lambda: (
+                f"sparse_moe: {self.top_k} of {num_experts} experts; "
+                f"a device takes {MAX_TOP_K} of {MAX_EXPERTS}"
+            ),
         )
         _check_stacks("sparse_moe", self.gate_up, self.down, num_experts, cols)
         if self.shared is not None:
             _check_stacks("sparse_moe", self.shared.gate_up, self.shared.down, 1, cols)
         for weight in self._routers():
-            check(
-                weight.format in FLOAT_FORMATS and weight.cols == cols,
-                f"sparse_moe: a router [{weight.rows}, {weight.cols}] of {weight.format} for {cols} columns",
-            )
+            if weight.format not in FLOAT_FORMATS or weight.cols != cols:
+                shape = [weight.rows, weight.cols]
+                raise ValueError(f"sparse_moe: a router {shape} of {weight.format} for {cols} columns")
 
     def views(self) -> _C.MoeWeights:
-        router, *shared_router = [_view(weight) for weight in self._routers()]
-        gate_up = [_view(stack) for stack in self.gate_up]
+        router, *shared_router = [weight.view for weight in self._routers()]
+        gate_up = [stack.view for stack in self.gate_up]
         shared_gate_up, shared_down = [], []
         if self.shared is not None:
-            shared_gate_up = [_view(weight) for weight in self.shared.gate_up]
-            shared_down = [_view(self.shared.down)]
-        return _C.MoeWeights(router, shared_router, gate_up, _view(self.down), shared_gate_up, shared_down)
+            shared_gate_up = [weight.view for weight in self.shared.gate_up]
+            shared_down = [self.shared.down.view]
+        return _C.MoeWeights(router, shared_router, gate_up, self.down.view, shared_gate_up, shared_down)
 
     def _routers(self) -> list[PackedWeight]:
         gate = None if self.shared is None else self.shared.gate
@@ -133,18 +135,20 @@ def moe_route(
         logits.dtype == torch.float32 and logits.is_contiguous(),
         "moe_route: logits must be contiguous float32",
     )
-    check(1 <= top_k <= num_experts, f"moe_route: top_k {top_k} of {num_experts} experts")
+    check(1 <= top_k <= num_experts, lambda: f"moe_route: top_k {top_k} of {num_experts} experts")
     shape = (num_tokens, top_k)
     ids = torch.empty(shape, dtype=torch.int32, device=logits.device) if ids is None else ids
     weights = torch.empty(shape, device=logits.device) if weights is None else weights
-    _check_like("moe_route", "ids", ids, shape, torch.int32)
-    _check_like("moe_route", "weights", weights, shape, torch.float32)
+    check_tensor("moe_route", "ids", ids, shape, torch.int32)
+    check_tensor("moe_route", "weights", weights, shape, torch.float32)
     arguments: list[Any] = [logits.data_ptr(), ids.data_ptr(), weights.data_ptr()]
     arguments += (num_tokens, num_experts, top_k, normalize)
     if on_cuda(logits):
         check(
             num_experts <= MAX_EXPERTS and top_k <= MAX_TOP_K,
-            f"moe_route: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}",
+            lambda: (
+                f"moe_route: {top_k} of {num_experts} experts; a device takes {MAX_TOP_K} of {MAX_EXPERTS}"
+            ),
         )
         arguments.append(stream(logits))
         _C.moe_route_cuda(*arguments)
@@ -177,19 +181,22 @@ def moe_mlp(
     num_tokens, cols = x.shape
     out = torch.empty(num_tokens, cols) if out is None else out
     pairs = tuple(ids.shape)
-    _check_like("moe_mlp", "x", x, (num_tokens, cols), torch.float32)
-    check(len(pairs) == 2 and pairs[0] == num_tokens, f"moe_mlp: ids {pairs} do not fit x {tuple(x.shape)}")
-    _check_like("moe_mlp", "ids", ids, pairs, torch.int32)
-    _check_like("moe_mlp", "weights", weights, pairs, torch.float32)
-    _check_like("moe_mlp", "out", out, (num_tokens, cols), torch.float32)
+    check_tensor("moe_mlp", "x", x, (num_tokens, cols), torch.float32)
+    check(
+        len(pairs) == 2 and pairs[0] == num_tokens,
+        lambda: f"moe_mlp: ids {pairs} do not fit x {tuple(x.shape)}",
+    )
+    check_tensor("moe_mlp", "ids", ids, pairs, torch.int32)
+    check_tensor("moe_mlp", "weights", weights, pairs, torch.float32)
+    check_tensor("moe_mlp", "out", out, (num_tokens, cols), torch.float32)
     if shared is not None:
-        _check_like("moe_mlp", "shared", shared, (num_tokens, cols), torch.float32)
+        check_tensor("moe_mlp", "shared", shared, (num_tokens, cols), torch.float32)
     if shared_gate is not None:
-        _check_like("moe_mlp", "shared_gate", shared_gate, (num_tokens, 1), torch.float32)
+        check_tensor("moe_mlp", "shared_gate", shared_gate, (num_tokens, 1), torch.float32)
     _check_stacks("moe_mlp", gate_up, down, num_experts, cols)
-    optional = [0 if tensor is None else tensor.data_ptr() for tensor in (shared, shared_gate)]
+    optional = address(shared), address(shared_gate)
     arguments: list[Any] = [x.data_ptr(), ids.data_ptr(), weights.data_ptr()]
-    arguments += ([_view(stack) for stack in gate_up], [_view(down)], *optional, out.data_ptr())
+    arguments += ([stack.view for stack in gate_up], [down.view], *optional, out.data_ptr())
     arguments += (num_tokens, num_experts, pairs[1])
     _C.moe_mlp_cpu(*arguments)
     return out
@@ -270,11 +277,11 @@ def _on_cuda(x: Activation, layer: _Layer, out: Tensor | None) -> Tensor:
     rows = x.x
     if rows is None:
         raise ValueError("sparse_moe: the router needs the rows as floats")
-    _check_like("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
+    check_tensor("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
     layer.check(cols)
     dtype = torch.float32 if num_tokens <= MAX_MATVEC_ROWS else torch.bfloat16
     out = torch.empty((num_tokens, cols), dtype=dtype, device=rows.device) if out is None else out
-    _check_like("sparse_moe", "out", out, (num_tokens, cols), dtype)
+    check_tensor("sparse_moe", "out", out, (num_tokens, cols), dtype)
     if num_tokens <= MAX_DECODE_ROWS:
         _few_rows(x, rows, layer, out)
         return out
@@ -307,11 +314,11 @@ def _many_rows(x: Activation, rows: Tensor, layer: _Layer, out: Tensor) -> None:
     arguments: list[Any] = [
         bf16.data_ptr(),
         logits.data_ptr(),
-        _address(shared_logits),
+        address(shared_logits),
         weights,
         layer.normalize,
     ]
-    arguments += (_address(mixed), 0 if mixed is None else dtype_id(mixed), out.data_ptr(), dtype_id(out))
+    arguments += (address(mixed), 0 if mixed is None else dtype_id(mixed), out.data_ptr(), dtype_id(out))
     arguments += (workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_many_cuda(*arguments)
 
@@ -326,36 +333,20 @@ def _as_floats(weight: PackedWeight) -> Tensor:
     return weight.data.view(dtype).view(weight.rows, weight.cols).float()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _check_stacks(
     op: str, gate_up: Sequence[PackedWeight], down: PackedWeight, num_experts: int, cols: int
 ) -> None:
-    check(len(gate_up) in (1, 2), f"{op}: {len(gate_up)} stacks of gate and up")
+    check(len(gate_up) in (1, 2), lambda: f"{op}: {len(gate_up)} stacks of gate and up")
     for stack in (*gate_up, down):
-        rows = stack.rows // num_experts
-        check(
-            stack.rows == rows * num_experts and rows % TILE_ROWS == 0,
-            f"{op}: a stack of {stack.rows} rows over {num_experts} experts; rows of an expert must be "
-            f"a multiple of {TILE_ROWS}",
-        )
+        if stack.rows % (num_experts * TILE_ROWS):
+            raise ValueError(
+                f"{op}: a stack of {stack.rows} rows over {num_experts} experts; rows of an expert must be "
+                f"a multiple of {TILE_ROWS}"
+            )
+    first, last = gate_up[0], gate_up[-1]
     width = sum(stack.rows for stack in gate_up) // num_experts
     check(
-        all(stack.cols == cols for stack in gate_up)
-        and (down.cols * 2, down.rows) == (width, num_experts * cols)
-        and len({stack.rows for stack in gate_up}) == 1,
-        f"{op}: stacks {[(s.rows, s.cols) for s in (*gate_up, down)]} do not fit {cols} columns",
-    )
-
-
-def _view(weight: PackedWeight) -> _C.WeightView:
-    return _C.WeightView(FORMAT_IDS[weight.format], weight.data.data_ptr(), weight.rows, weight.cols, 0)
-
-
-def _check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(
-        tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous(),
-        f"{op}: {name} {tuple(tensor.shape)} {tensor.dtype} is not a contiguous {shape} {dtype}",
+        (first.rows, first.cols, last.cols) == (last.rows, cols, cols)
+        and (down.cols * 2, down.rows) == (width, num_experts * cols),
+        lambda: f"{op}: stacks {[(s.rows, s.cols) for s in (*gate_up, down)]} do not fit {cols} columns",
     )
