@@ -71,20 +71,29 @@ struct Routes {
   Plan plan;
 };
 
-// Bytes of shared memory that a block may have.
-inline int64_t shared_memory() {
+struct Memories {
+  int shared;              // bytes that a block may have
+  int second_level_cache;  // bytes
+};
+
+// Of the current device.
+inline Memories memories() {
 #ifdef HELEXA_EMULATED_CUDA
-  return 227 * 1024;
+  return {227 * 1024, 50 * 1024 * 1024};
 #else
-  static thread_local int known_device = -1, bytes = 0;
+  static thread_local int known_device = -1;
+  static thread_local Memories known;
   int device = 0;
   CUDA_CHECK(cudaGetDevice(&device));
   if (device != known_device) {
-    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&known.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&known.second_level_cache, cudaDevAttrL2CacheSize, device));
     known_device = device;
   }
-  return bytes;
+  return known;
 #endif
 }
+inline int64_t shared_memory() { return memories().shared; }
+inline int64_t second_level_cache() { return memories().second_level_cache; }
 
 }  // namespace helexa::moe

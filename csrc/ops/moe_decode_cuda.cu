@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // Experts for few rows, in three launches: routes; gate and up of the chosen experts and of the shared one; down and the weighted sum.
-// Weights are read once per batch of eight tokens whatever the tokens choose.  Each warp streams its part of a tile of 16 rows
-// through a ring of its own in shared memory, so that memory stays busy while it multiplies, and the first product asks for the
-// weights of the second one, whose experts are known by then.  matvec.cuh has the products and says why no result depends on the
-// number of tokens.
+// Weights are read once per batch of eight tokens whatever the tokens choose.  Each warp streams its part of tiles of 16 rows
+// through a ring of its own in shared memory, so that memory stays busy while it multiplies.  matvec.cuh has the products and says why
+// no result depends on the number of tokens.
+//
+// The last launch begins while the one before it still runs, and fills its rings meanwhile: gate_up does not let it start before the
+// routes are complete.  Gate_up also asks for those weights to come to the second-level cache, if they leave room in it.
 #include <algorithm>
 #include <initializer_list>
 
 #include "ops/matvec.cuh"
 #include "ops/moe.h"
+#include "ops/moe_choose.cuh"
 #include "ops/moe_cuda.cuh"
 #include "ops/moe_route_cuda.cuh"
 
@@ -21,6 +24,11 @@ constexpr int kGateUpSplits = 2;
 constexpr int kGateUpWarps = kGateUpTiles * kGateUpSplits;
 constexpr int kDownWarps = 12;
 constexpr int kMaxStages = 4;
+template <bool kIsOne>
+constexpr int kTokens = kIsOne ? 1 : kBatch;  // of a batch
+template <bool kIsOne>
+constexpr int kGateUpBlocks =
+    kIsOne ? 3 : 2;  // on a multiprocessor: they have as many registers as there are
 constexpr int kGateUpStaticBytes = 4 * kGateUpTiles * kGateUpSplits * kBatch * kTileRows;
 
 // One matrix of each expert, or of the shared one.
@@ -102,38 +110,44 @@ struct Rings {
   __host__ __device__ int bytes() const { return num_stages * stage_bytes; }  // of a warp
 };
 
-// The chunks of a tile that one warp takes, on their way through its ring.
-struct Stream {
+// A tile of a matrix, in chunks.
+struct Source {
   const uint8_t* tile;
-  uint8_t* ring;
-  Rings rings;
-  int tile_bytes, chunk_bytes;
-  int num_chunks, step;  // every step-th chunk is this warp's
-  int next, stage;
+  int tile_bytes, chunk_bytes, num_chunks;
 
-  __device__ Stream(const Rings& rings, const Matrix& matrix, int64_t expert, int row_tile, int split,
-                    int num_splits)
+  __device__ Source(const Matrix& matrix, int64_t expert, int row_tile)
       : tile(matrix.data + expert * matrix.expert_bytes + static_cast<int64_t>(row_tile) * matrix.tile_bytes),
-        ring(dynamic_shared<uint8_t>() + static_cast<int>(threadIdx.x) / 32 * rings.bytes()),
-        rings(rings),
         tile_bytes(matrix.tile_bytes),
         chunk_bytes(matrix.chunk_bytes),
-        num_chunks(chunk_bytes == 0 ? 0 : (tile_bytes + chunk_bytes - 1) / chunk_bytes),
-        step(num_splits),
-        next(split),
-        stage(0) {
-    for (int i = 0; i < rings.num_stages; ++i) fetch(i);
+        num_chunks(chunk_bytes == 0 ? 0 : (tile_bytes + chunk_bytes - 1) / chunk_bytes) {}
+};
+
+// Every num_splits-th chunk from `split` on of the tiles that one warp takes, on their way through its ring.
+struct Stream {
+  uint8_t* ring;
+  Rings rings;
+  int stage, num_splits;
+
+  __device__ Stream(const Rings& rings, int num_splits)
+      : ring(dynamic_shared<uint8_t>() + static_cast<int>(threadIdx.x) / 32 * rings.bytes()),
+        rings(rings),
+        stage(0),
+        num_splits(num_splits) {}
+
+  // Sends the first chunks on their way; `next` fetches one with `copy`, or nothing at the end.
+  template <class Next>
+  __device__ __forceinline__ void begin(Next&& next) {
+    for (int i = 0; i < rings.num_stages; ++i) {
+      next(ring + i * rings.stage_bytes);
+      ptx::commit_copies();  // also of nothing: the groups are counted
+    }
   }
 
-  __device__ __forceinline__ void fetch(int to) {
-    if (next < num_chunks) {
-      const int begin = next * chunk_bytes, bytes = min(chunk_bytes, tile_bytes - begin);
-      for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) {
-        ptx::copy_async(ring + to * rings.stage_bytes + at, tile + begin + at);
-      }
+  static __device__ __forceinline__ void copy(uint8_t* to, const Source& source, int chunk) {
+    const int begin = chunk * source.chunk_bytes, bytes = min(source.chunk_bytes, source.tile_bytes - begin);
+    for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) {
+      ptx::copy_async(to + at, source.tile + begin + at);
     }
-    next += step;
-    ptx::commit_copies();  // also of nothing: the groups are counted
   }
 
   __device__ __forceinline__ const uint8_t* wait() const {
@@ -146,9 +160,11 @@ struct Stream {
     __syncwarp();
     return ring + stage * rings.stage_bytes;
   }
-  __device__ __forceinline__ void release() {
+  template <class Next>
+  __device__ __forceinline__ void release(Next&& next) {
     __syncwarp();
-    fetch(stage);
+    next(ring + stage * rings.stage_bytes);
+    ptx::commit_copies();
     stage = stage + 1 == rings.num_stages ? 0 : stage + 1;
   }
 };
@@ -169,60 +185,89 @@ __device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int s
   }
 }
 
-// Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
-template <class F, int kSplit, class Store>
-__device__ __forceinline__ void multiply_tile(Stream& stream, const Tokens& tokens, int split, int num_splits,
-                                              Store&& store) {
-  if constexpr (std::is_same_v<F, F32>) {
-    multiply_floats<float>(stream.tile, tokens, split, num_splits, store);
-  } else if constexpr (std::is_same_v<F, F16>) {
-    multiply_floats<__half>(stream.tile, tokens, split, num_splits, store);
-  } else if constexpr (std::is_same_v<F, BF16>) {
-    multiply_floats<__nv_bfloat16>(stream.tile, tokens, split, num_splits, store);
-  } else {
-    using Columns = LaneColumns<kSplit>;
-    const int lane = threadIdx.x % 32, cols = tokens.rows.cols;
-    const int num_pairs = static_cast<int>(activation_padded_cols(cols) / 64);
-    const LaneRows<kSplit> rows(tokens);
-    LaneSums<kSplit, 1> sums;
-    sums.clear();
-    for (int chunk = split; chunk < stream.num_chunks; chunk += num_splits) {
-      const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, num_pairs - first_pair);
-      LaneActivations<kSplit> x;
-      rows.load(x, cols, first_pair, pairs);
-      multiply_chunk<F>(sums, stream.wait(), InputRows(nullptr, 0, cols), lane, first_pair, pairs, x);
-      stream.release();
+// sums += a chunk of the stream · activations.
+template <int kSplit>
+__device__ __forceinline__ void multiply_chunk(int format, LaneSums<kSplit, 1>& sums, const uint8_t* chunk,
+                                               int cols, int first_pair, int num_pairs,
+                                               const LaneActivations<kSplit>& x) {
+  auto multiply = [&](auto f) {
+    using F = decltype(f);
+    if constexpr (F::kScales != Scales::kPlain) {
+      helexa::multiply_chunk<F>(sums, chunk, InputRows(nullptr, 0, cols), threadIdx.x % 32, first_pair,
+                                num_pairs, x);
     }
-    float total[4];
-    sums.total(0, total);
-    const int t = lane % 4;
-    if (kSplit == 8 && t > 0) return;
-#pragma unroll
-    for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-      const int token = Columns::result_row(t, i);
-      if (token >= tokens.count) continue;
-      store(token, lane / 4, total[i]);
-      store(token, lane / 4 + 8, total[2 + i]);
-    }
-  }
-}
-
-template <int kSplit, class Store>
-__device__ __forceinline__ void multiply_tile(int format, Stream& stream, const Tokens& tokens, int split,
-                                              int num_splits, Store&& store) {
+  };
   switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name) \
-  case Format::k##type: return multiply_tile<type, kSplit>(stream, tokens, split, num_splits, store);
+  case Format::k##type: return multiply(type());
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
   }
 }
 
+// Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
+template <int kSplit, class Next, class Store>
+__device__ __forceinline__ void multiply_chunks(int format, Stream& stream, const Source& source, int split,
+                                                const Tokens& tokens, Next&& next, Store&& store) {
+  using Columns = LaneColumns<kSplit>;
+  constexpr int kAhead = kSplit == 8 ? 2 : 1;  // chunks whose activations are on their way at once
+  const int num_splits = stream.num_splits, cols = tokens.rows.cols;
+  const int num_pairs = static_cast<int>(activation_padded_cols(cols) / 64);
+  const LaneRows<kSplit> rows(tokens);
+  LaneActivations<kSplit> x[kAhead];
+  auto load = [&](LaneActivations<kSplit>& to, int chunk) {
+    const int first_pair = chunk * kChunkPairs;
+    if (chunk < source.num_chunks) rows.load(to, cols, first_pair, min(kChunkPairs, num_pairs - first_pair));
+  };
+#pragma unroll
+  for (int i = 0; i + 1 < kAhead; ++i) load(x[i], split + i * num_splits);
+  LaneSums<kSplit, 1> sums;
+  sums.clear();
+  for (int chunk = split; chunk < source.num_chunks; chunk += num_splits) {
+    const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, num_pairs - first_pair);
+    load(x[kAhead - 1], chunk + (kAhead - 1) * num_splits);
+    multiply_chunk<kSplit>(format, sums, stream.wait(), cols, first_pair, pairs, x[0]);
+    stream.release(next);
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
+  }
+  float total[4];
+  sums.total(0, total);
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  if (kSplit == 8 && t > 0) return;
+#pragma unroll
+  for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+    const int token = Columns::result_row(t, i);
+    if (token >= tokens.count) continue;
+    store(token, lane / 4, total[i]);
+    store(token, lane / 4 + 8, total[2 + i]);
+  }
+}
+
+// The same of a tile of any format.
+template <bool kIsOne, class Next, class Store>
+__device__ __forceinline__ void multiply_tile(int format, Stream& stream, const Source& source, int split,
+                                              const Tokens& tokens, Next&& next, Store&& store) {
+  switch (static_cast<Format>(format)) {
+    case Format::kF32: return multiply_floats<float>(source.tile, tokens, split, stream.num_splits, store);
+    case Format::kF16: return multiply_floats<__half>(source.tile, tokens, split, stream.num_splits, store);
+    case Format::kBF16:
+      return multiply_floats<__nv_bfloat16>(source.tile, tokens, split, stream.num_splits, store);
+    default: break;
+  }
+  if (kIsOne || tokens.count == 1) {
+    multiply_chunks<8>(format, stream, source, split, tokens, next, store);
+  } else {
+    multiply_chunks<1>(format, stream, source, split, tokens, next, store);
+  }
+}
+
 // What both kernels have of the call.
 struct Call {
-  Plan plan;
-  int num_tokens, top_k;
-  bool has_shared;  // then it is the first item of a batch
+  Plan plan;            // of several tokens
+  const float* logits;  // [num_tokens, num_experts + 1]
+  int num_tokens, num_experts, top_k;
+  bool normalize, has_shared, has_shared_gate;  // a shared expert is the first item of a batch
 };
 
 // An expert with some tokens of a batch.
@@ -231,12 +276,6 @@ struct Item {
   int expert, first, count;
 };
 
-__device__ Item load_item(const Call& call, const Plan& plan, int index, int batch_tokens) {
-  if (call.has_shared && index == 0) return {true, 0, 0, batch_tokens};
-  const Group group = plan.groups[index - (call.has_shared ? 1 : 0)];
-  return {false, group.expert, group.first, group.count};
-}
-
 // Of the experts, then of the shared one.
 struct GateUp {
   Rings rings;
@@ -244,6 +283,7 @@ struct GateUp {
   Matrix matrices[2][2];  // gate and up
   Rows hidden[2];  // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
   Matrix down[2];
+  bool prefetches_down;
 };
 
 __device__ float silu(float x) { return x / (1.0f + __expf(-x)); }
@@ -258,9 +298,21 @@ __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, 
   }
 }
 
+// The routed item of a block of gate_up; no tokens if there are fewer items than blocks.
+template <bool kIsOne>
+__device__ Item routed_item(const Call& call, const Plan& plan, int index) {
+  if constexpr (kIsOne) {
+    const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
+    return {false, __shfl_sync(0xffffffffu, choice.expert, index), index, 1};
+  } else {
+    const Group group = plan.groups[index];
+    return {false, group.expert, group.first, index < *plan.num_groups ? group.count : 0};
+  }
+}
+
 // hidden = silu(gate) * up, quantized.  One block to 32 columns of one item.
-template <int kSplit>
-__global__ void __launch_bounds__(32 * kGateUpWarps, kSplit == 8 ? 3 : 2)
+template <bool kIsOne>  // token
+__global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<kIsOne>)
     gate_up_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
   __shared__ float parts[kGateUpTiles][kGateUpSplits][kBatch][kTileRows];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -268,21 +320,32 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, kSplit == 8 ? 3 : 2)
   const int first_token = blockIdx.z * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   const bool is_shared = call.has_shared && blockIdx.y == 0;
   const Plan plan = call.plan.of_batch(blockIdx.z);
-  // The weights of the shared expert are known before the routes are.
-  if (!is_shared) ptx::wait_for_producers();
-  if (!is_shared && static_cast<int>(blockIdx.y) >= *plan.num_groups + (call.has_shared ? 1 : 0)) return;
-  const Item item = load_item(call, plan, blockIdx.y, batch_tokens);
+  Item item = {true, 0, 0, batch_tokens};
+  if (!is_shared) {  // the weights of the shared expert are known before the routes are
+    ptx::wait_for_producers();
+    item = routed_item<kIsOne>(call, plan, blockIdx.y - (call.has_shared ? 1 : 0));
+    if (item.count == 0) return;
+  }
   const Matrix& matrix = layer.matrices[is_shared][tile % 2];
   const int width = matrix.rows, num_blocks = (width + 31) / 32;
   if (static_cast<int>(blockIdx.x) < num_blocks) {
     const int row_tile = min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1);
-    Stream stream(layer.rings, matrix, item.expert, row_tile, split, kGateUpSplits);
-    prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
+    const Source source(matrix, item.expert, row_tile);
+    Stream stream(layer.rings, kGateUpSplits);
+    int fetched = split;
+    auto next = [&](uint8_t* to) {
+      if (fetched < source.num_chunks) Stream::copy(to, source, fetched);
+      fetched += kGateUpSplits;
+    };
+    stream.begin(next);
+    if (layer.prefetches_down) {
+      prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
+    }
     if (is_shared) ptx::wait_for_producers();
     ptx::allow_consumers();
-    const Tokens tokens{layer.x, is_shared ? nullptr : plan.order + item.first, first_token, call.top_k,
-                        item.count};
-    multiply_tile<kSplit>(matrix.format, stream, tokens, split, kGateUpSplits,
+    const Tokens tokens{layer.x, kIsOne || is_shared ? nullptr : plan.order + item.first, first_token,
+                        call.top_k, item.count};
+    multiply_tile<kIsOne>(matrix.format, stream, source, split, tokens, next,
                           [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
   }
   __syncthreads();
@@ -309,54 +372,120 @@ struct Down {
   Rings rings;
   Rows hidden[2];
   Matrix matrices[2];
-  const float* weights;  // [num_tokens, slots]
+  const float* weights;  // [num_tokens, slots], of several tokens
   float* out;            // [num_tokens, cols]
   int num_splits;
 };
 
+// The routes of a batch in shared memory.
+template <bool kIsOne>
+struct LocalRoutes {
+  static constexpr int kPairs = kTokens<kIsOne> * kMaxTopK;
+  int experts[kPairs], firsts[kPairs], counts[kPairs];  // of the groups
+  int slots[kPairs];                                    // of the positions: [token, slot]
+  float shares[kPairs + kTokens<kIsOne>];               // [token, slot]
+  int num_groups;
+
+  // Once the routes are complete; the launch that waits for them may still be running.  All threads take part.
+  __device__ void load(const Call& call, const Plan& plan, const float* weights, int first_token,
+                       int batch_tokens) {
+    const int num_slots = call.top_k + (call.has_shared ? 1 : 0), thread = threadIdx.x;
+    if constexpr (kIsOne) {
+      if (thread < 32) {
+        const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
+        if (thread < call.top_k) {
+          experts[thread] = choice.expert, firsts[thread] = thread, counts[thread] = 1;
+          slots[thread] = thread;
+          shares[thread] = choice.weight;
+        }
+        if (thread == 0) num_groups = call.top_k;
+        if (thread == 0 && call.has_shared) {
+          shares[call.top_k] = shared_weight(call.has_shared_gate ? call.logits + call.num_experts : nullptr);
+        }
+      }
+    } else {
+      const int threads = blockDim.x;
+      for (int i = thread; i < plan.max_groups; i += threads) {  // what is not there is not looked at
+        const Group* group = plan.groups + i;
+        experts[i] = fresh(&group->expert), firsts[i] = fresh(&group->first),
+        counts[i] = fresh(&group->count);
+      }
+      for (int i = thread; i < batch_tokens * call.top_k; i += threads) {
+        const int pair = fresh(plan.order + i);
+        slots[i] = pair / call.top_k * num_slots + pair % call.top_k;
+      }
+      for (int i = thread; i < batch_tokens * num_slots; i += threads) {
+        shares[i] = fresh(weights + static_cast<int64_t>(first_token) * num_slots + i);
+      }
+      if (thread == 0) num_groups = fresh(plan.num_groups);
+    }
+    __syncthreads();
+  }
+};
+
 // out = the sum of the experts' results by their weights.  One block to 16 columns of a batch.
-template <int kSplit>
-__global__ void __launch_bounds__(32 * kDownWarps)
+template <bool kIsOne>
+__global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
     down_kernel(const __grid_constant__ Call call, const __grid_constant__ Down layer) {
-  const int warp = threadIdx.x / 32, num_splits = layer.num_splits;
-  const int slots = call.top_k + (call.has_shared ? 1 : 0);
+  __shared__ LocalRoutes<kIsOne> routes;
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_splits = layer.num_splits;
+  const int num_slots = call.top_k + (call.has_shared ? 1 : 0);
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
-  // [num_splits, batch, slots, 16]
-  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + kDownWarps * layer.rings.bytes());
+  // [num_splits, tokens, slots, 16]
+  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + num_warps * layer.rings.bytes());
+  const Plan plan = call.plan.of_batch(blockIdx.y);
+  routes.load(call, plan, layer.weights, first_token, batch_tokens);
+
+  const int num_items = (routes.num_groups + (call.has_shared ? 1 : 0)) * num_splits;
+  auto item_at = [&](int i) -> Item {
+    int index = i / num_splits;
+    if (call.has_shared && index-- == 0) return {true, 0, 0, batch_tokens};
+    return {false, routes.experts[index], routes.firsts[index], routes.counts[index]};
+  };
+  auto source_of = [&](const Item& item) {
+    return Source(layer.matrices[item.is_shared], item.expert, blockIdx.x);
+  };
+  // What is fetched runs ahead of what is multiplied, from one item to the next.
+  int fetched = warp, chunk = warp % num_splits;
+  Source ahead = source_of(item_at(min(warp, num_items - 1)));
+  auto next = [&](uint8_t* to) {
+    while (fetched < num_items && chunk >= ahead.num_chunks) {
+      fetched += num_warps;
+      chunk = fetched % num_splits;
+      if (fetched < num_items) ahead = source_of(item_at(fetched));
+    }
+    if (fetched < num_items) Stream::copy(to, ahead, chunk);
+    chunk += num_splits;
+  };
+  Stream stream(layer.rings, num_splits);
+  stream.begin(next);
   ptx::wait_for_producers();
   ptx::allow_consumers();
-  const Plan plan = call.plan.of_batch(blockIdx.y);
-  const int num_items = (*plan.num_groups + (call.has_shared ? 1 : 0)) * num_splits;
-  for (int i = warp; i < num_items; i += kDownWarps) {
+
+  for (int i = warp; i < num_items; i += num_warps) {
     const int split = i % num_splits;
-    const Item item = load_item(call, plan, i / num_splits, batch_tokens);
-    const Matrix& matrix = layer.matrices[item.is_shared];
-    Stream stream(layer.rings, matrix, item.expert, blockIdx.x, split, num_splits);
+    const Item item = item_at(i);
     const int64_t first_row =
         item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
     const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
-    multiply_tile<kSplit>(matrix.format, stream, tokens, split, num_splits,
+    multiply_tile<kIsOne>(layer.matrices[item.is_shared].format, stream, source_of(item), split, tokens, next,
                           [&](int token, int row, float sum) {
-                            int slot = token * slots + call.top_k;
-                            if (!item.is_shared) {
-                              const int pair = plan.order[item.first + token];
-                              slot = pair / call.top_k * slots + pair % call.top_k;
-                            }
-                            parts[(split * kBatch * slots + slot) * kTileRows + row] = sum;
+                            const int slot = item.is_shared ? token * num_slots + call.top_k
+                                                            : routes.slots[item.first + token];
+                            parts[(split * kTokens<kIsOne> * num_slots + slot) * kTileRows + row] = sum;
                           });
   }
   __syncthreads();
 
   const int token = threadIdx.x / kTileRows, row = threadIdx.x % kTileRows;
   if (token >= batch_tokens) return;
-  const float* shares = layer.weights + static_cast<int64_t>(first_token + token) * slots;
   float sum = 0.0f;
-  for (int slot = 0; slot < slots; ++slot) {
+  for (int i = token * num_slots; i < (token + 1) * num_slots; ++i) {
     float result = 0.0f;
     for (int split = 0; split < num_splits; ++split) {
-      result += parts[((split * kBatch + token) * slots + slot) * kTileRows + row];
+      result += parts[(split * kTokens<kIsOne> * num_slots + i) * kTileRows + row];
     }
-    sum = fmaf(shares[slot], result, sum);
+    sum = fmaf(routes.shares[i], result, sum);
   }
   layer.out[(static_cast<int64_t>(first_token) + token) * layer.matrices[0].rows + blockIdx.x * kTileRows +
             row] = sum;
@@ -430,16 +559,21 @@ Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_
                  has_shared && is_float(weights.shared_down[0].format));
 }
 
-// As deep as `blocks` of some warps on a multiprocessor allow; one stage where even a single block has little.
-Rings make_rings(std::initializer_list<const Matrix*> matrices, int num_warps, int blocks,
+// As deep as `blocks` of some warps on a multiprocessor allow, and as a warp's part of `cols` columns asks for; one stage where even a
+// single block has little.
+Rings make_rings(std::initializer_list<const Matrix*> matrices, int num_warps, int num_splits, int blocks,
                  int64_t other_bytes) {
   Rings rings{1, 0};
-  for (const Matrix* m : matrices) rings.stage_bytes = std::max(rings.stage_bytes, m->chunk_bytes);
+  int chunks = 1;  // of a warp
+  for (const Matrix* m : matrices) {
+    rings.stage_bytes = std::max(rings.stage_bytes, m->chunk_bytes);
+    chunks = std::max(chunks, (m->cols + kChunkCols * num_splits - 1) / (kChunkCols * num_splits));
+  }
   const int64_t depth = static_cast<int64_t>(num_warps) * std::max(rings.stage_bytes, 1);
-  const int64_t wanted = (shared_memory() / blocks - other_bytes) / depth;
+  const int64_t wanted = std::max<int64_t>((shared_memory() / blocks - other_bytes) / depth, 2);
   const int64_t possible = (shared_memory() - other_bytes) / depth;
   rings.num_stages = static_cast<int>(
-      std::clamp<int64_t>(std::max<int64_t>(wanted, 2), 1, std::min<int64_t>(possible, kMaxStages)));
+      std::clamp<int64_t>(std::min<int64_t>(wanted, chunks), 1, std::min<int64_t>(possible, kMaxStages)));
   return rings;
 }
 
@@ -448,29 +582,41 @@ struct Kernels {
   GateUp gate_up;
   Down down;
   int64_t widest;  // of the hidden rows
-  int64_t num_experts;
 
-  template <int kSplit>
+  template <bool kIsOne>
   void launch(void* stream) {
     const int slots = call.top_k + (call.has_shared ? 1 : 0);
     const unsigned batches = static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch);
-    const unsigned items = max_groups(std::min(call.num_tokens, kBatch) * call.top_k, num_experts, kBatch) +
-                           (call.has_shared ? 1 : 0);
+    const unsigned items =
+        max_groups(std::min(call.num_tokens, kBatch) * call.top_k, call.num_experts, kBatch) +
+        (call.has_shared ? 1 : 0);
     const auto& m = gate_up.matrices;
-    // Three blocks of 8 warps have as many registers as there are; of `down` a model of usual size has a block per multiprocessor.
-    gate_up.rings = make_rings({&m[0][0], &m[0][1], &m[1][0], &m[1][1]}, kGateUpWarps, 3, kGateUpStaticBytes);
-    launch_kernel(gate_up_kernel<kSplit>,
+    gate_up.rings = make_rings({&m[0][0], &m[0][1], &m[1][0], &m[1][1]}, kGateUpWarps, kGateUpSplits,
+                               kGateUpBlocks<kIsOne>, kGateUpStaticBytes);
+    gate_up.prefetches_down = 4 * down_bytes() <= second_level_cache();
+    launch_kernel(gate_up_kernel<kIsOne>,
                   {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps),
                    stream, static_cast<size_t>(kGateUpWarps) * gate_up.rings.bytes(), true},
                   call, gate_up);
     down.num_splits = down_splits(slots, widest);
-    const int64_t parts = static_cast<int64_t>(sizeof(float)) * down.num_splits * kBatch * slots * kTileRows;
-    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, kDownWarps, 2, parts);
+    const int num_warps = kIsOne ? std::min(kDownWarps, slots * down.num_splits) : kDownWarps;
+    const int64_t parts =
+        static_cast<int64_t>(sizeof(float)) * down.num_splits * kTokens<kIsOne> * slots * kTileRows;
+    // A usual model has a block per multiprocessor, which finds room beside those of gate_up.
+    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, num_warps, down.num_splits, 2,
+                            parts + static_cast<int64_t>(sizeof(LocalRoutes<kIsOne>)));
     launch_kernel(
-        down_kernel<kSplit>,
-        {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * kDownWarps),
-         stream, static_cast<size_t>(kDownWarps * down.rings.bytes() + parts), true},
+        down_kernel<kIsOne>,
+        {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * num_warps),
+         stream, static_cast<size_t>(num_warps * down.rings.bytes() + parts), true},
         call, down);
+  }
+
+  // Of the experts that the tokens may choose, and of the shared one.
+  int64_t down_bytes() const {
+    const int64_t experts = std::min(call.num_tokens * call.top_k, call.num_experts);
+    const Matrix& shared = down.matrices[1];
+    return experts * down.matrices[0].expert_bytes + (call.has_shared ? shared.expert_bytes : 0);
   }
 };
 
@@ -496,12 +642,13 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
   const bool has_shared = !weights.shared_down.empty();
   const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols),
                    static_cast<int>(cols)};
-  Kernels kernels{{buffers.routes.plan, static_cast<int>(num_tokens), static_cast<int>(top_k), has_shared},
-                  {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}},
-                  {{}, {buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
-                  width,
-                  num_experts};
-  auto& [call, gate_up, down, widest, experts] = kernels;
+  Kernels kernels{
+      {buffers.routes.plan, buffers.logits, static_cast<int>(num_tokens), static_cast<int>(num_experts),
+       static_cast<int>(top_k), normalize, has_shared, shared_router != nullptr},
+      {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}, false},
+      {{}, {buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
+      width};
+  auto& [call, gate_up, down, widest] = kernels;
   set_gate_and_up(gate_up.matrices[0], weights.gate_up, num_experts, width);
   down.matrices[0] = part_of(weights.down, num_experts, 0, cols);
   if (has_shared) {
@@ -511,7 +658,7 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
     widest = std::max(widest, shared.cols);
   }
   for (int i = 0; i < 2; ++i) gate_up.down[i] = down.matrices[i];
-  num_tokens == 1 ? kernels.launch<8>(stream) : kernels.launch<1>(stream);
+  num_tokens == 1 ? kernels.launch<true>(stream) : kernels.launch<false>(stream);
 }
 
 }  // namespace helexa

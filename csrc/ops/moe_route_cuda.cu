@@ -1,21 +1,18 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// Which experts each token goes to, and which tokens each expert gets.  For few rows one launch does all of it: a warp computes the
-// logits of one expert for a batch of tokens, and the last block to finish for a batch picks their experts and sorts the pairs.
+// Which experts each token goes to, and which tokens each expert gets.  For few rows one launch does all of it: a block computes the
+// logits of one or two experts for a batch of tokens, and the last block to finish for a batch chooses their experts and sorts the
+// pairs.  A single token's logits are all that its consumers need.
 #include "ops/moe_route_cuda.cuh"
+
+#include "ops/moe_choose.cuh"
 
 namespace helexa::moe {
 namespace {
 
-constexpr int kRouterWarps = 4;
-constexpr int kRuns = 16;  // of 128 columns of a row that are on their way at once
+constexpr int kRouterWarps = 8;
+constexpr int kRuns = 2;  // of 128 columns of a row that a warp has on their way at once
 constexpr int kPlanThreads = 1024;
 constexpr uint32_t kAll = 0xffffffffu;
-
-// What other blocks of the same launch have written.
-template <class T>
-__device__ T fresh(const T* p) {
-  return *static_cast<const volatile T*>(p);
-}
 
 // Four consecutive values of a row.
 __device__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
@@ -24,73 +21,17 @@ __device__ float4 load4(const T* p) {
   return {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
 
-// Ordered as the values are; NaN comes last.  Zero is below all.
-__device__ uint32_t order_key(float value) {
-  if (value != value) return 1;
-  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 equals 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ float key_value(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-}
-
-// One warp: the top_k largest of a token's logits in falling order, the lower id first where equal, and their softmax.
-template <int kPerLane>
-__device__ void pick(const float* logits, int num_experts, int top_k, bool normalize, int* ids,
-                     float* weights) {
-  const int lane = threadIdx.x % 32;
-  uint32_t keys[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane + 32 * i;
-    keys[i] = expert < num_experts ? order_key(fresh(logits + expert)) : 0;
-  }
-  float all = 0.0f, most = 0.0f, mine = 0.0f;
-  for (int j = 0; j < top_k; ++j) {
-    uint32_t best = 0, id = kAll;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) best = max(best, keys[i]);
-    best = __reduce_max_sync(kAll, best);
-#pragma unroll
-    for (int i = kPerLane - 1; i >= 0; --i)
-      if (keys[i] == best) id = lane + 32 * i;
-    id = __reduce_min_sync(kAll, id);
-    if (j == 0) {
-      most = key_value(best);
-      if (!normalize) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i)
-          if (keys[i] != 0) all += expf(key_value(keys[i]) - most);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (id == static_cast<uint32_t>(lane + 32 * i)) keys[i] = 0;
-    if (lane == j) {
-      mine = expf(key_value(best) - most);
-      ids[j] = static_cast<int>(id);
-    }
-  }
-  const float total = warp_sum(normalize ? mine : all);
-  if (lane < top_k) weights[lane] = mine / total;
-}
-
+// By one warp.
 __device__ void route_token(const float* logits, const float* shared_logit, int token, int num_experts,
                             int top_k, bool normalize, const Routes& routes) {
-  int* ids = routes.ids + static_cast<int64_t>(token) * top_k;
+  const int lane = threadIdx.x % 32;
+  const Choice choice = choose(logits, num_experts, top_k, normalize);
   float* weights = routes.weights + static_cast<int64_t>(token) * routes.slots;
-  if (num_experts <= 128) {
-    pick<4>(logits, num_experts, top_k, normalize, ids, weights);
-  } else if (num_experts <= 256) {
-    pick<8>(logits, num_experts, top_k, normalize, ids, weights);
-  } else if (num_experts <= 512) {
-    pick<16>(logits, num_experts, top_k, normalize, ids, weights);
-  } else {
-    pick<32>(logits, num_experts, top_k, normalize, ids, weights);
+  if (lane < top_k) {
+    routes.ids[static_cast<int64_t>(token) * top_k + lane] = choice.expert;
+    weights[lane] = choice.weight;
   }
-  if (routes.slots > top_k && threadIdx.x % 32 == 0) {
-    weights[top_k] = shared_logit == nullptr ? 1.0f : 1.0f / (1.0f + expf(-fresh(shared_logit)));
-  }
+  if (routes.slots > top_k && lane == 0) weights[top_k] = shared_weight(shared_logit);
 }
 
 __device__ int inclusive_scan(int value) {
@@ -131,14 +72,17 @@ __device__ void sort_pairs(const int* ids, int num_pairs, int num_experts, int g
   }
 }
 
-// Whether this block is the last of `count` that come here; if so, the counter is zero again.
+// Whether this block is the last of `count` whose first warp comes here after it has written; if so, the counter is zero again.
+// All of the block's warps are told.
 __device__ bool is_last(int* counter, int count) {
   __shared__ int arrived;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    arrived = atomicAdd(counter, 1) + 1;
-    if (arrived == count) *counter = 0;
+  if (threadIdx.x < 32) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      arrived = atomicAdd(counter, 1) + 1;
+      if (arrived == count) *counter = 0;
+    }
   }
   __syncthreads();
   if (arrived == count) __threadfence();
@@ -156,12 +100,12 @@ struct FloatRow {
   }
 };
 
-// A lane's part of kRuns runs of 128 columns of a row; zeros beyond its end.
+// A lane's part of this warp's runs of 128 columns of a row; zeros beyond its end.
 template <class T>
 __device__ void load_runs(const T* row, int first, int cols, float4 (&runs)[kRuns]) {
 #pragma unroll
   for (int i = 0; i < kRuns; ++i) {
-    const int col = first + 128 * i + 4 * static_cast<int>(threadIdx.x % 32);
+    const int col = first + 128 * i * kRouterWarps + 4 * static_cast<int>(threadIdx.x);
     runs[i] = col < cols ? load4(row + col) : float4{0, 0, 0, 0};
   }
 }
@@ -173,7 +117,23 @@ __device__ void load_runs(const FloatRow& row, int first, int cols, float4 (&run
   }
 }
 
-template <int kTokens>  // of a batch
+// The routes of a batch: its choices, and its pairs sorted.
+__device__ void route_batch(const float* logits, bool has_shared, int first, int count, int num_experts,
+                            int top_k, bool normalize, const Routes& routes) {
+  const int stride = num_experts + 1;
+  for (int n = threadIdx.x / 32; n < count; n += kRouterWarps) {
+    const float* mine = logits + static_cast<int64_t>(first + n) * stride;
+    route_token(mine, has_shared ? mine + num_experts : nullptr, first + n, num_experts, top_k, normalize,
+                routes);
+  }
+  __syncthreads();
+  sort_pairs(routes.ids + static_cast<int64_t>(first) * top_k, count * top_k, num_experts, kBatch,
+             routes.plan.of_batch(blockIdx.y));
+}
+
+// Logits; of more than one token the routes as well, by the last block to finish.  A block has kRows rows of the router, of whose
+// columns each thread has its own, and the order of their sum is the same for any number of tokens.
+template <int kTokens, int kRows>  // of a batch, of a block
 __global__ void __launch_bounds__(kRouterWarps * 32)
     router_kernel(const float* x,   // [num_tokens, cols]
                   FloatRow router,  // [num_experts, cols]
@@ -181,54 +141,63 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
                   float* logits,    // [num_tokens, num_experts + 1]
                   int* counters,    // [batches], zeros
                   Routes routes, int num_tokens, int cols, int num_experts, int top_k, bool normalize) {
+  constexpr int kSums = kTokens * kRows;
+  static_assert(kSums <= 32, "one warp adds up what the warps have");
+  __shared__ float parts[kRouterWarps][kSums];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int expert = blockIdx.x * kRouterWarps + warp, stride = num_experts + 1;
+  const int num_rows = num_experts + (shared.data == nullptr ? 0 : 1);
   const int first = blockIdx.y * kBatch, count = min(kTokens, num_tokens - first);
-  const bool has_row = expert < num_experts || (expert == num_experts && shared.data != nullptr);
-  const FloatRow row = expert < num_experts ? router.at(expert, cols) : shared;
-  float4 runs[kRuns];
-  if (has_row) load_runs(row, 0, cols, runs);  // weights do not change: no need to wait for the producer
+  float4 runs[kRows][kRuns];
+  auto load_weights = [&](int col) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = min(static_cast<int>(blockIdx.x) * kRows + r, num_rows - 1);
+      load_runs(row < num_experts ? router.at(row, cols) : shared, col, cols, runs[r]);
+    }
+  };
+  load_weights(0);  // they do not change: no need to wait for the producer
   ptx::wait_for_producers();
   ptx::allow_consumers();
-  float sums[kTokens] = {};
-  for (int col = 0; has_row && col < cols; col += 128 * kRuns) {
-    if (col > 0) load_runs(row, col, cols, runs);
-    // The order of a lane's sum is that of its columns, so it is the same for any number of tokens.
+  float sums[kTokens][kRows] = {};
+  for (int col = 0; col < cols; col += 128 * kRouterWarps * kRuns) {
+    if (col > 0) load_weights(col);
+    float4 values[kTokens][kRuns];
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
-      if (n >= count) break;
-      float4 values[kRuns];
-      load_runs(x + static_cast<int64_t>(first + n) * cols, col, cols, values);
+      load_runs(x + static_cast<int64_t>(first + min(n, count - 1)) * cols, col, cols, values[n]);
+    }
 #pragma unroll
-      for (int i = 0; i < kRuns; ++i) {
-        const float4 w = runs[i], v = values[i];
-        sums[n] = fmaf(w.w, v.w, fmaf(w.z, v.z, fmaf(w.y, v.y, fmaf(w.x, v.x, sums[n]))));
+    for (int n = 0; n < kTokens; ++n) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+          const float4 w = runs[r][i], v = values[n][i];
+          float& sum = sums[n][r];
+          sum = fmaf(w.w, v.w, fmaf(w.z, v.z, fmaf(w.y, v.y, fmaf(w.x, v.x, sum))));
+        }
       }
     }
   }
 #pragma unroll
-  for (int n = 0; n < kTokens; ++n) {
-    const float sum = warp_sum(sums[n]);
-    if (lane == 0 && n < count && has_row) logits[static_cast<int64_t>(first + n) * stride + expert] = sum;
-  }
-  if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-  for (int n = warp; n < count; n += kRouterWarps) {
-    const float* mine = logits + static_cast<int64_t>(first + n) * stride;
-    route_token(mine, shared.data == nullptr ? nullptr : mine + num_experts, first + n, num_experts, top_k,
-                normalize, routes);
+  for (int i = 0; i < kSums; ++i) {
+    const float sum = warp_sum(sums[i / kRows][i % kRows]);
+    if (lane == 0) parts[warp][i] = sum;
   }
   __syncthreads();
-  if (num_tokens == 1) {  // its pairs are groups as they are
-    const Plan& plan = routes.plan;
-    if (threadIdx.x == 0) *plan.num_groups = top_k;
-    for (int j = threadIdx.x; j < top_k; j += blockDim.x) {
-      plan.groups[j] = {fresh(routes.ids + j), j, 1, 0};
-      plan.order[j] = j;
+  if (threadIdx.x < kSums) {
+    const int token = threadIdx.x / kRows, row = blockIdx.x * kRows + threadIdx.x % kRows;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kRouterWarps; ++w) sum += parts[w][threadIdx.x];
+    if (token < count && row < num_rows) {
+      logits[static_cast<int64_t>(first + token) * (num_experts + 1) + row] = sum;
     }
-    return;
   }
-  sort_pairs(routes.ids + static_cast<int64_t>(first) * top_k, count * top_k, num_experts, kBatch,
-             routes.plan.of_batch(blockIdx.y));
+  if constexpr (kTokens > 1) {
+    if (!is_last(counters + blockIdx.y, gridDim.x)) return;
+    route_batch(logits, shared.data != nullptr, first, count, num_experts, top_k, normalize, routes);
+  }
 }
 
 // One warp to a token.
@@ -264,9 +233,9 @@ void route_few(const float* x, const WeightView& router, const WeightView* share
     return {w->packed, static_cast<DType>(w->format)};
   };
   const int rows = num_experts + (shared_gate == nullptr ? 0 : 1);
-  const dim3 grid((rows + kRouterWarps - 1) / kRouterWarps,
-                  static_cast<unsigned>((num_tokens + kBatch - 1) / kBatch));
-  launch_kernel(num_tokens == 1 ? router_kernel<1> : router_kernel<kBatch>,
+  const bool is_one = num_tokens == 1;
+  const dim3 grid(is_one ? rows : (rows + 1) / 2, static_cast<unsigned>((num_tokens + kBatch - 1) / kBatch));
+  launch_kernel(is_one ? router_kernel<1, 1> : router_kernel<kBatch, 2>,
                 {grid, dim3(kRouterWarps * 32), stream, 0, true}, x, row(&router), row(shared_gate), logits,
                 counters, routes, num_tokens, cols, num_experts, top_k, normalize);
 }

@@ -6,7 +6,8 @@
 
 namespace helexa::moe {
 
-// Routes of few rows, in one launch.  router and shared_gate (or null) are of float formats, row by row.
+// Routes of few rows, in one launch; of one row only its logits, from which whoever needs its experts chooses them (moe_choose.cuh).
+// router and shared_gate (or null) are of float formats, row by row.
 // logits: [num_tokens, num_experts + 1], scratch.  counters: a zero for each batch, zeros again when the launch has ended.
 void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
                int* counters, const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize,
