@@ -3,7 +3,9 @@
 Where the CUDA kernels run on the host (ops.tensor.EMULATED), main memory stands for that of a device.
 """
 
+import logging
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +18,10 @@ from torch import Tensor
 from helexa import ops
 from helexa.engine.memory import available_bytes
 from helexa.errors import InvalidParameter, OutOfMemory
+from helexa.log import fields
 from helexa.ops.tensor import EMULATED
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OLDEST = (8, 0)  # compute capability
@@ -149,8 +154,13 @@ def cuda_problem(index: int = 0) -> str | None:
 
 def wake_cuda() -> str | None:
     """Starts CUDA on all its devices, so that no load has to; what keeps helexa from using them, if so."""
+    start = time.perf_counter()
     for device in (found := _usable()):
         device.free_bytes()
+    if found:
+        ops.keep_slots()
+        seconds = round(time.perf_counter() - start, 3)
+        logger.info("cuda_started", extra=fields(devices=len(found), start_s=seconds))
     return None if found else cuda_problem()
 
 

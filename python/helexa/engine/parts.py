@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from helexa import ops
 from helexa.engine.chat_template import ChatTemplate
@@ -20,15 +21,15 @@ from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model
 from helexa.weights.gguf import TensorInfo
 from helexa.weights.load import GGUFWeights, LoadProgress, TensorFile
-from helexa.weights.model_file import ModelFile
-from helexa.weights.quantize import QuantizedFile, plan, quantized
+from helexa.weights.model_file import ModelFile, open_model
+from helexa.weights.quantize import QuantizedFile, fingerprint, plan, quantized
 from helexa.weights.recipes import find_recipe
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
 
-_KEPT_TEXTS = 2
+KEPT_TEXTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,15 @@ def text_parts(file: ModelFile, key: str) -> TextParts:
     parts = read_text_parts(file)
     with _lock:
         _text_parts[key] = parts
-        while len(_text_parts) > _KEPT_TEXTS:
+        while len(_text_parts) > KEPT_TEXTS:
             _text_parts.popitem(last=False)
     return parts
+
+
+def prepare_text(path: Path) -> None:
+    """Makes the parts of a file ahead of its load. Raises as `text_parts` and open_model."""
+    with open_model(path) as file:
+        text_parts(file, fingerprint(file))
 
 
 def read_text_parts(file: ModelFile) -> TextParts:

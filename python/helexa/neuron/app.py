@@ -24,6 +24,7 @@ from helexa.engine.faults import is_lost
 from helexa.engine.state_store import StateStore
 from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
+from helexa.neuron.ahead import read_vocabularies
 from helexa.neuron.chat_prompt import ChatPrompts
 from helexa.neuron.config import NeuronConfig, StateCacheSection
 from helexa.neuron.embeddings import Embeddings
@@ -113,7 +114,7 @@ class Neuron:
         self.metrics.tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
         background = [
             asyncio.create_task(self.control.watch_devices(), name="devices"),
-            asyncio.create_task(self.registry.activate(), name="default models"),
+            asyncio.create_task(self._activate(), name="default models"),
             asyncio.create_task(self.recovery.watch(), name="recovery"),
         ]
         try:
@@ -126,6 +127,10 @@ class Neuron:
             self.text_work.close()
             if self.store is not None and self.turns is not None:
                 await asyncio.to_thread(self.store.put, _TURNS, [self.turns.dump()])
+
+    async def _activate(self) -> None:
+        await self.registry.activate()
+        await asyncio.to_thread(read_vocabularies, self.config.models)
 
 
 class Edge:

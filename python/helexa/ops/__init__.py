@@ -74,7 +74,7 @@ from helexa.ops.sample import (
 )
 from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
-from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader, default_readers
+from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader, default_readers, keep_slots
 from helexa.ops.weight_loader import Source as WeightSource
 
 __all__ = [
@@ -125,6 +125,7 @@ __all__ = [
     "gated_matmul",
     "has_cuda",
     "is_tiled",
+    "keep_slots",
     "moe_counters",
     "moe_mlp",
     "moe_mlp_reference",

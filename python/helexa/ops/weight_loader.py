@@ -180,6 +180,12 @@ class WeightLoader:
                 stream.synchronize()
 
 
+def keep_slots() -> None:
+    """Has torch get the pinned memory that loads need, and keep it."""
+    size = (_NUM_SLOTS, SLOT_BYTES)
+    [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(default_readers())]
+
+
 def default_readers() -> int:
     """One for each processor, as far as that helps; emulated kernels run on one thread."""
     return 1 if EMULATED else min(MOST_READERS, len(os.sched_getaffinity(0)))

@@ -1,0 +1,24 @@
+"""What a neuron does ahead of loads, so that these find it done."""
+
+import logging
+from collections.abc import Iterable
+
+from helexa.engine.parts import KEPT_TEXTS, prepare_text
+from helexa.errors import HelexaError
+from helexa.log import fields
+from helexa.neuron.config import ModelEntry
+from helexa.weights.sources import resolve
+
+logger = logging.getLogger(__name__)
+
+
+def read_vocabularies(entries: Iterable[ModelEntry]) -> None:
+    """Has the tokenizers of models ready that are configured and in reach, but not loaded at the start.
+
+    To make one takes longer than to bring the weights of a model of average size to a device.
+    """
+    for entry in [entry for entry in entries if not entry.load][:KEPT_TEXTS]:
+        try:
+            prepare_text(resolve(entry.source or entry.id))
+        except (HelexaError, OSError) as error:  # a load will say so, if there is one
+            logger.info("vocabulary_not_read", extra=fields(model=entry.id, error=error))
