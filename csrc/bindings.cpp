@@ -151,6 +151,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_many_cuda", cuda(&moe_many_cuda));
   m.def("quant_matmul_cuda", cuda(&quant_matmul_cuda));
   m.def("gated_matmul_cuda", cuda(&gated_matmul_cuda));
+  m.def("middle_matmul_workspace_bytes", &middle_matmul_workspace_bytes);
+  m.def("middle_matmul_cuda", cuda(&middle_matmul_cuda));
   m.def("quantize_rows_cuda", cuda(&quantize_rows_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
   m.def("sample_workspace_bytes", &sample_workspace_bytes);

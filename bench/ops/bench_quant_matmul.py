@@ -66,6 +66,9 @@ DEVICE_SHAPES = {
 }
 GATED_SHAPES = {"8B": ("q4_k", 12288, 4096), "27B": ("q4_k", 17408, 5120), "0.6B": ("q8_0", 3072, 1024)}
 
+# Around the numbers of rows from which other kernels take over, ops.MAX_MATVEC_ROWS and MAX_MIDDLE_ROWS.
+ROWS = (1, 2, 4, 8, 16, 17, 32, 64, 96, 128, 192, 256, 384, 512, 4096)
+
 
 def device_weight(format: str, rows: int, cols: int, seed: int) -> ops.PackedWeight:
     """A random matrix, made on the device: every byte pattern is a weight, and none changes the speed."""
@@ -95,10 +98,10 @@ def _row_cases(
     name: str, op: Callable[..., object], stream: list[list[ops.PackedWeight]], nbytes: int
 ) -> Iterator[Case]:
     rows, cols = sum(weight.rows for weight in stream[0]), stream[0][0].cols
-    for tokens in (1, 2, 4, 8, 16, 64, 128, 512, 4096):
+    for tokens in ROWS:
         if tokens > 64 and "head" in name:
             continue
-        used = stream if tokens <= 64 else stream[:2]
+        used = stream if tokens <= 512 else stream[:2]
         x = activation(tokens, cols)
 
         def run(x: ops.Activation = x, used: list[list[ops.PackedWeight]] = used) -> None:

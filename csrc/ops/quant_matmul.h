@@ -34,6 +34,13 @@ void quant_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, st
 void gated_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
                        uint8_t* out, void* stream);
 
+// The same for more rows, in bfloat16 with float32 sums.  x: [num_rows, cols] bfloat16, cols a multiple of 8.  out: [num_rows, sum of
+// rows], or [num_rows, rows_0] if gated, of dtype float32 or bfloat16.  workspace: zeros at first, and left so that the next call can
+// use it; a multiple of 16.  Weights are rounded to bfloat16 as they are multiplied, whatever their format.
+int64_t middle_matmul_workspace_bytes();
+void middle_matmul_cuda(const void* x, int64_t num_rows, std::vector<WeightView> weights, bool gated,
+                        void* out, int out_dtype, uint8_t* workspace, void* stream);
+
 // Rows of x [num_tokens, cols] (dtype float32 or bfloat16) as q8.
 void quantize_rows_cuda(const void* x, int64_t num_tokens, int64_t cols, int dtype, uint8_t* q8,
                         void* stream);

@@ -85,6 +85,18 @@ def quant_matmul_cuda(
 def gated_matmul_cuda(
     q8: int, x: int, num_tokens: int, weights: Sequence[WeightView], out: int, stream: int, /
 ) -> None: ...
+def middle_matmul_workspace_bytes() -> int: ...
+def middle_matmul_cuda(
+    x: int,
+    num_rows: int,
+    weights: Sequence[WeightView],
+    gated: bool,
+    out: int,
+    out_dtype: int,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
 def quantize_rows_cuda(
     x: int, num_tokens: int, cols: int, dtype: int, q8: int, stream: int, /
 ) -> None: ...

@@ -8,9 +8,7 @@ from torch import Tensor
 from helexa import _C
 from helexa.ops.tensor import check, dtype_id, stream
 
-MAX_MATVEC_ROWS = (
-    64  # up to here weights are multiplied as they are, beyond they are first unpacked to bfloat16
-)
+MAX_MATVEC_ROWS = 16  # up to here weights are multiplied in int8, beyond in bfloat16
 _ALL_ROWS = slice(None)
 
 

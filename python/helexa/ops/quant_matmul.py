@@ -1,5 +1,6 @@
 """Input times quantized weight matrices, in the packed layout."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,18 @@ from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, empty_activ
 from helexa.ops.dequantize import unpacked_matmul
 from helexa.ops.pack import PackedWeight
 from helexa.ops.silu_mul import silu_mul
-from helexa.ops.tensor import address, check, check_tensor, on_cuda, stream
+from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
 
 Biases = Sequence[Tensor | None] | None
 
+# On CUDA, of more than MAX_MATVEC_ROWS: up to here packed weights are multiplied by many rows in one launch,
+# beyond they are first unpacked.
+MAX_MIDDLE_ROWS = 256
+
 _MAX_WEIGHTS = 8  # of one launch on a device
+_FLOATS = ("f32", "f16", "bf16")
+
+_thread = threading.local()  # its workspaces, by device: a thread uses one stream at a time
 
 
 def quant_matmul(
@@ -33,8 +41,9 @@ def quant_matmul(
     float32.
     Quantized formats see x rounded to int8 with one scale per 32 columns (absmax / 127) and sum in float32;
     float formats compute in float32, on CUDA with the exact x where the Activation has it.  Many rows on CUDA
-    are multiplied in bfloat16 with float32 sums.
-    Up to MAX_MATVEC_ROWS rows, a row's result does not depend on the rows beside it.
+    are multiplied in bfloat16, weights rounded to it too, with float32 sums.
+    Up to MAX_MATVEC_ROWS rows, a row's result does not depend on the rows beside it; beyond, the order of its
+    sums depends on their number.
     Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only `out`.
     """
     if isinstance(x, Activation) or on_cuda(x):
@@ -65,6 +74,11 @@ def gated_matmul(x: Rows, weights: Sequence[PackedWeight], biases: Biases = None
     num_rows = x.num_rows if isinstance(x, Activation) else x.shape[0]
     is_fused = (isinstance(x, Activation) or on_cuda(x)) and num_rows <= MAX_MATVEC_ROWS
     if not is_fused:
+        if isinstance(x, Activation) and _is_middle(x, weights):
+            out = empty_activation(num_rows, weights[0].rows, weights[0].data.device)
+            assert out.bf16 is not None
+            _middle_matmul(x, weights, biases, out.bf16, gated=True)
+            return out
         return silu_mul(quant_matmul(x, weights, biases))
     rows = _few_rows(x)
     out = empty_activation(num_rows, weights[0].rows, weights[0].data.device)
@@ -96,8 +110,51 @@ def _on_cuda(
         rows = x if isinstance(x, Activation) else quantize_rows(x)
         check(rows.bf16 is not None, lambda: f"quant_matmul: {num_rows} rows on CUDA have to be bfloat16")
         assert rows.bf16 is not None
-        unpacked_matmul(rows.bf16, weights, biases, out)
+        if _is_middle(rows, weights):
+            _middle_matmul(rows, weights, biases, out, gated=False)
+        else:
+            unpacked_matmul(rows.bf16, weights, biases, out)
     return out
+
+
+def _is_middle(x: Activation, weights: Sequence[PackedWeight]) -> bool:
+    """Whether many rows are multiplied with the packed weights."""
+    return (
+        x.bf16 is not None
+        and MAX_MATVEC_ROWS < x.num_rows <= MAX_MIDDLE_ROWS
+        and x.cols % 8 == 0
+        and len(weights) <= _MAX_WEIGHTS
+        and any(weight.format not in _FLOATS for weight in weights)
+    )
+
+
+def _middle_matmul(
+    x: Activation, weights: Sequence[PackedWeight], biases: Biases, out: Tensor, *, gated: bool
+) -> None:
+    assert x.bf16 is not None
+    check(x.bf16.is_contiguous(), "quant_matmul: the rows of x must be contiguous")
+    views = _views(weights, biases, x.cols)
+    workspace = _workspace(out.device)
+    _C.middle_matmul_cuda(
+        x.bf16.data_ptr(),
+        x.num_rows,
+        views,
+        gated,
+        out.data_ptr(),
+        dtype_id(out),
+        workspace.data_ptr(),
+        stream(out),
+    )
+
+
+def _workspace(device: torch.device) -> Tensor:
+    """The thread's own on the device; every call leaves it as it has to find it."""
+    workspaces: dict[torch.device, Tensor] = vars(_thread).setdefault("workspaces", {})
+    workspace = workspaces.get(device)
+    if workspace is None:
+        size = _C.middle_matmul_workspace_bytes()
+        workspace = workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return workspace
 
 
 def _few_rows(x: Rows) -> Activation:
