@@ -34,12 +34,12 @@ template <int kPerLane>
 __device__ Choice choose(const float* logits, int num_experts, int top_k, bool normalize) {
   constexpr uint32_t kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32;
+  float values[kPerLane];  // all on their way before any is looked at
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) values[i] = fresh(logits + min(lane + 32 * i, num_experts - 1));
   uint32_t keys[kPerLane];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane + 32 * i;
-    keys[i] = expert < num_experts ? order_key(fresh(logits + expert)) : 0;
-  }
+  for (int i = 0; i < kPerLane; ++i) keys[i] = lane + 32 * i < num_experts ? order_key(values[i]) : 0;
   float all = 0.0f, most = 0.0f, mine = 0.0f;
   uint32_t chosen = 0;
   for (int j = 0; j < top_k; ++j) {

@@ -18,7 +18,9 @@ constexpr uint32_t kAll = 0xffffffffu;
 __device__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 template <class T>
 __device__ float4 load4(const T* p) {
-  return {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  const uint2 bits = *reinterpret_cast<const uint2*>(p);
+  const T* v = reinterpret_cast<const T*>(&bits);
+  return {to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3])};
 }
 
 // By one warp.
@@ -100,12 +102,17 @@ struct FloatRow {
   }
 };
 
-// A lane's part of this warp's runs of 128 columns of a row; zeros beyond its end.
+// The first of a lane's four columns in the warp's i-th run of 128.
+__device__ int column_of(int first, int i) {
+  return first + 128 * i * kRouterWarps + 4 * static_cast<int>(threadIdx.x);
+}
+
+// A lane's part of this warp's runs of a row; zeros beyond its end.
 template <class T>
 __device__ void load_runs(const T* row, int first, int cols, float4 (&runs)[kRuns]) {
 #pragma unroll
   for (int i = 0; i < kRuns; ++i) {
-    const int col = first + 128 * i * kRouterWarps + 4 * static_cast<int>(threadIdx.x);
+    const int col = column_of(first, i);
     runs[i] = col < cols ? load4(row + col) : float4{0, 0, 0, 0};
   }
 }
@@ -164,7 +171,11 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
     float4 values[kTokens][kRuns];
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
-      load_runs(x + static_cast<int64_t>(first + min(n, count - 1)) * cols, col, cols, values[n]);
+      const float* row = x + static_cast<int64_t>(first + min(n, count - 1)) * cols;
+#pragma unroll
+      for (int i = 0; i < kRuns; ++i) {  // weights beyond the end are zeros: any value will do
+        values[n][i] = load4(row + min(column_of(col, i), cols - 4));
+      }
     }
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
