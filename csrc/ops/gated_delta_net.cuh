@@ -16,10 +16,10 @@ struct DeltaCall {
   const float *conv_weight, *decay, *dt_bias, *norm_weight;
   float *conv_states, *states;
   const int32_t *state_slots, *query_start, *kv_lengths;
-  int num_sequences, num_slots, num_key_heads, num_value_heads, key_head_dim, value_head_dim, num_taps;
+  int num_sequences, num_key_heads, num_value_heads, key_head_dim, value_head_dim, num_taps;
   int chunked_from;  // sequences of so many tokens or more go in chunks
   float eps;
-  bool tiled;
+  bool tiled, is_settled;
 
   __host__ __device__ int key_dim() const { return num_key_heads * key_head_dim; }
   __host__ __device__ int value_dim() const { return num_value_heads * value_head_dim; }
@@ -66,8 +66,9 @@ __device__ inline DeltaChunk find_chunk(const DeltaCall& c, int number) {
   return {-1, 0, 0, 0, 0};
 }
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
+// Quotients are exact to 2 units of the last place, and 0 where the divisor exceeds 2^126.
+__device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 // Four neighbouring values; `p` is a multiple of 16 bytes (8 of bfloat16).
@@ -79,6 +80,22 @@ __device__ inline float4 load_four(const __nv_bfloat16* p) {
   memcpy(&high, &pairs.y, 4);
   const float2 first = __bfloat1622float2(low), last = __bfloat1622float2(high);
   return make_float4(first.x, first.y, last.x, last.y);
+}
+
+// Writes four values of a token from `column` on, by a whole warp: 8 lanes have 32 columns side by side, or all columns beyond the row.
+__device__ inline void write_four(const DeltaCall& c, const DeltaOutput& out, int64_t token, int column,
+                                  float4 y) {
+  if (out.form == DeltaForm::kQ8) {
+    quantize_quads(y, static_cast<uint8_t*>(out.rows) + token * activation_row_bytes(c.value_dim()),
+                   c.value_dim(), column / 32);
+  } else if (column < c.value_dim() && out.form == DeltaForm::kBF16) {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
+    uint2 bits;
+    memcpy(&bits, pairs, 8);
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.rows) + token * c.value_dim() + column) = bits;
+  } else if (column < c.value_dim()) {
+    *reinterpret_cast<float4*>(static_cast<float*>(out.rows) + token * c.value_dim() + column) = y;
+  }
 }
 
 // Writes o · weight / rms · silu(z) of one head and token, by a whole warp.  o [value_head_dim] lies in shared or global memory,
@@ -105,20 +122,8 @@ __device__ inline void write_gated_norm(const DeltaCall& c, const DeltaOutput& o
       y = make_float4(x.x * scale * w.x * silu(gate.x), x.y * scale * w.y * silu(gate.y),
                       x.z * scale * w.z * silu(gate.z), x.w * scale * w.w * silu(gate.w));
     }
-    if (out.form == DeltaForm::kQ8) {
-      // Lanes beyond the head say a block beyond the row.
-      const int64_t block = i < width ? (first + i) / 32 : c.value_dim();
-      quantize_quads(y, static_cast<uint8_t*>(out.rows) + token * activation_row_bytes(c.value_dim()),
-                     c.value_dim(), block);
-    } else if (i < width && out.form == DeltaForm::kBF16) {
-      const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
-      uint2 bits;
-      memcpy(&bits, pairs, 8);
-      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.rows) + token * c.value_dim() + first + i) =
-          bits;
-    } else if (i < width) {
-      *reinterpret_cast<float4*>(static_cast<float*>(out.rows) + token * c.value_dim() + first + i) = y;
-    }
+    // Lanes beyond the head say columns far beyond the row.
+    write_four(c, out, token, i < width ? first + i : 32 * c.value_dim(), y);
   }
 }
 

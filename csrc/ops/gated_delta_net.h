@@ -25,7 +25,14 @@ void gated_delta_net_cpu(const float* x, const float* conv_weight, const float* 
                          int64_t num_taps, float eps, bool tiled);
 
 // The same on a CUDA device: x is of `dtype` float32 or bfloat16 and `out` in one of the forms below.  `counters` [slots, H_k] are
-// zero and are zero again afterwards; `workspace` has as many bytes as gated_delta_net_workspace says.  Slots lie below num_slots.
+// zero and are zero again afterwards; `workspace` has as many bytes as gated_delta_net_workspace says.
+//
+// `settled` allows to read everything but x before the launch before this one has ended, so that reading hides behind it.  It promises
+// that a launch which waits for its own producers before it allows consumers (core/ptx.cuh), such as a norm, lies between this one and
+// whatever wrote states, conv_states, state_slots, query_start and kv_lengths.  Why this is enough: this kernel starts after every
+// block of the launch before has allowed consumers, so all of these have started, so every block of the launch before that one has
+// allowed consumers, and so on back to the launch that waited first.  Its waits are over then, which means that everything before it
+// has ended and is visible.
 enum class DeltaForm : int {
   kF32,   // [num_tokens, value_dim]
   kBF16,  // [num_tokens, value_dim]
@@ -35,9 +42,9 @@ void gated_delta_net_cuda(const void* x, const float* conv_weight, const float* 
                           const float* norm_weight, float* conv_states, float* states,
                           const int32_t* state_slots, const int32_t* query_start, const int32_t* kv_lengths,
                           uint32_t* counters, void* workspace, void* out, int64_t num_tokens,
-                          int64_t num_sequences, int64_t num_slots, int64_t num_key_heads,
-                          int64_t num_value_heads, int64_t key_head_dim, int64_t value_head_dim,
-                          int64_t num_taps, int dtype, int form, float eps, bool tiled, void* stream);
+                          int64_t num_sequences, bool settled, int64_t num_key_heads, int64_t num_value_heads,
+                          int64_t key_head_dim, int64_t value_head_dim, int64_t num_taps, int dtype, int form,
+                          float eps, bool tiled, void* stream);
 int64_t gated_delta_net_workspace(int64_t num_tokens, int64_t num_sequences, int64_t num_key_heads,
                                   int64_t num_value_heads, int64_t key_head_dim, int64_t value_head_dim,
                                   int64_t num_taps, int dtype);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // One block to a row, which stays in registers between its sum and its scaling, so that it is read once.  A thread takes four columns
 // side by side, and the norm leaves in the form that the next matmul reads.  Weights are loaded before the wait for the producer of x.
+//
+// Of a few rows, latency is all: no more threads than keep two loads of each array in flight in each, since what warps do beside loading
+// (shuffles, of which a multiprocessor does one at a time) adds up over them, and every thread adds up the warps' sums by itself.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -11,17 +14,24 @@ namespace helexa {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-// Values per thread where there are threads enough: with four loads in flight in each of 1,024 threads a row of 4,096 takes one
-// round trip to memory.
-constexpr int kWanted = 4;
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kFewestThreads = 256;  // rather than two loads in each
 
-__device__ float block_sum(float x) {
-  __shared__ float warp_sums[kMaxThreads / 32];
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ __align__(16) float warp_sums[kMaxWarps];
+  const int num_warps = static_cast<int>(blockDim.x / 32);
+  if (threadIdx.x < kMaxWarps && threadIdx.x >= num_warps) warp_sums[threadIdx.x] = 0.0f;
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
   __syncthreads();
-  // Every warp adds up all partial sums: that is cheaper than another round trip to tell one warp's result to the others.
-  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? warp_sums[threadIdx.x % 32] : 0.0f);
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kMaxWarps; i += 4) {
+    if (i >= num_warps) break;
+    const float4 four = *reinterpret_cast<const float4*>(warp_sums + i);
+    sums[0] += four.x, sums[1] += four.y, sums[2] += four.z, sums[3] += four.w;
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <int kColumns, class T>
@@ -80,6 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int i = first + k * stride;
     if (i < width) load_columns<kColumns>(weight + i, scales + k * kColumns);
   }
+  const float inverse_width = 1.0f / static_cast<float>(width);
   ptx::wait_for_producers();
   ptx::allow_consumers();
 #pragma unroll
@@ -104,10 +115,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   float squares = 0.0f;
   for (int k = 0; k < kKept; ++k) squares += values[k] * values[k];
-  const float scale = 1.0f / sqrtf(block_sum(squares) / static_cast<float>(width) + eps);
+  const float scale = rsqrtf(fmaf(block_sum(squares), inverse_width, eps));
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    if (k * stride >= width) break;
+    if (kSteps > 2 && k * stride >= width) break;
     const int i = first + k * stride;
     float* y = values + k * kColumns;
     for (int c = 0; c < kColumns; ++c) y[c] *= scale * scales[k * kColumns + c];
@@ -129,7 +140,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <class T, int kColumns, int kKept>
 void launch_rms_norm(const void* x, const float* weight, float* residual, uint8_t* q8, void* bf16,
                      float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
-  const int64_t warps = std::min<int64_t>((width + 32 * kWanted - 1) / (32 * kWanted), kMaxThreads / 32);
+  // As many threads as hold the row, but no fewer than kFewestThreads while there are columns for them.
+  const int64_t most = (width + 32 * kColumns - 1) / (32 * kColumns);
+  const int64_t needed = (width + 32 * kKept - 1) / (32 * kKept);
+  const int64_t warps = std::max(needed, std::min<int64_t>(most, kFewestThreads / 32));
   launch_kernel(
       rms_norm_kernel<T, kColumns, kKept>,
       {dim3(static_cast<unsigned>(num_tokens)), dim3(static_cast<unsigned>(32 * warps)), stream, 0, true},
@@ -140,9 +154,10 @@ void launch_rms_norm(const void* x, const float* weight, float* residual, uint8_
 template <class T>
 void launch_rms_norm_of(const void* x, const float* weight, float* residual, uint8_t* q8, void* bf16,
                         float* plain, int64_t num_tokens, int64_t width, float eps, void* stream) {
-  const auto launch = width % 4 != 0            ? launch_rms_norm<T, 1, 16>
-                      : width > 8 * kMaxThreads ? launch_rms_norm<T, 4, 16>
-                                                : launch_rms_norm<T, 4, 8>;
+  const auto launch = width % 4 != 0               ? launch_rms_norm<T, 1, 16>
+                      : width > 8 * kMaxThreads    ? launch_rms_norm<T, 4, 16>
+                      : width > 4 * kFewestThreads ? launch_rms_norm<T, 4, 8>
+                                                   : launch_rms_norm<T, 4, 4>;
   launch(x, weight, residual, q8, bf16, plain, num_tokens, width, eps, stream);
 }
 

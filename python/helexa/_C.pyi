@@ -285,7 +285,7 @@ def gated_delta_net_cuda(
     out: int,
     num_tokens: int,
     num_sequences: int,
-    num_slots: int,
+    settled: bool,
     num_key_heads: int,
     num_value_heads: int,
     key_head_dim: int,

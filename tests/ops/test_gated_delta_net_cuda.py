@@ -296,7 +296,8 @@ def test_thousands_of_tokens_do_not_drift(cuda_device, assert_close):
 
 
 @pytest.mark.parametrize(
-    ("length", "heads"), [(3, (1, 3, 64, 32)), (16, (1, 2, 64, 32)), (5, (2, 6, 32, 16)), (9, (1, 2, 128, 128))]
+    ("length", "heads"),
+    [(3, (1, 3, 64, 32)), (16, (1, 2, 64, 32)), (5, (2, 6, 32, 16)), (9, (1, 2, 128, 128))],
 )
 def test_codes_are_those_of_the_values(cuda_device, length, heads):
     """Also of an odd number of blocks of 32 columns, and of heads that share a block."""

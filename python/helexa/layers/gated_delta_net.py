@@ -66,6 +66,7 @@ class GatedDeltaNet:
             step.state_slots,
             step.query_start,
             step.kv_lengths,
+            settled=True,  # the norm before in_proj came after all that wrote them
         )  # [T, value_dim]
         return self.out_proj(out[rows])
 
