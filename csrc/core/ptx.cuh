@@ -54,6 +54,17 @@ __device__ __forceinline__ uint32_t load_once_4(const void* p) {
   return v;
 }
 
+// 16 (8) bytes from the second-level cache, where every block's writes are.  Loads start in the order in which they stand here.
+__device__ __forceinline__ void load_fresh(uint4& v, const void* p) {
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+}
+__device__ __forceinline__ void load_fresh(uint2& v, const void* p) {
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+}
+
 // Asks for the 128 bytes around `p` to be in the second-level cache soon.  Nothing is read, so that it is safe before
 // wait_for_producers() also for memory that other kernels write.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -147,6 +158,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const
                : "=r"(r[0]), "=r"(r[1])
                : "r"(from)
                : "memory");
+}
+
+// An 8x8 matrix of 16-bit values, of which lane 4g + t holds (g, 2t) and (g, 2t + 1), transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
 }
 
 // --- matrix products of a warp ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ inline uint4 load_once(const void* p) { return load_aligned<uint4>(p); }
 inline uint2 load_once_8(const void* p) { return load_aligned<uint2>(p); }
 inline uint32_t load_once_4(const void* p) { return load_aligned<uint32_t>(p); }
 
+inline void load_fresh(uint4& v, const void* p) { v = load_aligned<uint4>(p); }
+inline void load_fresh(uint2& v, const void* p) { v = load_aligned<uint2>(p); }
+
 inline void prefetch(const void*) {}
 
 inline void copy_async(void* shared, const void* global, bool valid = true) {
@@ -75,6 +78,13 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared) {
 }
 inline void load_matrices_transposed(uint32_t (&r)[2], const void* shared) {
   load_matrices_any<2, true>(r, shared);
+}
+
+inline uint32_t transpose(uint32_t x) {
+  const auto held = emulation::gather(0xffffffffu, x);
+  const int lane = emulation::lane(), shift = lane / 4 % 2 * 16;
+  auto at = [&](int row) { return held.value[4 * row + lane / 8] >> shift & 0xffffu; };
+  return at(lane % 4 * 2) | at(lane % 4 * 2 + 1) << 16;
 }
 
 // The 16 x 8 product of the operands that the lanes hold.  kPerWord values lie in a register; kWords of them, by row pair and then

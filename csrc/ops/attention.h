@@ -26,7 +26,7 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
 // it is there.  They leave as q8 (ops/activation.cuh) or as bf16 [rows, num_heads * head_dim], whichever is not null, where
 // is_attention_tiled; else as float32 x.
 // The keys of sequences with at most split_queries queries, or of all sequences if it is 0, are split into at most max_splits
-// ranges.  That takes counters, which are 0 before and after, num_kv_heads for each 64 rows (queries times heads that share a kv head)
+// ranges.  That takes counters, which are 0 before and after, num_kv_heads for each 8 rows (queries times heads that share a kv head)
 // of a sequence, and partial, room for [queries, num_heads, max_splits, head_dim + 2] float32 of num_tokens queries, or of
 // split_queries of each sequence.
 void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int cache_dtype,

@@ -5,11 +5,7 @@
 //
 // A row is one query head of one token; rows of a sequence and kv head go token by token, with the `group` heads that share the kv
 // head next to each other, so that its keys and values are read once for all of them.  Keys come in tiles through two stages of
-// shared memory.  Warps share a block's work in one of two ways:
-//
-//   many rows: each warp has its own 16 (or 32) rows and sees all keys of a tile
-//   16 rows or fewer: each warp has all rows and a part of the tile's keys; with heads of 256, where a tile has keys for two warps
-//       only, two warps have the same keys and each half of the dims of v.  At the end the parts are joined as splits are.
+// shared memory, and each warp has its own 16 (or 32) rows.
 //
 // Rows leave in the form that the next matmul takes, multiplied by the sigmoid of the output gate if there is one.
 #include "core/cuda.cuh"
@@ -41,14 +37,14 @@ struct AttentionCall {
   uint32_t* counters;
   float* partial;
   int64_t max_splits;
+  int group;       // heads that share a kv head
+  bool is_prompt;  // of one sequence with more rows than decode_kernel is for, which is not launched then
 };
 
 namespace attention_tiled {
 
 // Finite, so that differences of maxima are never inf - inf.
 constexpr float kLowest = -1e30f;
-// Keys of a split at least: fewer would cost more in joining than their reading takes.
-constexpr int kMinSplitKeys = 128;
 constexpr int kStages = 2;
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
@@ -135,7 +131,7 @@ __device__ inline Part part_of(const AttentionCall& call, int sequence, int kv_h
   Part part;
   part.sequence = sequence;
   part.kv_head = kv_head;
-  part.group = static_cast<int>(call.num_heads / call.num_kv_heads);
+  part.group = call.group;
   part.first_query = call.query_start[sequence];
   const int num_queries = call.query_start[sequence + 1] - part.first_query;
   const int num_keys = call.kv_lengths[sequence];
@@ -190,52 +186,34 @@ __device__ __forceinline__ void add(float4& sum, float factor, const float4& x) 
   sum.w = fmaf(factor, x.w, sum.w);
 }
 
-// What attend leaves in shared memory: sums of v weighted by 2^(score - max), in num_parts parts of `rows` rows each, which are to
-// be added; all of them are relative to the greatest of the parts' maxima.
+// What attend leaves in shared memory: sums of v weighted by 2^(score - max).
 struct Results {
-  const float* sums;     // [num_parts, rows, Tile::kResultStride]
-  const float* max;      // [num_parts, rows]
-  const float* weights;  // [num_parts, rows]
-  int num_parts, rows;
+  const float* sums;     // [rows, Tile::kResultStride]
+  const float* max;      // [rows]
+  const float* weights;  // [rows]
+  int rows;
 
   // {max, sum of the weights}
-  __device__ float2 softmax(int row) const {
-    float best = kLowest, sum = 0.0f;
-    for (int p = 0; p < num_parts; ++p) best = fmaxf(best, max[p * rows + row]);
-    for (int p = 0; p < num_parts; ++p)
-      sum += weights[p * rows + row] * ptx::exp2_fast(max[p * rows + row] - best);
-    return make_float2(best, sum);
-  }
+  __device__ float2 softmax(int row) const { return make_float2(max[row], weights[row]); }
 
   template <int kDim>
   __device__ float4 values(int row, int column) const {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (kDim < 128 && column >= kDim) return sum;
-    for (int p = 0; p < num_parts; ++p) {
-      add(sum, 1.0f,
-          *reinterpret_cast<const float4*>(sums + (p * rows + row) * Tile<kDim>::kResultStride + column));
-    }
-    return sum;
+    if (kDim < 128 && column >= kDim) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    return *reinterpret_cast<const float4*>(sums + row * Tile<kDim>::kResultStride + column);
   }
 };
 
 template <class C,  // type of the caches
           int kDim,
-          int kRowTiles,  // of 16 rows in a warp
-          int kRowParts, int kKeyParts, int kDimParts>
+          int kRowTiles>  // of 16 rows in a warp
 struct Block {
   using T = typename Cache<C>::Operand;
   static constexpr bool kWiden = sizeof(C) == 1, kScaled = Cache<C>::kScaled;
-  static_assert(kRowParts * kKeyParts * kDimParts == kWarps);
-  static_assert(kRowTiles == 1 || kKeyParts * kDimParts == 1);
   using Shape = Tile<kDim>;
-  static constexpr int kRows = 16 * kRowTiles * kRowParts;
-  static constexpr int kKeys = Shape::kKeys / kKeyParts;  // of a warp and tile
-  static constexpr int kDims = kDim / kDimParts;          // of v in a warp
-  static_assert(kKeys % 16 == 0);
-  // Where reading is all that takes time, both stages are on their way while the first is waited for, at the price of a second
-  // barrier for each tile; tiles that have to be widened need that one anyway.
-  static constexpr bool kBothAhead = kKeyParts > 1 || kWiden;
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr int kKeys = Shape::kKeys;
+  // Tiles that have to be widened need a second barrier each, which lets both stages be on their way while the first is waited for.
+  static constexpr bool kBothAhead = kWiden;
 
   static __device__ C* stage_at(T* shared, int stage) {
     return reinterpret_cast<C*>(shared + (kWiden ? Shape::kStageValues : 0)) + stage * Shape::kStageValues;
@@ -299,11 +277,10 @@ struct Block {
   // The rows from first_row on over the part's keys.  All of the block's threads call it; results are there for all of them.  Waits
   // for the producers of q and of the newest keys, but, where both stages are filled ahead, has older keys copied before that.
   static __device__ Results attend(const AttentionCall& call, Part part, int first_row, T* shared) {
-    __shared__ float row_max[kKeyParts * kRows], row_weights[kKeyParts * kRows];
+    __shared__ float row_max[kRows], row_weights[kRows];
     __shared__ __align__(16) float scales[kStages][kScaled ? 2 * Shape::kKeys : 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
-    const int dim_part = warp % kDimParts, key_part = warp / kDimParts % kKeyParts;
-    const int warp_row = warp / (kDimParts * kKeyParts) * 16 * kRowTiles;
+    const int warp_row = warp * 16 * kRowTiles;
     T* const queries = shared + kStages * Shape::kStageValues;
     const float scale = call.scale * 1.44269504f;  // of exponents to base 2
 
@@ -312,7 +289,7 @@ struct Block {
     // The first key that a row does not see.
     int limit[kRowTiles][2];
     float max[kRowTiles][2], weights[kRowTiles][2];
-    float sums[kRowTiles][kDims / 8][4];
+    float sums[kRowTiles][kDim / 8][4];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -323,8 +300,7 @@ struct Block {
         weights[r][i] = 0.0f;
       }
 #pragma unroll
-      for (int j = 0; j < kDims / 8; ++j)
-        sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
+      for (int j = 0; j < kDim / 8; ++j) sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
     }
     const int least_limit = min(part.end_key, part.first_position + (first_row + warp_row) / part.group + 1);
 
@@ -358,9 +334,9 @@ struct Block {
       } else if (!kBothAhead) {
         load_tile(call, part, tile_key + Shape::kKeys, stage_at(shared, stage ^ 1), scales[stage ^ 1]);
       }
-      const T* k = shared + (kWiden ? 0 : stage * Shape::kStageValues) + key_part * kKeys * kDim;
+      const T* k = shared + (kWiden ? 0 : stage * Shape::kStageValues);
       const T* v = k + Shape::kKeys * kDim;
-      const int key = tile_key + key_part * kKeys;
+      const int key = tile_key;
 
       float scores[kRowTiles][kKeys / 8][4];
 #pragma unroll
@@ -429,7 +405,7 @@ struct Block {
           }
           weights[r][i] = weights[r][i] * factor + sum;
 #pragma unroll
-          for (int j = 0; j < kDims / 8; ++j) {
+          for (int j = 0; j < kDim / 8; ++j) {
             sums[r][j][2 * i] *= factor;
             sums[r][j][2 * i + 1] *= factor;
           }
@@ -448,20 +424,15 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < kKeys / 16; ++j) {
 #pragma unroll
-        for (int d = 0; d < kDims / 16; ++d) {
+        for (int d = 0; d < kDim / 16; ++d) {
           uint32_t b[4];
-          ptx::load_matrices_transposed(
-              b, v + chunk_offset<kDim>(16 * j + lane % 16, dim_part * (kDims / 8) + 2 * d + lane / 16));
+          ptx::load_matrices_transposed(b, v + chunk_offset<kDim>(16 * j + lane % 16, 2 * d + lane / 16));
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             multiply(sums[r][2 * d], p[r][j], b[0], b[1], T());
             multiply(sums[r][2 * d + 1], p[r][j], b[2], b[3], T());
           }
         }
-      }
-      if constexpr (kBothAhead && !kWiden) {
-        __syncthreads();
-        load_tile(call, part, tile_key + 2 * Shape::kKeys, stage_at(shared, stage), scales[stage]);
       }
     }
     ptx::wait_for_copies<0>();
@@ -475,37 +446,26 @@ struct Block {
         const int row = warp_row + 16 * r + 8 * i + quad;
         weights[r][i] += __shfl_xor_sync(0xffffffffu, weights[r][i], 1);
         weights[r][i] += __shfl_xor_sync(0xffffffffu, weights[r][i], 2);
-        if (lane % 4 == 0 && dim_part == 0) {
-          row_max[key_part * kRows + row] = max[r][i];
-          row_weights[key_part * kRows + row] = weights[r][i];
+        if (lane % 4 == 0) {
+          row_max[row] = max[r][i];
+          row_weights[row] = weights[r][i];
         }
       }
     }
-    if (kKeyParts > 1) __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = warp_row + 16 * r + 8 * i + quad;
-        float factor = 1.0f;
-        if (kKeyParts > 1) {
-          float best = kLowest;
+        float* to = results + row * Shape::kResultStride + lane % 4 * 2;
 #pragma unroll
-          for (int part_index = 0; part_index < kKeyParts; ++part_index)
-            best = fmaxf(best, row_max[part_index * kRows + row]);
-          factor = ptx::exp2_fast(max[r][i] - best);
-        }
-        float* to =
-            results + (key_part * kRows + row) * Shape::kResultStride + dim_part * kDims + lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < kDims / 8; ++j) {
-          *reinterpret_cast<float2*>(to + 8 * j) =
-              make_float2(sums[r][j][2 * i] * factor, sums[r][j][2 * i + 1] * factor);
+        for (int j = 0; j < kDim / 8; ++j) {
+          *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sums[r][j][2 * i], sums[r][j][2 * i + 1]);
         }
       }
     }
     __syncthreads();
-    return {results, row_max, row_weights, kKeyParts, kRows};
+    return {results, row_max, row_weights, kRows};
   }
 };
 

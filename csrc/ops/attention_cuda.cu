@@ -146,11 +146,34 @@ void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int
                     int64_t split_queries, uint32_t* counters, float* partial, int64_t max_splits,
                     void* stream) {
   if (first_row >= end_row || num_sequences == 0) return;
-  const AttentionCall call{q,           k_cache,    v_cache,       cache_dtype, page_table,    query_start,
-                           kv_lengths,  num_tokens, num_sequences, max_pages,   num_heads,     num_kv_heads,
-                           head_dim,    scale,      first_row,     end_row,     gate,          gate_dtype,
-                           gate_stride, q8,         bf16,          x,           split_queries, counters,
-                           partial,     max_splits};
+  const AttentionCall call{q,
+                           k_cache,
+                           v_cache,
+                           cache_dtype,
+                           page_table,
+                           query_start,
+                           kv_lengths,
+                           num_tokens,
+                           num_sequences,
+                           max_pages,
+                           num_heads,
+                           num_kv_heads,
+                           head_dim,
+                           scale,
+                           first_row,
+                           end_row,
+                           gate,
+                           gate_dtype,
+                           gate_stride,
+                           q8,
+                           bf16,
+                           x,
+                           split_queries,
+                           counters,
+                           partial,
+                           max_splits,
+                           static_cast<int>(num_heads / num_kv_heads),
+                           false};
   if (!is_attention_tiled(head_dim, cache_dtype)) return attention_plain(call, stream);
   switch (head_dim) {
     case 64: return attention_64_cuda(call, stream);

@@ -16,7 +16,7 @@ PAGE_TOKENS = 256  # csrc/ops/attention.h
 # On CUDA, in steps of more than MAX_MATVEC_ROWS tokens: who has at most so many queries splits its keys.
 SPLIT_QUERIES = 16
 MAX_SPLIT_BYTES = 32 << 20  # of partial results on CUDA; steps of many sequences get fewer splits each
-_MIN_SPLIT_KEYS = 128  # csrc/ops/attention_cuda.cuh
+_MIN_SPLIT_KEYS = 64  # csrc/ops/attention_decode.cuh
 CACHE_DTYPE_IDS = {**DTYPE_IDS, torch.float8_e4m3fn: 3, torch.int8: 4}  # csrc/ops/attention.h
 
 
@@ -148,14 +148,14 @@ def _on_cuda(
         split_queries = 0 if num_tokens <= MAX_MATVEC_ROWS else SPLIT_QUERIES
         num_queries = split_queries * num_sequences or num_tokens
         row_bytes = num_queries * num_heads * (head_dim + 2) * 4
-        # Two blocks for each multiprocessor, as many as it holds, if that leaves them _MIN_SPLIT_KEYS keys.
-        max_splits = -(-2 * num_multiprocessors(q.device) // num_kv_heads)
+        # A block for each multiprocessor, if that leaves them _MIN_SPLIT_KEYS keys.
+        max_splits = num_multiprocessors(q.device) // num_kv_heads
         max_splits = min(
             max_splits, max_pages * PAGE_TOKENS // _MIN_SPLIT_KEYS, MAX_SPLIT_BYTES // max(row_bytes, 1)
         )
         max_splits = max(max_splits, 1)
         partial = torch.empty(row_bytes // 4 * max_splits, dtype=torch.float32, device=q.device)
-        num_blocks = num_queries * num_heads // num_kv_heads // 64 + num_sequences
+        num_blocks = num_queries * num_heads // num_kv_heads // 8 + num_sequences
         counters = _counters(q.device, num_kv_heads * num_blocks)
     q8, bf16, x = (out.q8, out.bf16, None) if isinstance(out, Activation) else (None, None, out)
     _C.attention_cuda(

@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+#pragma once
+
+// Attention of few rows: of decoding and of the verification of drafts.  What it takes is the time to read keys and values, if enough
+// of them are on their way at any time; so each warp works on 16 keys of its own, which go from memory to the registers of its matrix
+// products, those of the next 16 keys being read meanwhile.
+//
+// Eight rows are the columns of both products: scores^T = k q^T and result^T = v^T weights^T.  Which dims make an operand's depth is
+// free in the first as long as k and q agree, so a lane reads eight neighbouring dims of a key (16 bytes); in the second, pairs of keys
+// come together from the eight neighbouring dims that a lane has read of each.  In the following lane = 4 quad + t, as in core/ptx.cuh.
+#include "ops/attention_split.cuh"
+
+namespace helexa {
+namespace attention_tiled {
+
+constexpr int kDecodeWarps = 8;
+constexpr int kDecodeRows = 8;      // of a block
+constexpr int kWarpKeys = 16;       // of a warp at a time
+constexpr int kMinDecodeKeys = 64;  // of a split
+
+// Up to so many keys one block reads faster than several whose results have to be joined.
+template <int kDim>
+constexpr int kWholeKeys = 65536 / kDim;
+
+template <class C,  // type of the caches
+          int kDim>
+struct Decoder {
+  using T = typename Cache<C>::Operand;
+  using Raw = std::conditional_t<sizeof(C) == 1, uint2, uint4>;  // eight values
+  static constexpr bool kScaled = Cache<C>::kScaled;
+  // The weights are 2^kLift times as great, since the scales that they are multiplied by may be small for float16.
+  static constexpr float kLift = kScaled ? 7.0f : 0.0f;
+  static constexpr int kQueryStride =
+      kDim + 32;  // of queries in shared memory, so that quads read from different banks
+  static constexpr int kResultStride = kDim + 4;
+
+  struct Shared {
+    T queries[kDecodeRows * kQueryStride];
+    float max[kDecodeWarps][kDecodeRows];
+    float weights[kDecodeWarps][kDecodeRows];
+    float sums[kDecodeWarps][kDecodeRows][kResultStride];
+  };
+
+  const AttentionCall& call;
+  const Part& part;
+  int pages_from, pages;  // lane l has page pages_from + l of the sequence
+  int64_t page_start;     // where the kv head's part of the page begins that keys were read from last
+
+  Raw keys[2][kDim / 32];                // dims 32 i + 8 t … of keys quad and quad + 8
+  Raw values[kDim / 64][4];              // dims 64 i + 8 quad … of keys 2t, 2t + 1, 2t + 8, 2t + 9
+  float key_scales[2], value_scales[2];  // of keys quad and quad + 8
+
+  __device__ Decoder(const AttentionCall& call_, const Part& part_) : call(call_), part(part_) {
+    hold_pages(part.first_key / kPageTokens);
+  }
+
+  __device__ void hold_pages(int first) {
+    const int page = first + static_cast<int>(threadIdx.x % 32);
+    pages_from = first;
+    pages = page * kPageTokens < part.end_key ? call.page_table[part.sequence * call.max_pages + page] : 0;
+  }
+
+  // Reads the keys from `key` on; those beyond the end are whatever lies there.
+  __device__ void load_keys(int key) {
+    const int index = key / kPageTokens;
+    if (index >= pages_from + 32) hold_pages(index);
+    const int64_t number = __shfl_sync(0xffffffffu, pages, index - pages_from);
+    page_start = (number * call.num_kv_heads + part.kv_head) * Cache<C>::head_stride(kDim);
+    const int lane = threadIdx.x % 32, offset = key % kPageTokens + lane / 4;
+    const C* const page = static_cast<const C*>(call.k_cache) + page_start;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const C* const from = page + (offset + 8 * half) * kDim + lane % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < kDim / 32; ++i) ptx::load_fresh(keys[half][i], from + 32 * i);
+      if constexpr (kScaled) key_scales[half] = __ldcg(scales_of(page, kDim) + offset + 8 * half);
+    }
+  }
+
+  // Reads the values of the keys that were read last; the last one's for those beyond the end, since no weight makes 0 of what may lie there.
+  __device__ void load_values(int key) {
+    const int lane = threadIdx.x % 32, last = part.end_key - 1 - key;
+    const C* const page = static_cast<const C*>(call.v_cache) + page_start;
+    const C* const first = page + key % kPageTokens * kDim + lane / 4 * 8;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const C* const from = first + min(lane % 4 * 2 + n % 2 + n / 2 * 8, last) * kDim;
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) ptx::load_fresh(values[i][n], from + 64 * i);
+    }
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        value_scales[half] =
+            __ldcg(scales_of(page, kDim) + key % kPageTokens + min(lane / 4 + 8 * half, last));
+    }
+  }
+
+  static __device__ uint4 operand(uint4 raw) { return raw; }
+  static __device__ uint4 operand(uint2 raw) { return widen(raw, 1.0f, C()); }
+
+  // Scores of the loaded keys: [i] of key quad + 8 (i / 2) and row 2t + i % 2.
+  __device__ void score(const T* queries, float (&scores)[4]) const {
+    const int lane = threadIdx.x % 32;
+    float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) {
+      const uint4 a = operand(keys[0][i]), b = operand(keys[1][i]);
+      const uint4 q =
+          *reinterpret_cast<const uint4*>(queries + lane / 4 * kQueryStride + 32 * i + lane % 4 * 8);
+      multiply(scores, {a.x, b.x, a.y, b.y}, q.x, q.y, T());
+      multiply(odd, {a.z, b.z, a.w, b.w}, q.z, q.w, T());
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[i] += odd[i];
+      if constexpr (kScaled) scores[i] *= key_scales[i / 2];
+    }
+  }
+
+  // Rows `first_row` … over the keys of this warp, part of which may be on their way.  Its results go to shared memory.
+  __device__ void attend(int first_row, int first_key, Shared& shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float scale = call.scale * 1.44269504f;  // of exponents to base 2
+    float max[2], weights[2];
+    int limit[2];  // the first key that a row does not see
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      limit[n] = part.first_position + (first_row + lane % 4 * 2 + n) / part.group + 1;
+      max[n] = kLowest;
+      weights[n] = 0.0f;
+    }
+    const int least_limit = min(part.end_key, part.first_position + first_row / part.group + 1);
+    float sums[kDim / 64][4][4];  // [i][j][n] of dim 64 i + 8 quad + 2j + n / 2 and row 2t + n % 2
+#pragma unroll
+    for (auto& of_columns : sums) {
+#pragma unroll
+      for (auto& sum : of_columns) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+    }
+
+    for (int key = first_key; key < part.end_key;) {
+      const int next = key + kWarpKeys * kDecodeWarps;
+      float scores[4], former_scales[2];
+      score(shared.queries, scores);
+      if (next < part.end_key) load_keys(next);
+      if (key + kWarpKeys > least_limit) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = key + lane / 4 + i / 2 * 8;
+          if (at >= limit[i % 2] || at >= part.end_key) scores[i] = -INFINITY;
+        }
+      }
+      former_scales[0] = former_scales[1] = 1.0f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float best = fmaxf(scores[n], scores[2 + n]);
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, bit));
+        best = fmaxf(max[n], best * scale - kLift);
+        former_scales[n] = ptx::exp2_fast(max[n] - best);
+        max[n] = best;
+        scores[n] = ptx::exp2_fast(fmaf(scores[n], scale, -best));
+        scores[2 + n] = ptx::exp2_fast(fmaf(scores[2 + n], scale, -best));
+        weights[n] = weights[n] * former_scales[n] + (scores[n] + scores[2 + n]);
+      }
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[i] *= value_scales[i / 2];
+      }
+      const uint32_t low = ptx::transpose(pair(scores[0], scores[1], T()));
+      const uint32_t high = ptx::transpose(pair(scores[2], scores[3], T()));
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) {
+        uint32_t words[4][4];  // of each key
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const uint4 value = operand(values[i][n]);
+          words[n][0] = value.x, words[n][1] = value.y, words[n][2] = value.z, words[n][3] = value.w;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float (&sum)[4] = sums[i][j];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) sum[n] *= former_scales[n % 2];
+          multiply(
+              sum,
+              {__byte_perm(words[0][j], words[1][j], 0x5410), __byte_perm(words[0][j], words[1][j], 0x7632),
+               __byte_perm(words[2][j], words[3][j], 0x5410), __byte_perm(words[2][j], words[3][j], 0x7632)},
+              low, high, T());
+        }
+      }
+      if (next < part.end_key) load_values(next);
+      key = next;
+    }
+
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int bit = 4; bit < 32; bit *= 2) weights[n] += __shfl_xor_sync(0xffffffffu, weights[n], bit);
+      const int row = lane % 4 * 2 + n;
+      if (lane < 4) {
+        shared.max[warp][row] = max[n];
+        shared.weights[warp][row] = weights[n];
+      }
+      if (first_key >= part.end_key) continue;
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) {
+        float* const to = &shared.sums[warp][row][64 * i + lane / 4 * 8];
+        const auto& sum = sums[i];
+        *reinterpret_cast<float4*>(to) = make_float4(sum[0][n], sum[0][2 + n], sum[1][n], sum[1][2 + n]);
+        *reinterpret_cast<float4*>(to + 4) = make_float4(sum[2][n], sum[2][2 + n], sum[3][n], sum[3][2 + n]);
+      }
+    }
+  }
+
+  // Adds the warps' results: final ones if there is but one split.
+  __device__ void finish(int first_row, int split, int num_splits, const Shared& shared) const {
+    constexpr int kChunks = (kDim + 127) / 128;
+    const Partial<kDim> partial{call, part};
+    const int lane = threadIdx.x % 32, num_rows = min(kDecodeRows, part.num_rows - first_row);
+    for (int unit = threadIdx.x / 32; unit < num_rows * kChunks; unit += kDecodeWarps) {
+      const int i = unit / kChunks, row = first_row + i, column = unit % kChunks * 128 + 4 * lane;
+      if (!is_wanted(call, part.token(row))) continue;
+      float best = kLowest, sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) best = fmaxf(best, shared.max[w][i]);
+      float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float weight = shared.weights[w][i];
+        if (weight == 0.0f) continue;  // it may have had no keys, and has then left no sums
+        const float factor = ptx::exp2_fast(shared.max[w][i] - best);
+        sum += factor * weight;
+        if (kDim >= 128 || column < kDim)
+          add(value, factor, *reinterpret_cast<const float4*>(&shared.sums[w][i][column]));
+      }
+      if (num_splits == 1) {
+        const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
+        store<kDim>(call, part.token(row), part.head(row), column,
+                    make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse));
+      } else {
+        const int64_t to = partial.at(row) + split;
+        if (kDim >= 128 || column < kDim) partial.values(to)[column / 4] = value;
+        if (unit % kChunks == 0 && lane == 0) *partial.softmax(to) = make_float2(best, sum);
+      }
+    }
+  }
+};
+
+// Blocks that a multiprocessor holds.
+template <int kDim>
+constexpr int kDecodeBlocks = kDim < 128 ? 2 : 1;
+
+template <class C, int kDim>
+__global__ void __launch_bounds__(32 * kDecodeWarps, kDecodeBlocks<kDim>)
+    decode_kernel(const AttentionCall call) {
+  using Decoder = attention_tiled::Decoder<C, kDim>;
+  using T = typename Decoder::T;
+  auto& shared = *dynamic_shared<typename Decoder::Shared>();
+  auto cut_of = [&](int sequence) {
+    const Part part = part_of(call, sequence, 0);
+    if (!is_decoding(call, part.num_rows / part.group, part.group)) return Cut{0, 1, 0};
+    return cut_keys(call, part, kDecodeRows, kWholeKeys<kDim>, kMinDecodeKeys);
+  };
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    const Piece piece = piece_at(call, index, cut_of);
+    if (piece.sequence < 0) break;
+    Part part = part_of(call, piece.sequence, piece.kv_head);
+    const int first_row = piece.row_block * kDecodeRows;
+    const int end_row = min(first_row + kDecodeRows, part.num_rows);
+    part.first_key = piece.split * piece.cut.split_keys;
+    part.end_key = min(part.end_key, part.first_key + piece.cut.split_keys);
+    part.end_key = min(part.end_key, part.first_position + (end_row - 1) / part.group + 1);
+
+    Decoder decoder(call, part);
+    const int first_key = part.first_key + static_cast<int>(threadIdx.x / 32) * kWarpKeys;
+    const bool has_keys = first_key < part.end_key;
+    if (first_key + kWarpKeys > part.first_position) ptx::wait_for_producers();
+    if (has_keys) {
+      decoder.load_keys(first_key);
+      decoder.load_values(first_key);
+    }
+    ptx::wait_for_producers();
+    ptx::allow_consumers();
+    constexpr int kRowChunks = kDim / 8;
+    static_assert(kDecodeRows * kRowChunks <= 32 * kDecodeWarps);
+    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+    uint4 query = make_uint4(0, 0, 0, 0);
+    if (first_row + row < end_row) {
+      const int64_t from =
+          static_cast<int64_t>(part.token(first_row + row)) * call.num_heads + part.head(first_row + row);
+      ptx::load_fresh(query, static_cast<const T*>(call.q) + from * kDim + chunk * 8);
+    }
+    if (row < kDecodeRows)
+      *reinterpret_cast<uint4*>(shared.queries + row * Decoder::kQueryStride + chunk * 8) = query;
+    __syncthreads();
+    decoder.attend(first_row, first_key, shared);
+    __syncthreads();
+    decoder.finish(first_row, piece.split, piece.cut.num_splits, shared);
+    if (piece.cut.num_splits > 1 && is_last_split(call, part, first_row, piece.cut.num_splits))
+      join<kDim>(call, part, first_row, end_row, piece.cut.num_splits);
+    __syncthreads();  // shared memory takes the next piece
+  }
+  ptx::wait_for_producers();  // also without work, so that this kernel does not end before them
+}
+
+}  // namespace attention_tiled
+}  // namespace helexa
