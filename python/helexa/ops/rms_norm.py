@@ -5,7 +5,7 @@ from torch import Tensor
 
 from helexa import _C
 from helexa.ops.activation import Activation, Rows, empty_activation
-from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
+from helexa.ops.tensor import address, check, check_device, check_tensor, dtype_id, on_cuda, stream
 
 MAX_CUDA_WIDTH = 16384  # a block of a device keeps a row in registers
 
@@ -26,16 +26,16 @@ def rms_norm(
     is there is written.   keep_float: on CUDA the result has `x` too.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
-    shape, device = x.shape, x.device
+    shape = x.shape
     check(
         len(shape) == 2 and x.is_contiguous(),
         lambda: f"rms_norm: x {tuple(shape)} is not a contiguous [T, D]",
     )
     check_tensor("rms_norm", "weight", weight, shape[1:], torch.float32)
-    check(weight.device == device, lambda: f"rms_norm: weight is on {weight.device}, x on {device}")
+    check_device("rms_norm", "weight", weight, x)
     if residual is not None:
         check_tensor("rms_norm", "residual", residual, shape, torch.float32)
-        check(residual.device == device, "rms_norm: residual is not on the device of x")
+        check_device("rms_norm", "residual", residual, x)
     if on_cuda(x):
         return _on_cuda(x, weight, eps, residual, out, keep_float)
     check(x.dtype == torch.float32, lambda: f"rms_norm: x is {x.dtype}; on the CPU it has to be float32")

@@ -26,6 +26,12 @@ def check_tensor(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: t
         raise ValueError(f"{op}: {name} {tuple(x.shape)} {x.dtype} is not a contiguous {shape} {dtype}")
 
 
+def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless x, which `op` calls `name`, is on the device of `like`."""
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}")
+
+
 def dtype_id(x: Tensor) -> int:
     """The extension's number of x.dtype; raises ValueError for dtypes that no kernel takes."""
     number = DTYPE_IDS.get(x.dtype)
