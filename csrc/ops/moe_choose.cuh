@@ -15,9 +15,9 @@ __device__ T fresh(const T* p) {
 
 // Ordered as the values are; NaN comes last.  Zero is below all.
 __device__ inline uint32_t order_key(float value) {
-  if (value != value) return 1;
   const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 equals 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t sign = 0u - (bits >> 31);
+  return value == value ? bits ^ (sign | 0x80000000u) : 1;
 }
 __device__ inline float key_value(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
