@@ -118,7 +118,7 @@ def test_every_border_of_tiles_pages_and_splits_is_right(check, num_queries, len
     check((min(num_queries, length),), (length,), head_dim=head_dim, num_kv_heads=1)
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 4, 5, 8, 9, 16, 17, 64, 65, 127, 129, 200])
+@pytest.mark.parametrize("num_queries", [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 127, 129, 200])
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_every_number_of_queries_works(check, head_dim, num_queries):
     check((num_queries,), (num_queries + 261,), head_dim=head_dim, num_kv_heads=1)
