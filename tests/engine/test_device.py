@@ -1,5 +1,8 @@
 """Where models may go."""
 
+import queue
+import threading
+
 import pytest
 import torch
 
@@ -130,3 +133,41 @@ def test_copies_in_main_memory_are_whole():
     part.zero_()
     assert copy.is_contiguous()
     assert torch.equal(copy, expected)
+
+
+class Pool:
+    """As torch's streams: each call gives the next one."""
+
+    def __init__(self):
+        self.num_taken, self.priorities = 0, set()
+
+    def __call__(self, device, priority):
+        self.num_taken += 1
+        self.priorities.add(priority)
+        return f"stream {self.num_taken}"
+
+
+def test_threads_have_streams_of_their_own_and_leave_them_to_later_ones(monkeypatch):
+    monkeypatch.setattr(module, "EMULATED", False)
+    pool, current = Pool(), threading.local()
+    monkeypatch.setattr(module, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", pool)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(current, "stream", stream))
+    device, found, may_end = Device("cuda:0"), queue.SimpleQueue(), threading.Event()
+
+    def work():
+        device.enter()
+        found.put(current.stream)
+        may_end.wait(10)
+
+    for _ in range(3):  # two at a time, as two models would
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert {found.get(timeout=10) for _ in threads} == {"stream 1", "stream 2"}
+        may_end.set()
+        for thread in threads:
+            thread.join()
+        may_end.clear()
+    assert pool.priorities == {-1}

@@ -28,7 +28,7 @@ from helexa.errors import HelexaError
 from helexa.layers.step import Step
 from helexa.models import Model
 
-_WARM_UP_TOKENS = ops.MAX_MATVEC_ROWS + 1  # that are computed as long prompts are
+_WARM_UP_TOKENS = ops.MAX_MATVEC_ROWS + 1, ops.MAX_MIDDLE_ROWS + 1  # that are computed as longer prompts are
 
 
 class Chooser(Protocol):
@@ -165,12 +165,10 @@ class CudaRunner(Runner):
         """Runs what will be run, so that all code is loaded, and captures the decode steps."""
         if not self._device.has_streams:
             return
-        num_tokens = min(_WARM_UP_TOKENS, self._max_context)
-        warm_up = Sequence([0] * num_tokens, num_tokens)
-        warm_up.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
         stream = torch.cuda.current_stream()
         with phases("warm_up"):
-            self._prefill_logits(warm_up, num_tokens)
+            for num_tokens in _WARM_UP_TOKENS:
+                self._warm_up(min(num_tokens, self._max_context))
             stream.synchronize()
         if self._capture:
             with phases("capture"):
@@ -180,6 +178,11 @@ class CudaRunner(Runner):
                     self._capture_step(rows, pool)
                     rows //= 2
                 stream.synchronize()
+
+    def _warm_up(self, num_tokens: int) -> None:
+        sequence = Sequence([0] * num_tokens, num_tokens)
+        sequence.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
+        self._prefill_logits(sequence, num_tokens)
 
     def next_landing(self) -> Landing:
         self._turn = (self._turn + 1) % FLIGHTS

@@ -5,12 +5,13 @@ Where the CUDA kernels run on the host (ops.tensor.EMULATED), main memory stands
 
 import logging
 import re
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Claim:
     nbytes: int
 
 
-_claims: "WeakSet[Claim]" = WeakSet()
+_claims: "weakref.WeakSet[Claim]" = weakref.WeakSet()
 
 
 def check_device_name(name: str) -> None:
@@ -71,7 +72,10 @@ class Device:
         """Makes it the calling thread's device, with a stream of the thread's own."""
         if self.has_streams:
             torch.cuda.set_device(self.tensors)
-            torch.cuda.set_stream(torch.cuda.Stream(self.tensors))  # type: ignore[no-untyped-call]
+            stream = _take_stream(self)
+            torch.cuda.set_stream(stream)
+            _thread.seat = _Seat()
+            weakref.finalize(_thread.seat, _give_back, self, stream)
 
     def free_bytes(self) -> int:
         """What can be allocated now; of a CUDA device with what torch holds, and nobody uses or claims."""
@@ -95,6 +99,34 @@ class Device:
     def staging(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Main memory, zeroed, that the device copies from and to while the host goes on."""
         return torch.zeros(shape, dtype=dtype, pin_memory=self.has_streams)
+
+
+class _Seat:
+    """What a thread that has entered a device holds as long as it lives."""
+
+
+_thread = threading.local()
+_streams: dict[Device, list[torch.cuda.Stream]] = {}  # that no thread has now
+_streams_lock = threading.Lock()
+
+
+def _take_stream(device: Device) -> torch.cuda.Stream:
+    """A stream that no other thread that entered the device has, and the threads that bring weights never do.
+
+    torch hands out the same few streams in turn, others for each priority, and what another thread queues on
+    a stream that is being captured would become part of the graph. Streams are used again because cuBLAS
+    keeps memory for each.
+    """
+    with _streams_lock:
+        free = _streams.setdefault(device, [])
+        if free:
+            return free.pop()
+    return torch.cuda.Stream(device.tensors, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def _give_back(device: Device, stream: torch.cuda.Stream) -> None:
+    with _streams_lock:
+        _streams[device].append(stream)
 
 
 class HostCopy:

@@ -54,7 +54,7 @@ from helexa.ops.pack import (
     pack_weight,
     packed_nbytes,
 )
-from helexa.ops.quant_matmul import gated_matmul, quant_matmul, quant_matmul_reference
+from helexa.ops.quant_matmul import MAX_MIDDLE_ROWS, gated_matmul, quant_matmul, quant_matmul_reference
 from helexa.ops.quantize import ENCODED, quantize
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
@@ -84,6 +84,7 @@ __all__ = [
     "FORCED",
     "MASKED_TOKENS",
     "MAX_MATVEC_ROWS",
+    "MAX_MIDDLE_ROWS",
     "MAX_SPLIT_BYTES",
     "MAX_VOCABULARY",
     "NOT_FINITE",

@@ -14,8 +14,8 @@ from helexa import _C
 from helexa.ops.pack import TILE_ROWS, PackedWeight
 from helexa.ops.tensor import DTYPE_IDS, check, dtype_id, stream
 
-# Bounds the scratch; the largest matrix of a model of 30 billion weights fits at once.
-SCRATCH_BYTES = 192 << 20
+# Bounds the scratch of each model on a device; the down projection of 8 billion weights fits at once.
+SCRATCH_BYTES = 96 << 20
 # What a part has at least where the scratch allows: two waves of 128 x 128 outputs on 132 multiprocessors.
 # With more rows of input a part needs fewer rows of weights for that, and may stay in the second-level cache.
 _PART_OUTPUTS = 2 * 132 * 128 * 128
