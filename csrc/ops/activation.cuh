@@ -74,23 +74,50 @@ __device__ inline void store_q8_scale(uint8_t* row, int64_t cols, int64_t block,
   }
 }
 
-// Quantizes the values of 8 neighbouring lanes (the first is a multiple of 8), four consecutive columns each, as the block-th 32
-// columns of `row`.  All lanes of the warp have to call it; groups of 8 lanes whose block lies beyond the row write nothing.
-// Columns beyond `cols` have to be passed as zeros.
-__device__ inline void quantize_quads(float4 x, uint8_t* row, int64_t cols, int64_t block) {
+// Quantizes the values of 8 neighbouring lanes (the first is a multiple of 8), four consecutive columns each, as the given 32 columns of
+// `row`: kCount such blocks side by side.  All lanes of the warp have to call it; groups of 8 lanes whose block lies beyond the row write
+// nothing.  Columns beyond `cols` have to be passed as zeros.
+template <int kCount>
+__device__ inline void quantize_quads(const float4 (&x)[kCount], uint8_t* row, int64_t cols,
+                                      const int64_t (&blocks)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x % 8);
-  float most =
-      fmaxf(fmaxf(q8_magnitude(x.x), q8_magnitude(x.y)), fmaxf(q8_magnitude(x.z), q8_magnitude(x.w)));
-  for (int offset = 4; offset > 0; offset /= 2)
-    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-  const Q8Scale scale(most);
-  const int c0 = scale.code(x.x), c1 = scale.code(x.y), c2 = scale.code(x.z), c3 = scale.code(x.w);
-  int sum = c0 + c1 + c2 + c3;
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  if (block * 32 >= cols) return;
-  *reinterpret_cast<uint32_t*>(row + q8_offset(32 * block + 4 * lane)) =
-      (c0 & 255) | (c1 & 255) << 8 | (c2 & 255) << 16 | static_cast<uint32_t>(c3) << 24;
-  store_q8_scale(row, cols, block, lane, scale.scale, sum);
+  float most[kCount], scales[kCount];
+  uint32_t codes[kCount];
+  int sums[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    most[k] = fmaxf(fmaxf(q8_magnitude(x[k].x), q8_magnitude(x[k].y)),
+                    fmaxf(q8_magnitude(x[k].z), q8_magnitude(x[k].w)));
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) most[k] = fmaxf(most[k], __shfl_xor_sync(0xffffffffu, most[k], offset));
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const Q8Scale scale(most[k]);
+    const int c0 = scale.code(x[k].x), c1 = scale.code(x[k].y), c2 = scale.code(x[k].z),
+              c3 = scale.code(x[k].w);
+    scales[k] = scale.scale;
+    sums[k] = c0 + c1 + c2 + c3;
+    codes[k] = (c0 & 255) | (c1 & 255) << 8 | (c2 & 255) << 16 | static_cast<uint32_t>(c3) << 24;
+  }
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], offset);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (blocks[k] * 32 >= cols) continue;
+    *reinterpret_cast<uint32_t*>(row + q8_offset(32 * blocks[k] + 4 * lane)) = codes[k];
+    store_q8_scale(row, cols, blocks[k], lane, scales[k], sums[k]);
+  }
+}
+__device__ inline void quantize_quads(float4 x, uint8_t* row, int64_t cols, int64_t block) {
+  const float4 values[1] = {x};
+  const int64_t blocks[1] = {block};
+  quantize_quads(values, row, cols, blocks);
 }
 
 // The same for one column per lane of a whole warp: lane l has column 32 * block + l.

@@ -3,7 +3,7 @@
 // side by side, and the norm leaves in the form that the next matmul reads.  Weights are loaded before the wait for the producer of x.
 //
 // Of a few rows, latency is all: no more threads than keep two loads of each array in flight in each, since what warps do beside loading
-// (shuffles, of which a multiprocessor does one at a time) adds up over them, and every thread adds up the warps' sums by itself.
+// (shuffles, of which a multiprocessor does one at a time) adds up over them.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -24,14 +24,11 @@ __device__ __forceinline__ float block_sum(float x) {
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
   __syncthreads();
-  float sums[4] = {};
-#pragma unroll
-  for (int i = 0; i < kMaxWarps; i += 4) {
-    if (i >= num_warps) break;
-    const float4 four = *reinterpret_cast<const float4*>(warp_sums + i);
-    sums[0] += four.x, sums[1] += four.y, sums[2] += four.z, sums[3] += four.w;
-  }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  // Every warp adds up all of them, which is cheaper than another round trip to tell one warp's result to the others.
+  const float4 four = *reinterpret_cast<const float4*>(warp_sums + 4 * (threadIdx.x % 8));
+  float sum = (four.x + four.y) + (four.z + four.w);
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  return sum;
 }
 
 template <int kColumns, class T>
@@ -46,6 +43,18 @@ __device__ void load_columns(const T* from, float* to) {
     const float2 low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v.x));
     const float2 high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v.y));
     to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+  }
+}
+
+// In such a way that the compiler leaves it before the wait.
+template <int kColumns>
+__device__ void load_weights(const float* from, float* to) {
+  if constexpr (kColumns == 1) {
+    *to = __uint_as_float(ptx::load_once_4(from));
+  } else {
+    const uint4 v = ptx::load_once(from);
+    to[0] = __uint_as_float(v.x), to[1] = __uint_as_float(v.y);
+    to[2] = __uint_as_float(v.z), to[3] = __uint_as_float(v.w);
   }
 }
 
@@ -88,7 +97,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int i = first + k * stride;
-    if (i < width) load_columns<kColumns>(weight + i, scales + k * kColumns);
+    if (i < width) load_weights<kColumns>(weight + i, scales + k * kColumns);
   }
   const float inverse_width = 1.0f / static_cast<float>(width);
   ptx::wait_for_producers();
@@ -118,7 +127,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float scale = rsqrtf(fmaf(block_sum(squares), inverse_width, eps));
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    if (kSteps > 2 && k * stride >= width) break;
     const int i = first + k * stride;
     float* y = values + k * kColumns;
     for (int c = 0; c < kColumns; ++c) y[c] *= scale * scales[k * kColumns + c];
@@ -126,14 +134,25 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (plain != nullptr) store_columns<kColumns>(y, plain + row + i);
       if (bf16 != nullptr) store_columns<kColumns>(y, bf16 + row + i);
     }
-    if (q8 != nullptr) {
-      uint8_t* codes = q8 + blockIdx.x * activation_row_bytes(width);
-      if constexpr (kColumns == 1) {
-        quantize_lanes(*y, codes, width, i / 32);
-      } else {
-        quantize_quads(make_float4(y[0], y[1], y[2], y[3]), codes, width, i / 32);
-      }
+  }
+  if (q8 == nullptr) return;
+  uint8_t* codes = q8 + blockIdx.x * activation_row_bytes(width);
+  if constexpr (kColumns == 1) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k * stride >= width) break;
+      quantize_lanes(values[k], codes, width, (first + k * stride) / 32);
     }
+  } else {
+    float4 quads[kSteps];
+    int64_t blocks[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const float* y = values + k * kColumns;
+      quads[k] = make_float4(y[0], y[1], y[2], y[3]);
+      blocks[k] = (first + k * stride) / 32;
+    }
+    quantize_quads(quads, codes, width, blocks);
   }
 }
 
