@@ -245,17 +245,19 @@ struct StepProducts {
 };
 
 // sums += chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns, the first of which is
-// pair `first_pair` of the row.  x0: the activations of tile 0, loaded before the chunk was there; the other tiles are loaded here.
-template <class F, int kSplit, int kTiles>
+// pair `first_pair` of the row.  loaded: the activations of tile 0, of which the lane's first kLoaded pairs were loaded before the chunk was
+// there; the others, which would take many registers, and those of the other tiles are loaded here.
+template <class F, int kLoaded = kChunkPairs, int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk,
                                                const InputRows& x, int lane, int first_pair, int num_pairs,
-                                               const LaneActivations<kSplit>& x0) {
+                                               const LaneActivations<kSplit>& loaded) {
   static_assert(kSplit == 1 || kTiles == 1);
   using U = Unit<F>;
   using Columns = LaneColumns<kSplit>;
   constexpr bool kWhole = U::kPairs == kChunkPairs;  // a chunk is one unit, which is never cut short
   constexpr int kGroups = kChunkPairs / Columns::kOwnPairs;
   const int g = lane >> 2, t = lane & 3;
+  LaneActivations<kSplit> x0 = loaded;
   // Where sums start often, the registers of this start are kept; elsewhere they are not worth their place.
   int start[4] = {kSumStart, kSumStart, kSumStart, kSumStart};
   if constexpr (kSplit != 8) {
@@ -266,6 +268,9 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
   if constexpr (kWhole) scales[0].load(chunk, g), scales[1].load(chunk, g + 8);
 #pragma unroll
   for (int j = 0; j < Columns::kOwnPairs; ++j) {
+    if (kTiles == 1 && j + 1 >= kLoaded && j + 1 < Columns::kOwnPairs) {
+      x0.template load<kWhole>(x, 0, lane, first_pair, num_pairs, j + 1);
+    }
     PairCodes<F> codes[kGroups];
     // With one tile of rows each pair's codes are used once, and loaded then.
     auto load = [&](int q) {

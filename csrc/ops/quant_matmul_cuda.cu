@@ -22,8 +22,8 @@ namespace {
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 4;
-constexpr int kBlocksPerMultiprocessor =
-    3;                          // that the registers allow for 1 row; the ring leaves memory for as many
+// Blocks of up to 8 rows, for which the ring leaves memory: with fewer, the blocks of many a matrix would come in two rounds.
+constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kMaxTokens = 32;  // of a launch; of more the sums of a warp do not fit into its registers
 constexpr int kTileRows = kDeviceTileRows;
 constexpr int kMaxBlockTiles = 8;
@@ -170,9 +170,9 @@ __device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, co
     const int first_pair = chunk * kChunkPairs, num_pairs = min(kChunkPairs, pairs - first_pair);
     LaneActivations<kSplit> x0;
     constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
-    if constexpr (kTiles == 1) x0.template load<kWhole>(x, lane, first_pair, num_pairs);
+    if constexpr (kTiles == 1) x0.template load<kWhole>(x, 0, lane, first_pair, num_pairs, 0);
     const uint8_t* stage = ring.wait(a);
-    multiply_chunk<F>(sums, stage, x, lane, first_pair, num_pairs, x0);
+    multiply_chunk<F, 1>(sums, stage, x, lane, first_pair, num_pairs, x0);
     ring.next(a, tiles, warp, num_warps, lane);
   }
 }
@@ -271,9 +271,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x));
 
 template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
           int kTiles>  // tiles of 8 rows
-__global__ void __launch_bounds__(32 * kMaxWarps, kSplit == 8   ? kBlocksPerMultiprocessor
-                                                  : kTiles == 1 ? 2
-                                                                : 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultiprocessor : 1)
     matvec_kernel(const __grid_constant__ Arguments a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
