@@ -270,6 +270,28 @@ def test_a_decode_that_outgrows_the_pages_resumes_where_it_was(bench, expected):
         assert sequence.receiver.tokens == expected(prompt, 15, VOCAB)
 
 
+def test_the_last_event_is_sent_even_if_no_step_follows(bench):
+    class Box:
+        def __init__(self):
+            self.events = []
+
+        def post(self, batch):
+            self.events += [event for _, event in batch]
+            return True
+
+    class Reader(Inbox):
+        def __init__(self, mailbox):
+            super().__init__()
+            self.mailbox = mailbox
+
+    machine, box = bench(), Box()
+    own = Sampler(SamplingParams(temperature=0.0, typical_p=0.5).resolve(), [])  # no device has it
+    machine.submit([1, 2, 3], 3, sampler=own, receiver=Reader(box))
+    machine.run()
+    assert isinstance(box.events[-1], Finished)
+    assert len(box.events) == 4
+
+
 def test_events_of_a_step_travel_in_one_batch_and_a_dead_reader_is_cancelled(bench):
     class Box:
         def __init__(self):

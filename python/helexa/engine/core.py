@@ -133,6 +133,7 @@ class EngineCore:
             self._end(self._land(self._flight))
         plan = self.scheduler.next()
         if plan is None and self._flight is None:
+            self._send()  # what has just landed
             self._is_stepping = False
             self._save_next()
             return
