@@ -46,18 +46,6 @@ __device__ void load_columns(const T* from, float* to) {
   }
 }
 
-// In such a way that the compiler leaves it before the wait.
-template <int kColumns>
-__device__ void load_weights(const float* from, float* to) {
-  if constexpr (kColumns == 1) {
-    *to = __uint_as_float(ptx::load_once_4(from));
-  } else {
-    const uint4 v = ptx::load_once(from);
-    to[0] = __uint_as_float(v.x), to[1] = __uint_as_float(v.y);
-    to[2] = __uint_as_float(v.z), to[3] = __uint_as_float(v.w);
-  }
-}
-
 template <int kColumns>
 __device__ void store_columns(const float* from, float* to) {
   if constexpr (kColumns == 1) {
@@ -83,10 +71,10 @@ template <class T,       // type of x
           int kColumns,  // that a thread takes side by side: 4, or 1 where rows are not aligned
           int kKept>     // values that a thread holds
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_kernel(const T* x,  // [num_tokens, width]; written by others while this runs
-                    const float* __restrict__ weight,  // [width]
-                    float* residual,                   // [num_tokens, width] or null
-                    uint8_t* __restrict__ q8,          // rows of activation_row_bytes(width), or null
+    rms_norm_kernel(const T* x,                // [num_tokens, width]; written by others while this runs
+                    const float* weight,       // [width]; not __restrict__: such loads sink below the wait
+                    float* residual,           // [num_tokens, width] or null
+                    uint8_t* __restrict__ q8,  // rows of activation_row_bytes(width), or null
                     __nv_bfloat16* __restrict__ bf16,  // [num_tokens, width] or null
                     float* __restrict__ plain,         // [num_tokens, width] or null
                     int width, float eps) {
@@ -97,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int i = first + k * stride;
-    if (i < width) load_weights<kColumns>(weight + i, scales + k * kColumns);
+    if (i < width) load_columns<kColumns>(weight + i, scales + k * kColumns);
   }
   const float inverse_width = 1.0f / static_cast<float>(width);
   ptx::wait_for_producers();
