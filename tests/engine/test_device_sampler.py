@@ -1,18 +1,22 @@
 """The choice on a device against the host's Sampler: the same tokens from the same parameters and seeds."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helexa import ops
+from helexa.engine import Engine
 from helexa.engine.device_sampler import DeviceSampler, device_sampler_nbytes, is_greedy
 from helexa.engine.sampler import Sampler, SamplingParams
 from helexa.errors import DeviceError
 
 pytestmark = pytest.mark.cuda
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen3.gguf"
 NUM_SLOTS = 5
 
 
@@ -337,6 +341,19 @@ def test_a_replay_reads_logits_positions_and_parameters_anew(bench, cuda_device)
         for index, position in enumerate((seed + 1, 6)):
             found = device.chooser.read(records, index, (3, 1)[index])
             assert found[0] == samplers[index].sample(rows[index], position).token_id
+
+
+async def test_vocabularies_that_are_too_large_for_a_device_are_left_to_the_host(cuda_device, monkeypatch):
+    options = {"device": cuda_device, "kv_cache_tokens": 512, "num_threads": 1, "capture": False}
+    params = SamplingParams(temperature=0.9, seed=5, max_tokens=8, ignore_eos=True)
+    answers = []
+    for _ in range(2):
+        with Engine.load(GOLDEN, **options) as engine:
+            deltas = [delta async for delta in engine.generate([1, 2, 3], params)]
+        answers.append([token_id for delta in deltas for token_id in delta.token_ids])
+        for module in ("helexa.ops", "helexa.ops.sample"):
+            monkeypatch.setattr(sys.modules[module], "MAX_VOCABULARY", 16)
+    assert answers[0] == answers[1]
 
 
 def test_its_memory_is_known_before(cuda_device):

@@ -98,8 +98,11 @@ class DeviceSampler:
         """Chooses for rows of logits [R, V] float32, whose slots [R] int32 says; capturable.
 
         positions: [R] int32, of the tokens that the logits follow. greedy_only: `is_greedy` holds for the
-        parameters of all rows, which then takes one kernel instead of three.
+        parameters of all rows, which then takes one kernel instead of three. Does nothing where it serves no
+        parameters at all.
         """
+        if self._vocab_size > ops.MAX_VOCABULARY:
+            return
         ops.sample(
             logits,
             slots,
