@@ -70,28 +70,24 @@ class PrefillInputs:
 
     def __init__(self, device: Device, sequence: Sequence, num_tokens: int, page_tokens: int):
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        positions = np.arange(start, end, dtype=np.int32)
-        pages = np.array(sequence.pages[: -(-end // page_tokens)], dtype=np.int32)
-        parts = (
-            np.array(sequence.token_ids[start:end], dtype=np.int32),
-            positions,
-            pages[positions // page_tokens] * page_tokens + positions % page_tokens,
-            pages,
-            np.array([0, num_tokens], dtype=np.int32),
-            np.array([end], dtype=np.int32),
-            np.array([sequence.slot], dtype=np.int32),
-        )
-        starts, size = [], 0
-        for part in parts:
-            starts.append(size)
-            size += -(-part.size // _ALIGNMENT) * _ALIGNMENT
+        num_pages = -(-end // page_tokens)
+        places, size = [], 0
+        for length in (num_tokens, num_tokens, num_tokens, num_pages, 2, 1, 1):
+            places.append(slice(size, size + length))
+            size += -(-length // _ALIGNMENT) * _ALIGNMENT
         staging = device.staging(size)
-        for first, part in zip(starts, parts, strict=True):
-            staging.numpy()[first : first + part.size] = part
-        values = staging.to(device.tensors, non_blocking=True)
-        tensors = [values[first : first + part.size] for first, part in zip(starts, parts, strict=True)]
-        self.token_ids, self.positions, self.slots, self.pages = tensors[:4]
-        self.query_start, self.kv_lengths, self.state_slots = tensors[4:]
+        values = staging.numpy()
+        token_ids, positions, slots, pages, query_start, kv_lengths, state_slots = (
+            values[place] for place in places
+        )
+        token_ids[:] = sequence.token_ids[start:end]
+        positions[:] = np.arange(start, end)
+        pages[:] = sequence.pages[:num_pages]
+        slots[:] = pages[positions // page_tokens] * page_tokens + positions % page_tokens
+        query_start[1], kv_lengths[0], state_slots[0] = num_tokens, end, sequence.slot
+        there = staging.to(device.tensors, non_blocking=True)
+        self.token_ids, self.positions, self.slots, self.pages = (there[place] for place in places[:4])
+        self.query_start, self.kv_lengths, self.state_slots = (there[place] for place in places[4:])
 
 
 class Landing:
