@@ -96,8 +96,8 @@ PYBIND11_MODULE(_C, m) {
                           reinterpret_cast<const float*>(bias)};
       }));
   py::class_<MoeWeights>(m, "MoeWeights")
-      .def(py::init<WeightView, std::vector<WeightView>, std::vector<WeightView>, WeightView, std::vector<WeightView>,
-                    std::vector<WeightView>>());
+      .def(py::init<WeightView, std::vector<WeightView>, std::vector<WeightView>, WeightView,
+                    std::vector<WeightView>, std::vector<WeightView>>());
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_cpu", cpu(&pack_cpu));
   m.def("embedding_cpu", cpu(&embedding_cpu));
@@ -130,8 +130,9 @@ PYBIND11_MODULE(_C, m) {
       .def("done_bytes", &WeightLoader::done_bytes)
       .def("failure", &WeightLoader::failure);
   py::class_<WeightCarrier>(m, "WeightCarrier")
-      .def(py::init<WeightLoader&, std::vector<std::uintptr_t>, std::vector<std::uintptr_t>, std::uintptr_t>(),
-           py::keep_alive<1, 2>())
+      .def(
+          py::init<WeightLoader&, std::vector<std::uintptr_t>, std::vector<std::uintptr_t>, std::uintptr_t>(),
+          py::keep_alive<1, 2>())
       .def("work", &WeightCarrier::work, py::call_guard<py::gil_scoped_release>())
       .def("slot", &WeightCarrier::slot);
   m.def("tiled_bytes", &tiled_bytes);

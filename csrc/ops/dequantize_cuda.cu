@@ -104,15 +104,16 @@ void dequantize(const WeightView& weight, T* out, int64_t out_stride, void* stre
     using F = decltype(f);
     if constexpr (F::kScales == Scales::kPlain) {
       constexpr int kEach = kThreads * kPlainEach;
-      const dim3 grid(static_cast<unsigned>(weight.rows), static_cast<unsigned>((weight.cols + kEach - 1) / kEach));
-      launch_kernel(convert_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out, weight.cols,
-                    out_stride);
+      const dim3 grid(static_cast<unsigned>(weight.rows),
+                      static_cast<unsigned>((weight.cols + kEach - 1) / kEach));
+      launch_kernel(convert_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out,
+                    weight.cols, out_stride);
     } else {
       constexpr int kEach = kWarps * kGroupCols;
       const dim3 grid(static_cast<unsigned>((weight.rows + kDeviceTileRows - 1) / kDeviceTileRows),
                       static_cast<unsigned>((weight.cols + kEach - 1) / kEach));
-      launch_kernel(dequantize_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out, weight.rows,
-                    weight.cols, out_stride);
+      launch_kernel(dequantize_kernel<F, T>, {grid, dim3(kThreads), stream, 0, true}, weight.packed, out,
+                    weight.rows, weight.cols, out_stride);
     }
   });
 }
@@ -127,7 +128,8 @@ void dequantize_all(const std::vector<WeightView>& weights, T* out, int64_t out_
 
 }  // namespace
 
-void dequantize_cuda(std::vector<WeightView> weights, void* out, int64_t out_stride, int dtype, void* stream) {
+void dequantize_cuda(std::vector<WeightView> weights, void* out, int64_t out_stride, int dtype,
+                     void* stream) {
   if (static_cast<DType>(dtype) == DType::kBF16) {
     dequantize_all(weights, static_cast<__nv_bfloat16*>(out), out_stride, stream);
   } else {

@@ -60,7 +60,7 @@ def test_memory_returns_to_the_start_level_after_each_of_50_loads(cuda_device):
         for case in (HYBRID, DENSE):
             allocated, reserved, free = cycle(case)
             assert allocated <= start[0]
-            assert reserved <= start[1]
+            assert reserved <= start[1] + (2 << 20)  # what torch takes at once for small tensors
             assert free >= start[2] - (8 << 20)
 
 

@@ -100,8 +100,11 @@ async def test_subagents_that_start_together_compute_their_system_prompt_once(ag
     prompts = [[*SYSTEM, number, *text(70, number)] for number in range(4)]
     results = await asyncio.gather(*(agent.ask(prompt, (300, 369)) for prompt in prompts))
     reused = sorted(cached for _, cached in results)
-    # Dense models pick up full pages while they take turns.
-    assert reused == [0, 300, 300, 300] if agent.is_hybrid else sum(reused) >= 3 * 256
+    # Dense models pick up full pages while they take turns, if a turn brings them that far.
+    if agent.is_hybrid:
+        assert reused == [0, 300, 300, 300]
+    elif agent.engine.options.prefill_tokens >= 256:
+        assert sum(reused) >= 3 * 256
 
 
 async def test_two_alternating_conversations_both_find_their_own(agent):

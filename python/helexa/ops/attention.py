@@ -10,7 +10,17 @@ from torch import Tensor
 from helexa import _C
 from helexa.ops.activation import MAX_MATVEC_ROWS, Activation, Rows, empty_activation
 from helexa.ops.sigmoid_mul import sigmoid_mul
-from helexa.ops.tensor import DTYPE_IDS, EMULATED, check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import (
+    DTYPE_IDS,
+    EMULATED,
+    address,
+    check,
+    check_device,
+    check_tensor,
+    dtype_id,
+    on_cuda,
+    stream,
+)
 
 PAGE_TOKENS = 256  # csrc/ops/attention.h
 # On CUDA, in steps of more than MAX_MATVEC_ROWS tokens: who has at most so many queries splits its keys.
@@ -61,13 +71,13 @@ def attention(
         and q.is_contiguous()
         and (q.dtype == torch.float32 or (on_cuda(q) and q.dtype in DTYPE_IDS))
     )
-    check(fits, f"attention: q {tuple(q.shape)} {q.dtype} is not a contiguous [T, H, D] float32")
+    check(fits, lambda: f"attention: q {tuple(q.shape)} {q.dtype} is not a contiguous [T, H, D] float32")
     num_heads, head_dim = q.shape[1:]
     check_cache("attention", k_cache, v_cache, head_dim)
     num_kv_heads = k_cache.shape[1]
     check(
         num_heads % num_kv_heads == 0,
-        f"attention: {num_heads} query heads do not share {num_kv_heads} kv heads evenly",
+        lambda: f"attention: {num_heads} query heads do not share {num_kv_heads} kv heads evenly",
     )
     num_sequences = kv_lengths.shape[0]
     for name, table, shape in (
@@ -75,14 +85,11 @@ def attention(
         ("query_start", query_start, (num_sequences + 1,)),
         ("kv_lengths", kv_lengths, (num_sequences,)),
     ):
-        check(
-            table.shape == shape and table.dtype == torch.int32 and table.is_contiguous(),
-            f"attention: {name} {tuple(table.shape)} {table.dtype} is not a contiguous {shape} int32",
-        )
-        check(table.device == q.device, f"attention: {name} is on {table.device}, q on {q.device}")
-    check(k_cache.device == q.device, f"attention: the caches are on {k_cache.device}, q on {q.device}")
+        check_tensor("attention", name, table, shape, torch.int32)
+        check_device("attention", name, table, q)
+    check_device("attention", "k_cache", k_cache, q)
     first_row, end_row, step = rows.indices(q.shape[0])
-    check(step == 1, f"attention: {rows} leaves rows out")
+    check(step == 1, lambda: f"attention: {rows} leaves rows out")
     _check_gate(gate, max(0, end_row - first_row), q)
     if on_cuda(q):
         tables = (page_table, query_start, kv_lengths)
@@ -140,7 +147,7 @@ def _on_cuda(
             out = torch.empty((num_rows, width), dtype=torch.float32, device=q.device)
     check(
         _is_output(out, num_rows, width, is_tiled),
-        f"attention: out is not {'an Activation' if is_tiled else 'a float32 Tensor'} of {(num_rows, width)}",
+        lambda: f"attention: out is not {'an Activation' if is_tiled else 'float32'} of {(num_rows, width)}",
     )
     counters = partial = None
     split_queries = max_splits = 0
@@ -175,23 +182,19 @@ def _on_cuda(
         scale,
         rows.start,
         rows.stop,
-        _address(gate),
+        address(gate),
         0 if gate is None else dtype_id(gate),
         0 if gate is None else gate.stride(0),
-        _address(q8),
-        _address(bf16),
-        _address(x),
+        address(q8),
+        address(bf16),
+        address(x),
         split_queries,
-        _address(counters),
-        _address(partial),
+        address(counters),
+        address(partial),
         max_splits,
         stream(q),
     )
     return out
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _is_output(out: Rows, num_rows: int, width: int, is_tiled: bool) -> bool:
@@ -214,7 +217,10 @@ def _check_gate(gate: Tensor | None, num_rows: int, q: Tensor) -> None:
         fits = fits and (num_rows == 0 or (gate.stride(1) == 1 and is_aligned))
     else:
         fits = fits and gate.dtype == torch.float32 and gate.is_contiguous()
-    check(fits, f"attention: gate {tuple(gate.shape)} {gate.dtype} is not {shape} float32 rows on {q.device}")
+    check(
+        fits,
+        lambda: f"attention: gate {tuple(gate.shape)} {gate.dtype} is not {shape} float32 rows on {q.device}",
+    )
 
 
 @cache
@@ -229,7 +235,9 @@ _NUM_COUNTERS = 1 << 16
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
-    check(count <= _NUM_COUNTERS, f"attention: {count} blocks of rows, expected at most {_NUM_COUNTERS}")
+    check(
+        count <= _NUM_COUNTERS, lambda: f"attention: {count} blocks of rows, expected at most {_NUM_COUNTERS}"
+    )
     by_device: dict[torch.device, Tensor] = vars(_thread).setdefault("counters", {})
     if device not in by_device:
         by_device[device] = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
@@ -253,20 +261,17 @@ def cache_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
 
 def check_cache(op: str, k_cache: Tensor, v_cache: Tensor, head_dim: int) -> None:
     """Raises ValueError unless both caches are one layer's pages of heads of that size."""
-    dtypes = CACHE_DTYPE_IDS if on_cuda(k_cache) else DTYPE_IDS
-    fits = k_cache.ndim == 4 and k_cache.dtype in dtypes and head_dim > 0
-    fits = fits and k_cache.shape[2:] == cache_shape((PAGE_TOKENS, head_dim), k_cache.dtype)
-    fits = fits and (k_cache.dtype != torch.int8 or head_dim % 4 == 0)
+    shape, dtype = k_cache.shape, k_cache.dtype
+    fits = len(shape) == 4 and dtype in (CACHE_DTYPE_IDS if on_cuda(k_cache) else DTYPE_IDS)
+    fits = fits and head_dim > 0 and shape[2:] == cache_shape((PAGE_TOKENS, head_dim), dtype)
+    fits = fits and (dtype != torch.int8 or head_dim % 4 == 0)
+    check(fits, lambda: f"{op}: k_cache {tuple(shape)} {dtype} is not [pages, Hkv, 256, {head_dim}]")
     check(
-        fits,
-        f"{op}: k_cache {tuple(k_cache.shape)} {k_cache.dtype} is not [pages, Hkv, 256, {head_dim}]",
+        v_cache.shape == shape and v_cache.dtype == dtype,
+        lambda: f"{op}: v_cache {tuple(v_cache.shape)} {v_cache.dtype} is not like k_cache",
     )
-    same = v_cache.shape == k_cache.shape and v_cache.dtype == k_cache.dtype
-    check(
-        same,
-        f"{op}: v_cache {tuple(v_cache.shape)} {v_cache.dtype} is not like k_cache",
-    )
-    check(k_cache.is_contiguous() and v_cache.is_contiguous(), f"{op}: the caches are not contiguous")
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(f"{op}: the caches are not contiguous")
 
 
 def attention_reference(

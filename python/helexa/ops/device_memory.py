@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def free_unused() -> None:
 
 
 @contextmanager
-def captured(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+def captured(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """Captures what the thread queues on its stream; other threads may use devices meanwhile.
 
     Unlike torch.cuda.graph, it neither collects garbage nor gives free memory back, which takes long.

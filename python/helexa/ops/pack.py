@@ -175,7 +175,8 @@ def pack_rows(format: str, raw: object, first_row: int, num_rows: int, weight: P
         there = view if isinstance(view, Tensor) else _on_device(view, weight.data.device)
         _C.pack_cuda(FORMAT_IDS[format], there.data_ptr(), *place, stream(weight.data))
     else:
-        _C.pack_cpu(FORMAT_IDS[format], view.ctypes.data, *place)
+        address = view.data_ptr() if isinstance(view, Tensor) else view.ctypes.data
+        _C.pack_cpu(FORMAT_IDS[format], address, *place)
 
 
 def pack_weight(

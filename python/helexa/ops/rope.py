@@ -6,7 +6,7 @@ from torch import Tensor
 from helexa import _C
 from helexa.ops.attention import CACHE_DTYPE_IDS, PAGE_TOKENS, check_cache, query_dtype
 from helexa.ops.rms_norm import rms_norm_reference
-from helexa.ops.tensor import check, dtype_id, on_cuda, stream
+from helexa.ops.tensor import address, check, check_device, check_tensor, dtype_id, on_cuda, stream
 
 _MAX_HEAD_DIM = 512  # csrc/ops/rope.h
 
@@ -19,24 +19,12 @@ def rope_table(
     positions: [T] int32.   inv_freq: [R/2] float32.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
-    check(
-        positions.ndim == 1 and positions.dtype == torch.int32 and positions.is_contiguous(),
-        f"rope_table: positions {tuple(positions.shape)} {positions.dtype} is not a contiguous [T] int32",
-    )
-    check(
-        inv_freq.ndim == 1 and inv_freq.dtype == torch.float32 and inv_freq.is_contiguous(),
-        f"rope_table: inv_freq {tuple(inv_freq.shape)} {inv_freq.dtype} is not a contiguous [R/2] float32",
-    )
-    check(
-        positions.device == inv_freq.device,
-        f"rope_table: positions are on {positions.device}, inv_freq on {inv_freq.device}",
-    )
+    check_tensor("rope_table", "positions", positions, (positions.numel(),), torch.int32)
+    check_tensor("rope_table", "inv_freq", inv_freq, (inv_freq.numel(),), torch.float32)
+    check_device("rope_table", "inv_freq", inv_freq, positions)
     shape = (positions.shape[0], inv_freq.shape[0], 2)
     out = torch.empty(shape, dtype=torch.float32, device=positions.device) if out is None else out
-    check(
-        out.shape == shape and out.dtype == torch.float32 and out.is_contiguous(),
-        f"rope_table: out {tuple(out.shape)} {out.dtype} is not a contiguous {shape} float32",
-    )
+    check_tensor("rope_table", "out", out, shape, torch.float32)
     arguments = (positions.data_ptr(), inv_freq.data_ptr(), out.data_ptr(), *shape[:2], magnitude)
     if on_cuda(positions):
         _C.rope_table_cuda(*arguments, stream(positions))
@@ -81,17 +69,17 @@ def rope_append(
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     is_cuda = on_cuda(qkv)
     check_cache("rope_append", k_cache, v_cache, head_dim)
-    check(head_dim <= _MAX_HEAD_DIM, f"rope_append: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
+    check(head_dim <= _MAX_HEAD_DIM, lambda: f"rope_append: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
     check(
         2 * num_pairs <= head_dim,
-        f"rope_append: the table rotates {2 * num_pairs} values of heads of {head_dim}",
+        lambda: f"rope_append: the table rotates {2 * num_pairs} values of heads of {head_dim}",
     )
     width = (num_heads + 2 * num_kv_heads) * head_dim
     in_dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
     has_rows = qkv.is_contiguous() or (is_cuda and qkv.stride(-1) == 1)
     check(
         qkv.shape == (num_tokens, width) and qkv.dtype in in_dtypes and has_rows,
-        f"rope_append: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
+        lambda: f"rope_append: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
     )
     out_dtype = query_dtype(k_cache) if is_cuda else torch.float32
     if out is None:
@@ -103,17 +91,10 @@ def rope_append(
         ("q_norm", q_norm, (head_dim,), torch.float32),
         ("k_norm", k_norm, (head_dim,), torch.float32),
     ):
-        if tensor is None:
-            continue
-        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
-        check(
-            fits,
-            f"rope_append: {name} {tuple(tensor.shape)} {tensor.dtype} is not a contiguous {shape} {dtype}",
-        )
-        check(tensor.device == qkv.device, f"rope_append: {name} is on {tensor.device}, qkv on {qkv.device}")
-    check(
-        k_cache.device == qkv.device, f"rope_append: the caches are on {k_cache.device}, qkv on {qkv.device}"
-    )
+        if tensor is not None:
+            check_tensor("rope_append", name, tensor, shape, dtype)
+            check_device("rope_append", name, tensor, qkv)
+    check_device("rope_append", "k_cache", k_cache, qkv)
     common = (
         table.data_ptr(),
         slots.data_ptr(),
@@ -121,8 +102,8 @@ def rope_append(
         v_cache.data_ptr(),
         CACHE_DTYPE_IDS[k_cache.dtype],
         out.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
+        address(q_norm),
+        address(k_norm),
         eps,
         num_tokens,
         num_heads,

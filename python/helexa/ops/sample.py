@@ -75,7 +75,8 @@ def sample(
     _C.sample_cuda(
         *(logits.data_ptr(), slots.data_ptr(), positions.data_ptr(), parameters.data_ptr()),
         *(forced.data_ptr(), masks.data_ptr(), masks.shape[1], last_tokens.data_ptr()),
-        *(records.data_ptr(), workspace.data_ptr(), max_rows, num_rows, vocab_size, greedy_only),
+        *(records.data_ptr(), workspace.data_ptr(), max_rows, num_rows, vocab_size),
+        greedy_only,
         stream(logits),
     )
 

@@ -171,7 +171,7 @@ class WeightLoader:
             yield 0
             return
         torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._device)
         stream.wait_stream(self._origin)
         with torch.cuda.stream(stream):
             try:
