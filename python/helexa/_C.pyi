@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 has_cuda: bool
 
+class CudaError(RuntimeError):
+    code: int
+
 class CpuGraph:
     def begin_capture(self) -> None: ...
     def end_capture(self) -> None: ...

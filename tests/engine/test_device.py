@@ -171,3 +171,11 @@ def test_threads_have_streams_of_their_own_and_leave_them_to_later_ones(monkeypa
             thread.join()
         may_end.clear()
     assert pool.priorities == {-1}
+
+
+@pytest.mark.parametrize(("code", "raised"), [(2, OutOfMemory), (700, ops.CudaError)])
+def test_a_launch_without_memory_fails_one_request_and_other_faults_the_device(code, raised):
+    error = ops.CudaError("a launch failed")
+    error.code = code
+    with pytest.raises(raised), request_errors():
+        raise error

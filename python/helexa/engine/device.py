@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OLDEST = (8, 0)  # compute capability
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -156,6 +157,10 @@ def request_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"the device has too little free memory for this request: {error}") from error
+    except ops.CudaError as error:  # of a launch, whose code is loaded when it is first needed
+        if error.code != _OUT_OF_MEMORY:
+            raise
         raise OutOfMemory(f"the device has too little free memory for this request: {error}") from error
 
 

@@ -4,7 +4,7 @@
 On the CPU an op runs on a pool of threads that belongs to the calling thread, as a CUDA stream does.
 """
 
-from helexa._C import cpu_isa, has_cuda, num_threads, set_num_threads
+from helexa._C import CudaError, cpu_isa, has_cuda, num_threads, set_num_threads
 from helexa.ops.activation import (
     MAX_MATVEC_ROWS,
     Activation,
@@ -99,6 +99,7 @@ __all__ = [
     "Activation",
     "Arena",
     "CpuGraph",
+    "CudaError",
     "DeltaParameters",
     "DeviceArena",
     "PackedWeight",
