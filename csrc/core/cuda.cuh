@@ -38,40 +38,31 @@ namespace helexa {
                             file.substr(file.rfind('/') + 1) + ":" + std::to_string(line));
 }
 
-// 10 · major + minor of the current device's compute capability, such as 86.
-inline int device_capability() {
+// An attribute of the current device, which the thread asks for once; `emulated` where the host stands for one.
+template <cudaDeviceAttr kAttribute>
+int device_attribute([[maybe_unused]] int emulated) {
 #ifdef HELEXA_EMULATED_CUDA
-  return 90;
+  return emulated;
 #else
-  static thread_local int known_device = -1, capability = 0;
+  static thread_local int known_device = -1, value = 0;
   int device = 0;
   CUDA_CHECK(cudaGetDevice(&device));
   if (device != known_device) {
-    int major = 0, minor = 0;
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&value, kAttribute, device));
     known_device = device;
-    capability = 10 * major + minor;
   }
-  return capability;
+  return value;
 #endif
 }
 
-// The current device's number of multiprocessors.
-inline int num_multiprocessors() {
-#ifdef HELEXA_EMULATED_CUDA
-  return 4;
-#else
-  static thread_local int known_device = -1, count = 0;
-  int device = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  if (device != known_device) {
-    CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    known_device = device;
-  }
-  return count;
-#endif
+// 10 · major + minor of the current device's compute capability, such as 86.
+inline int device_capability() {
+  return 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>(9) +
+         device_attribute<cudaDevAttrComputeCapabilityMinor>(0);
 }
+
+// The current device's number of multiprocessors.
+inline int num_multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(4); }
 
 // Whether kernels may start before the ones ahead of them have ended; HELEXA_CUDA_OVERLAP=0 forbids it, which shows in a profile what
 // each kernel takes by itself.

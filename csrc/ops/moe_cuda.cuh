@@ -71,29 +71,10 @@ struct Routes {
   Plan plan;
 };
 
-struct Memories {
-  int shared;              // bytes that a block may have
-  int second_level_cache;  // bytes
-};
-
-// Of the current device.
-inline Memories memories() {
-#ifdef HELEXA_EMULATED_CUDA
-  return {227 * 1024, 50 * 1024 * 1024};
-#else
-  static thread_local int known_device = -1;
-  static thread_local Memories known;
-  int device = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  if (device != known_device) {
-    CUDA_CHECK(cudaDeviceGetAttribute(&known.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&known.second_level_cache, cudaDevAttrL2CacheSize, device));
-    known_device = device;
-  }
-  return known;
-#endif
+// Of the current device: bytes that a block may have, and of the cache.
+inline int64_t shared_memory() {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024);
 }
-inline int64_t shared_memory() { return memories().shared; }
-inline int64_t second_level_cache() { return memories().second_level_cache; }
+inline int64_t second_level_cache() { return device_attribute<cudaDevAttrL2CacheSize>(50 * 1024 * 1024); }
 
 }  // namespace helexa::moe

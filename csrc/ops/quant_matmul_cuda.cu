@@ -370,16 +370,8 @@ int shared_memory_per_block() {
 #ifdef HELEXA_EMULATED_CUDA
   return 72 * 1024;
 #else
-  static thread_local int known_device = -1, bytes = 0;
-  int device = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  if (device != known_device) {
-    int total = 0;
-    CUDA_CHECK(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    bytes = total / kBlocksPerMultiprocessor - 1024 - 8 * kMaxWarps * kMaxStages;  // the system, barriers
-    known_device = device;
-  }
-  return bytes;
+  const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
+  return total / kBlocksPerMultiprocessor - 1024 - 8 * kMaxWarps * kMaxStages;  // the system, barriers
 #endif
 }
 

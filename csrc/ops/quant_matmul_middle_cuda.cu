@@ -313,19 +313,8 @@ struct SharedMemory {
 };
 
 SharedMemory shared_memory() {
-#ifdef HELEXA_EMULATED_CUDA
-  return {228 * 1024, 227 * 1024};
-#else
-  static thread_local int known_device = -1, multiprocessor = 0, block = 0;
-  int device = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  if (device != known_device) {
-    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    known_device = device;
-  }
-  return {multiprocessor, block};
-#endif
+  return {device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(228 * 1024),
+          device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024)};
 }
 
 constexpr int kReserved = 1024;  // bytes of shared memory that a block takes besides
