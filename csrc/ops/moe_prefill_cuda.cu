@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ops/bf16_tiles.cuh"
 #include "ops/moe.h"
 #include "ops/moe_cuda.cuh"
 #include "ops/moe_route_cuda.cuh"
@@ -16,10 +17,12 @@
 namespace helexa::moe {
 namespace {
 
+using bf16_tiles::Float, bf16_tiles::kRowEntries, bf16_tiles::kUnitsPerRun;
+using bf16_tiles::load_float_operands, bf16_tiles::pack_bf16, bf16_tiles::stage_offset;
+
 constexpr int kGroup = 64;  // tokens
 constexpr int kTokenTiles = kGroup / 8;
-constexpr int kStages = 3;     // of the tokens' ring
-constexpr int kRunCols = 256;  // of a tile
+constexpr int kStages = 3;  // of the tokens' ring
 constexpr int kStageBytes = kGroup * 128;
 
 // One matrix of each expert.
@@ -40,18 +43,6 @@ struct Product {
   int cols, width, top_k;
   int slot_bytes, table_bytes;  // of a run in a warp's ring
 };
-
-__device__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <class F>
-constexpr int kUnitsPerRun = kRunCols / Unit<F>::kCols;
-
-// Scales of a row of a run: one for each 32 columns, or 16.
-template <class F>
-constexpr int kRowEntries = kRunCols / 32 * Unit<F>::kHalves;
 
 // Where the scales of a row's index-th columns are: in different banks for different rows.
 template <class F>
@@ -127,32 +118,6 @@ __device__ __forceinline__ void load_operands(const uint8_t* run, int pair, cons
   unpack_step(std::integral_constant<int, 1>());
 }
 
-template <class F>
-using Float = std::conditional_t<std::is_same_v<F, F32>, float,
-                                 std::conditional_t<std::is_same_v<F, F16>, __half, __nv_bfloat16>>;
-
-// The same of a tile of floats, row by row; zeros beyond the last column.
-template <class T>
-__device__ void load_float_operands(const uint8_t* data, int first_col, int cols, uint32_t (&a)[4][4]) {
-  const T* tile = reinterpret_cast<const T*>(data);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int col = first_col + 16 * k + lane % 4 * 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const T* from = tile + static_cast<int64_t>(lane / 4 + 8 * r) * cols + col;
-      float v[4] = {};
-      if (col < cols) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = to_float(from[j]);
-      }
-      a[k][r] = pack_bf16(v[0], v[1]);
-      a[k][2 + r] = pack_bf16(v[2], v[3]);
-    }
-  }
-}
-
 // A warp's tile of weights with its ring.
 template <int kSlots>
 struct Tile {
@@ -202,13 +167,10 @@ struct Tile {
     if constexpr (F::kScales != Scales::kPlain) {
       load_operands<F>(slot(pair / 4), pair % 4, table, a);
     } else {
-      load_float_operands<Float<F>>(data, 64 * pair, cols, a);
+      load_float_operands<Float<F>>(data, kDeviceTileRows, 64 * pair, cols, a);
     }
   }
 };
-
-// Where 16 bytes of a token's run lie: rows that are read together differ in their place.
-__device__ int stage_offset(int token, int chunk) { return token * 128 + (chunk ^ (token % 4 * 2)) * 16; }
 
 // hidden = silu(gate) * up of a group's tokens and 16 columns per warp, or their results in 32 columns per warp.
 template <bool kGateUp, int kWarps,
