@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from helexa.cli.neuron import load_config, main
-from helexa.errors import ConfigError
+from helexa.engine.device import check_device_name
+from helexa.errors import ConfigError, HelexaError
 
 
 @pytest.fixture
@@ -51,6 +52,29 @@ def test_the_command_line_beats_the_file(tmp_path):
     assert [entry.id for entry in load_config(path, models=["b"]).models] == ["b"]
 
 
+def test_the_command_line_says_where_models_run_that_are_not_told_otherwise(tmp_path):
+    path = tmp_path / "neuron.toml"
+    path.write_text('[engine]\ndevice = "cuda"\n[[models]]\nid = "a"\n[[models]]\nid = "b"\ndevice = "cpu"\n')
+    assert load_config(path).engine.device == "cuda"
+    config = load_config(path, device="cuda:1")
+    assert config.engine.options.device == "cuda:1"
+    assert [entry.options.device for entry in config.models] == [None, "cpu"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu", "cuda", "cuda:0", "cuda:12", "auto", "gpu", "cuda:", "cuda:x", "CPU", ""]
+)
+def test_a_device_is_refused_at_start_just_when_the_engine_would(run_main, name):
+    try:
+        check_device_name(name)
+    except HelexaError:
+        code, _, errors = run_main("--device", name, "--check")
+        assert code == 1
+        assert f"engine: device must be cpu, cuda:0, cuda:1, ... or auto, not {name!r}" in errors
+    else:
+        assert run_main("--device", name, "--check")[0] == 0
+
+
 def test_check_says_whether_the_configuration_is_valid(run_main, tmp_path):
     path = tmp_path / "neuron.toml"
     path.write_text("[admission]\nmax_queue_depth = -1\n")
@@ -67,5 +91,5 @@ def test_check_says_whether_the_configuration_is_valid(run_main, tmp_path):
 def test_help_names_every_option(run_main):
     code, out, _ = run_main("--help")
     assert code == 0
-    for option in ("--config", "--host", "--port", "--model", "--check", "--version", "13131"):
+    for option in ("--config", "--host", "--port", "--model", "--device", "--check", "--version", "13131"):
         assert option in out

@@ -27,10 +27,14 @@ def _show_version(wanted: bool) -> None:
 
 
 def load_config(
-    path: Path | None, host: str | None = None, port: int | None = None, models: list[str] | None = None
+    path: Path | None,
+    host: str | None = None,
+    port: int | None = None,
+    models: list[str] | None = None,
+    device: str | None = None,
 ) -> NeuronConfig:
     """The effective configuration; `models`, as ID=SOURCE or a source alone, replace those of the file."""
-    overrides: dict[str, object] = {"neuron.host": host, "neuron.port": port}
+    overrides: dict[str, object] = {"neuron.host": host, "neuron.port": port, "engine.device": device}
     if models:
         overrides["models"] = [_entry(model) for model in models]
     return load_settings(NeuronConfig, path, overrides=overrides)
@@ -78,6 +82,14 @@ def run(
             "name without ID= is served under the file's or its own name.",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda:N|auto",
+            help="where models run that are not told otherwise (default auto: the first CUDA device with "
+            "room for a model, else the CPU)",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Validate the configuration and exit.")] = False,
     _version: Annotated[
         bool,
@@ -85,7 +97,7 @@ def run(
     ] = False,
 ) -> None:
     """Serve the models of this host over HTTP: OpenAI chat and completions, health, load and unload."""
-    settings = load_config(config or find_config("neuron.toml"), host, port, model)
+    settings = load_config(config or find_config("neuron.toml"), host, port, model, device)
     if check:
         typer.echo(f"the configuration is valid: {len(settings.models)} models")
         return

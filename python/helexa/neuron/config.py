@@ -1,5 +1,6 @@
 """neuron.toml as frozen data."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -8,6 +9,8 @@ from helexa.serving import TlsConfig, check_secret, is_loopback
 from helexa.settings import LogConfig
 from helexa.weights.recipes import find_recipe
 from helexa.wire.control import LoadOptions
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")  # those of engine.device, which needs torch
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class EngineSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"device must be cpu, cuda:0, cuda:1, ... or auto, not {self.device!r}")
         if self.quant is not None:
             _check_quant(self.quant)
 
