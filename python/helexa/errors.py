@@ -22,6 +22,14 @@ class HelexaError(Exception):
         self.extra = extra  # further members of the error envelope, e.g. max and prompt_tokens
 
 
+def error_codes() -> frozenset[str]:
+    """The codes of all errors of this tree."""
+    kinds = [HelexaError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return frozenset(kind.code for kind in kinds)
+
+
 class BadRequest(HelexaError):
     """The request cannot be served as it stands; sending it again unchanged will fail again."""
 

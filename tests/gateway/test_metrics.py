@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from helexa.gateway.fleet import Claim, Fleet, Node
-from helexa.gateway.metrics import Meter, Metrics
+from helexa.gateway.metrics import CLIENT_CLOSED, OTHER_CODE, Meter, Metrics
 from helexa.wire.control import (
     Activation,
     Cpu,
@@ -66,6 +66,25 @@ async def test_a_refused_request_is_counted_without_the_names_it_made_up(make_si
     await site.chat("made-up-1")
     await site.chat("made-up-2")
     assert await site.metric("helexa_request_errors_total", model="", node="", code="model_not_found") == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "label"),
+    [("model_loading", "model_loading"), (CLIENT_CLOSED, CLIENT_CLOSED), ("of_its_own_4711", OTHER_CODE)],
+)
+def test_only_codes_of_ours_are_labels(code, label):
+    metrics = Metrics(Fleet({}))
+    meter = Meter(metrics, "m", 0.0)
+    meter.code = code
+    meter.end()
+    (told,) = [
+        sample.labels["code"]
+        for family in metrics.errors.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    ]
+    assert told == label
+    assert meter.code == code, "the log has it as it came"
 
 
 async def test_what_neurons_report_becomes_gauges(make_site, neuron):

@@ -6,11 +6,10 @@ import msgspec
 
 from helexa.errors import UpstreamClosed, UpstreamTimeout
 from helexa.gateway.auth import Principal
-from helexa.gateway.metrics import Meter
+from helexa.gateway.metrics import CLIENT_CLOSED, Meter
 from helexa.gateway.quota import Ledger
 from helexa.gateway.upstream import Call
 
-CLIENT_CLOSED = "client_closed_request"  # the code of a request whose client left before its answer had ended
 _ANSWER_TOKENS = 4096  # of an answer that the request sets no limit
 _MOST_TOKENS = 2**31
 # Ends of requests that were being computed until then.

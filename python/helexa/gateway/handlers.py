@@ -16,10 +16,10 @@ import msgspec
 
 from helexa.errors import HelexaError, PayloadTooLarge
 from helexa.gateway.auth import Principal
-from helexa.gateway.billing import CLIENT_CLOSED, Bill
+from helexa.gateway.billing import Bill
 from helexa.gateway.dialects import Asked, Dialect, Job
 from helexa.gateway.gateway import Gateway
-from helexa.gateway.metrics import Meter
+from helexa.gateway.metrics import CLIENT_CLOSED, Meter
 from helexa.gateway.placer import wait_of
 from helexa.gateway.proxy import Reply, Send, relay
 from helexa.gateway.upstream import Call

@@ -6,6 +6,7 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from helexa.errors import error_codes
 from helexa.gateway.fleet import Fleet
 from helexa.gateway.fleet_metrics import FleetCollector
 
@@ -18,6 +19,9 @@ _RATES = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
 
 _CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments)": ?"[^"]')
 _QUEUE_MS = re.compile(rb'"queue_ms": ?([\d.]+)')
+CLIENT_CLOSED = "client_closed_request"  # the code of a request whose client left before its answer had ended
+OTHER_CODE = "other"  # of errors that are not ours, whose names would make labels without end
+_CODES = error_codes() | {CLIENT_CLOSED}
 _USAGE = {
     name: re.compile(rb'"%s": ?(\d+)' % name.encode())
     for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -134,7 +138,7 @@ class Meter:
                 self.usage[name] = int(found[-1])
         metrics.requests.labels(*where).inc()
         if self.code is not None:
-            metrics.errors.labels(*where, self.code).inc()
+            metrics.errors.labels(*where, self.code if self.code in _CODES else OTHER_CODE).inc()
         metrics.duration.labels(*where).observe(now - self.started)
         # A stream that broke off has told no usage; then events count for tokens.
         self.completion_tokens = completion = self.usage.get("completion_tokens", self._events)
