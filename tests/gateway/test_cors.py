@@ -36,6 +36,28 @@ async def test_a_foreign_page_neither_reads_nor_causes_anything(make_open, neuro
     assert neuron.unloads == []
 
 
+async def test_the_log_tells_which_page_was_refused_what(make_open, caplog):
+    caplog.set_level("INFO", "helexa.gateway")
+    site = await make_open(PAGE)
+    url = site.url + "/v1/chat/completions"
+    async with site.client.post(
+        url, json={}, headers={"origin": FOREIGN, "x-request-id": "mine"}
+    ) as response:
+        assert response.status == 403
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert (record.levelname, record.fields) == (
+        "INFO",
+        {
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "request": "mine",
+            "origin": FOREIGN,
+            "status": 403,
+            "error": "permission_denied",
+        },
+    )
+
+
 async def test_an_allowed_page_gets_its_preflight_and_its_answer(make_open, neuron):
     site = await make_open(PAGE)
     url = site.url + "/v1/chat/completions"

@@ -4,11 +4,15 @@ Every request of a page to another site carries `Origin`. One that is not allowe
 reads it, since a request has its effect whether or not the page may read the answer. Cookies play no part.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from helexa.errors import Forbidden, HelexaError
 from helexa.gateway.dialects import Refusal
+from helexa.log import fields
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -42,7 +46,9 @@ class Origins:
             return
         allowed = self._allowed()
         if "*" not in allowed and origin.decode("latin-1") not in allowed:
-            told = self._refuse(_foreign(origin), scope)
+            shown = origin[:200].decode("latin-1")
+            told = self._refuse(_foreign(shown), scope)
+            _log(scope, told, shown)
             headers = [(name.encode(), value.encode("latin-1")) for name, value in told.headers.items()]
             await _answer(told.status, [*headers, (b"vary", b"origin")], told.body, send)
             return
@@ -64,9 +70,22 @@ class Origins:
         await self._app(scope, receive, marked)
 
 
-def _foreign(origin: bytes) -> Forbidden:
-    shown = origin[:200].decode("latin-1")
-    return Forbidden(f"pages of {shown!r} may not use this server; [cors] allow_origins says which may")
+def _foreign(origin: str) -> Forbidden:
+    return Forbidden(f"pages of {origin!r} may not use this server; [cors] allow_origins says which may")
+
+
+def _log(scope: Scope, told: Refusal, origin: str) -> None:
+    logger.info(
+        "request",
+        extra=fields(
+            method=scope["method"],
+            path=scope["path"][:200],
+            request=told.headers["x-request-id"],
+            origin=origin,
+            status=told.status,
+            error=Forbidden.code,
+        ),
+    )
 
 
 async def _allow(asked: dict[bytes, bytes], granted: list[tuple[bytes, bytes]], send: Send) -> None:
