@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from helexa.gateway.config import AuthSection, GatewayConfig
+from helexa.gateway.keys import add_key
+
 pytestmark = pytest.mark.timeout(60)
 
 CHAT = "/v1/chat/completions"
@@ -190,3 +193,21 @@ async def test_other_routes_have_an_id_and_a_line_of_the_log_too(
         "request": "mine",
         "status": status,
     }.items() <= record.fields.items()
+    assert "key" not in record.fields
+
+
+@pytest.mark.parametrize(("name", "status"), [("keeper", 404), (None, 401)])
+async def test_the_log_says_whose_key_asked_for_other_routes(
+    make_site, neuron, caplog, tmp_path, name, status
+):
+    caplog.set_level("INFO", "helexa.gateway.handlers")
+    file = tmp_path / "keys.jsonl"
+    made, _ = add_key(file, "keeper", admin=True)
+    config = GatewayConfig(auth=AuthSection(keys_file=str(file)))
+    site = await make_site(neuron, config=config, listen="0.0.0.0:31313")
+    sent = {"x-api-key": made if name else "sk-of-nobody"}
+    asked = {"model_id": "nothing"}
+    async with site.client.post(site.url + "/models/unload", json=asked, headers=sent) as response:
+        assert response.status == status
+    (record,) = [record for record in caplog.records if record.message == "request"]
+    assert (record.fields["status"], record.fields.get("key")) == (status, name)

@@ -101,7 +101,7 @@ def create_app(gateway: Gateway, reload: Reload | None = None) -> Origins:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         return dialects.of(scope["path"]).refuse(error, request_id_of(scope, headers))
 
-    return Origins(Generating(app, endpoints), lambda: gateway.config.cors.allow_origins, refuse)
+    return Origins(Generating(app, endpoints, keys), lambda: gateway.config.cors.allow_origins, refuse)
 
 
 def create_metrics_app(gateway: Gateway) -> Starlette:

@@ -119,6 +119,13 @@ class Keys:
             raise Unauthorized("an API key is required: send Authorization: Bearer KEY or x-api-key: KEY")
         raise Unauthorized("the API key is not known here")
 
+    def name_of(self, headers: Mapping[str, str]) -> str:
+        """The name of whoever sent these headers; empty for who has none, or is not served."""
+        try:
+            return self.check(headers).name
+        except Unauthorized:
+            return ""
+
     def sees_fleet(self, headers: Mapping[str, str]) -> bool:
         """Whether whoever sent these headers would be served and may know of the whole fleet."""
         try:

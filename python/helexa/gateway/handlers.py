@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from helexa.errors import HelexaError, PayloadTooLarge
-from helexa.gateway.auth import Principal
+from helexa.gateway.auth import Keys, Principal
 from helexa.gateway.billing import Bill
 from helexa.gateway.dialects import Asked, Dialect, Job
 from helexa.gateway.gateway import Gateway
@@ -55,9 +55,10 @@ class Generating:
     What `app` answers gets the request's id, and its line of the log where something was done or refused.
     """
 
-    def __init__(self, app: App, endpoints: Mapping[str, "Inference"]):
+    def __init__(self, app: App, endpoints: Mapping[str, "Inference"], keys: Keys):
         self._app = app
         self._endpoints = endpoints
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
@@ -79,17 +80,17 @@ class Generating:
             await self._app(scope, receive, tagged)
         finally:
             is_a_look = scope["method"] in ("GET", "HEAD") and 200 <= status < 400
-            logger.log(
-                logging.DEBUG if is_a_look else logging.INFO,
-                "request",
-                extra=fields(
+            level = logging.DEBUG if is_a_look else logging.INFO
+            if logger.isEnabledFor(level):
+                told = fields(
                     method=scope["method"],
                     path=scope["path"][:200],
                     request=request_id,
+                    key=self._keys.name_of(headers) or None,
                     status=status or None,
                     total_ms=round((time.perf_counter() - started) * 1e3, 1),
-                ),
-            )
+                )
+                logger.log(level, "request", extra=told)
 
 
 class Inference:
