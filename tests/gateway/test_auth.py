@@ -164,12 +164,23 @@ def test_those_without_a_key_are_served_on_loopback_or_as_configured(listen, ano
 )
 def test_a_foreign_name_for_this_machine_is_not_served_without_a_key(host, served):
     lenient = keys("127.0.0.1:31313")
-    assert lenient.check({"host": host, "x-api-key": KEY}).name == "config-1"
+    assert lenient.check({"host": host, "x-api-key": KEY}).name.startswith("config-")
     if served:
         assert lenient.check({"host": host}).id == ""
     else:
         with pytest.raises(Unauthorized):
             lenient.check({"host": host})
+
+
+def test_a_key_without_a_name_is_the_same_one_wherever_it_stands():
+    def name(*known):
+        principal = keys(known=known).check({"x-api-key": KEY})
+        assert principal.id == principal.name
+        return principal.id
+
+    assert name(KEY) == name(OTHER, KEY) == name("sk-helexa-three", KEY, OTHER) == "config-033166036b"
+    assert KEY not in name(KEY)
+    assert keys().check({"x-api-key": OTHER}).id not in ("config-2", name(KEY))
 
 
 def test_only_admins_administrate_once_there_is_one(path):
