@@ -252,6 +252,19 @@ def test_a_grammar_that_gets_too_complex_ends_with_a_sentence(compiler, tokenize
         matcher.allowed()
 
 
+def test_the_field_that_asks_is_named_although_a_compiled_grammar_is_shared(compiler, tokenizer):
+    mine, other = GrammarSpec("regex", "ba+", param="tools"), GrammarSpec("regex", "ba+")
+    for spec, param in ((mine, "tools"), (other, "response_format")):
+        matcher = compiler.compile(spec)
+        assert compiler.is_compiled(other), "it was compiled for either"
+        with pytest.raises(InvalidParameter) as caught:
+            matcher.consume(tokenizer.encode("c")[0])
+        assert caught.value.param == param
+    with pytest.raises(InvalidParameter) as caught:
+        compiler.compile(GrammarSpec("regex", "(a", param="tools"))
+    assert caught.value.param == "tools"
+
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32))
 def test_whatever_a_blind_writer_picks_from_what_is_allowed_is_valid(compiler, tokenizer, seed):

@@ -27,7 +27,7 @@ from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
 from helexa.engine.core import EngineCore
 from helexa.engine.device import Device, find_devices
-from helexa.engine.grammar import PARAM, GrammarCompiler, GrammarSpec, Matcher
+from helexa.engine.grammar import GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
 from helexa.engine.memory import allocation_errors, release
 from helexa.engine.options import EngineOptions, EngineStats
@@ -385,7 +385,7 @@ class Engine:
     async def _matcher(self, spec: GrammarSpec) -> Matcher:
         """A matcher at the start of the grammar; one that is new is compiled on another thread."""
         if self.tokenizer is None:
-            raise InvalidParameter("the model has no vocabulary, which a grammar needs", param=PARAM)
+            raise spec.refusal("the model has no vocabulary, which a grammar needs")
         with self._lock:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(self.tokenizer)

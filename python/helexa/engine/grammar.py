@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
@@ -22,7 +22,6 @@ from helexa.errors import InvalidParameter
 
 T = TypeVar("T")
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
-PARAM = "response_format"
 
 _stack_size = threading.Lock()  # the size of new stacks is a setting of the process
 _CACHED = 32  # compiled grammars that are kept
@@ -41,15 +40,23 @@ _JSON_OPTIONS: Any = {"whitespace_pattern": r"\x20|\r?\n[\x20\t]{0,64}"}
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """A grammar as the request gives it. source: a JSON schema as JSON text, a regular expression or Lark."""
+    """A grammar as the request gives it.
+
+    source: a JSON schema as JSON text, a regular expression or Lark.   param: the field that asks for it.
+    """
 
     kind: GrammarKind
     source: str = ""
+    param: str = field(default="response_format", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GrammarKind):
             known = ", ".join(get_args(GrammarKind))
-            raise InvalidParameter(f"the grammar is of kind {self.kind!r}; expected {known}", param=PARAM)
+            raise self.refusal(f"the grammar is of kind {self.kind!r}; expected {known}")
+
+    def refusal(self, message: str) -> InvalidParameter:
+        """The error that names the field."""
+        return InvalidParameter(message, param=self.param)
 
 
 class CompiledGrammar:
@@ -60,16 +67,19 @@ class CompiledGrammar:
         self._matcher = matcher
         self._vocab_size = vocab_size
 
-    def matcher(self) -> "Matcher":
-        """A matcher at the start of the grammar."""
-        return Matcher(self, self._matcher.deep_copy(), self._vocab_size)
+    def matcher(self, spec: GrammarSpec) -> "Matcher":
+        """A matcher at the start of the grammar, for a request that gives it as `spec`."""
+        return Matcher(self, spec, self._matcher.deep_copy(), self._vocab_size)
 
 
 class Matcher:
     """The state of one text within a grammar: what may come next, and whether it may end here."""
 
-    def __init__(self, grammar: CompiledGrammar, matcher: llguidance.LLMatcher, vocab_size: int):
+    def __init__(
+        self, grammar: CompiledGrammar, spec: GrammarSpec, matcher: llguidance.LLMatcher, vocab_size: int
+    ):
         self._grammar = grammar
+        self._spec = spec
         self._matcher = matcher
         self._bits: npt.NDArray[np.uint8] = np.zeros(4 * -(-vocab_size // 32), np.uint8)
         self._address = self._bits.ctypes.data
@@ -101,9 +111,7 @@ class Matcher:
 
     def _failure(self) -> InvalidParameter:
         reason = self._matcher.get_error() or "no token of the vocabulary can go on from here"
-        return InvalidParameter(
-            f"the grammar failed after {self._num_tokens} tokens: {_shortened(reason)}", param=PARAM
-        )
+        return self._spec.refusal(f"the grammar failed after {self._num_tokens} tokens: {_shortened(reason)}")
 
 
 class GrammarCompiler:
@@ -135,7 +143,7 @@ class GrammarCompiler:
                 self._compiled.move_to_end(spec)
                 while len(self._compiled) > _CACHED:
                     self._compiled.popitem(last=False)
-        return grammar.matcher()
+        return grammar.matcher(spec)
 
     def is_compiled(self, spec: GrammarSpec) -> bool:
         """Whether `compile` will answer at once."""
@@ -173,22 +181,21 @@ class _Vocabulary:
     def compile(self, spec: GrammarSpec) -> CompiledGrammar:
         matcher = llguidance.LLMatcher(self._parsed, _source(spec), log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise InvalidParameter(f"the grammar is refused: {_shortened(matcher.get_error())}", param=PARAM)
+            raise spec.refusal(f"the grammar is refused: {_shortened(matcher.get_error())}")
         grammar = CompiledGrammar(matcher, self._tokenizer.vocab_size)
-        grammar.matcher().allowed()  # some grammars fail only now
+        grammar.matcher(spec).allowed()  # some grammars fail only now
         return grammar
 
 
 def _source(spec: GrammarSpec) -> str:
     """The grammar in the parser's own form."""
     if len(spec.source) > _SOURCE:
-        message = f"the grammar has {len(spec.source)} characters; expected at most {_SOURCE}"
-        raise InvalidParameter(message, param=PARAM)
+        raise spec.refusal(f"the grammar has {len(spec.source)} characters; expected at most {_SOURCE}")
     try:
         spec.source.encode()
     except UnicodeEncodeError as error:
         message = f"the grammar is not valid Unicode: half a surrogate pair at character {error.start}"
-        raise InvalidParameter(message, param=PARAM) from None
+        raise spec.refusal(message) from None
     if spec.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(spec.source)
     if spec.kind == "lark":
@@ -197,10 +204,9 @@ def _source(spec: GrammarSpec) -> str:
     try:
         value = json.loads(schema)
     except (ValueError, RecursionError) as error:
-        raise InvalidParameter(f"the JSON schema is not JSON: {error}", param=PARAM) from None
+        raise spec.refusal(f"the JSON schema is not JSON: {error}") from None
     if not isinstance(value, dict):
-        message = f"the JSON schema is {_shortened(schema)}; expected an object"
-        raise InvalidParameter(message, param=PARAM)
+        raise spec.refusal(f"the JSON schema is {_shortened(schema)}; expected an object")
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
 
 

@@ -53,7 +53,6 @@ class Plan:
     answers: Answers
     begin: Callable[[Engine], Awaitable[None]] = _nothing
     finished: Callable[[], None] = _done
-    grammar_param: str = ""  # the field that asks for the grammar of the jobs
 
     async def check(self, engine: Engine) -> None:
         """Raises InvalidParameter for what the engine would refuse, while that can still be a status."""
@@ -65,8 +64,8 @@ class Plan:
         try:
             await engine.check_grammar(params.grammar)
         except InvalidParameter as error:
-            param = self.grammar_param
-            raise InvalidParameter(f"'{param}' is no use: {error.message}", param=param) from None
+            message = f"'{params.grammar.param}' is no use: {error.message}"
+            raise InvalidParameter(message, param=error.param) from None
 
 
 class Inference(Endpoint, Generic[R]):
@@ -200,8 +199,7 @@ class ChatInference(Inference[ChatRequest]):
                 if reader.is_faithful:
                     self._prompts.keep(prompt, reader.message(), reader.token_ids)
 
-        param = "tools" if request.forced_tool else "response_format"
-        return Plan(jobs, answers, finished=finished, grammar_param=param)
+        return Plan(jobs, answers, finished=finished)
 
 
 class CompletionInference(Inference[CompletionRequest]):

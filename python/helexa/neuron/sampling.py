@@ -84,7 +84,7 @@ def grammar_of(engine: Engine, request: ChatRequest) -> GrammarSpec | None:
         parallel=request.parallel_tool_calls is not False,
         response_schema=schema,
     )
-    return GrammarSpec(kind, source)
+    return GrammarSpec(kind, source, "tools" if request.forced_tool else "response_format")
 
 
 def _schema_beside_tools(wanted: GrammarSpec) -> dict[str, Any]:
