@@ -1,5 +1,6 @@
 """Text completions with echoes and logprobs: the official package and the real engine on a golden model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import openai
 import pytest
 
 from helexa.engine import Engine
+from helexa.engine.stream import Delta, TokenLogprob
+from helexa.neuron.completion_answers import CompletionAnswers, Echo
+from helexa.wire.generation import Usage
 from support.scripted_engine import scripted_engine, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -67,6 +71,20 @@ async def test_an_echo_has_the_logprobs_of_the_prompt(golden, is_streamed):
     assert tokens[:3] == ["c", "a", "f"]
 
 
+def test_tokens_that_are_no_characters_are_told_apart_by_their_bytes():
+    words = tokenizer()
+    surplus = words.vocab_size + 3  # models may have more tokens than their vocabulary, all without a text
+    top = ((0xE2, -1.0), (0x82, -2.0), (0x61, -3.0), (surplus, -4.0), (surplus + 1, -5.0))
+    delta = Delta(
+        "€", list(b"\xe2\x82\xac"), [TokenLogprob(token_id, -1.0, top) for token_id in b"\xe2\x82\xac"]
+    )
+    answers = CompletionAnswers("m", words, [Echo()])
+    answers.add(0, delta)
+    told = json.loads(answers.whole(Usage(1, 3, 4)))["choices"][0]["logprobs"]
+    assert told["tokens"] == [r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac"]
+    assert told["top_logprobs"] == [{r"bytes:\xe2": -1.0, r"bytes:\x82": -2.0, "a": -3.0, "": -4.0}] * 3
+
+
 async def test_a_text_is_scored_without_generating(golden):
     api, engine = golden
     answer = await api.completions.create(**ask([[5, 6, 7], [8, 9]], echo=True, logprobs=0, max_tokens=0))
@@ -123,9 +141,9 @@ async def test_offsets_of_tokens_are_places_in_the_text_whatever_its_characters_
     offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
     assert len(tokens) == len(offsets) == len(tokenizer().encode(text))
     assert offsets == sorted(offsets)
-    whole = [(token, offset) for token, offset in zip(tokens, offsets, strict=True) if token != "\ufffd"]
+    whole = [(token, offset) for token, offset in zip(tokens, offsets, strict=True) if token[:6] != "bytes:"]
     assert all(text.startswith(token, offset) for token, offset in whole)
-    assert [text[offset] for token, offset in zip(tokens, offsets, strict=True) if token == "\ufffd"] == [
+    assert [text[offset] for token, offset in zip(tokens, offsets, strict=True) if token[:6] == "bytes:"] == [
         *"üüßß" + "👩" * 4 + "\u200d" * 3 + "🚀" * 4
     ]
 

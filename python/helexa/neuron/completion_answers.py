@@ -1,5 +1,6 @@
 """Deltas of the engine as OpenAI text completions, streamed and whole."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -109,18 +110,27 @@ class CompletionAnswers(Answers):
             scored = [*self._of_echo(echo, echo.logprobs), *(scored or ())]
         if scored is None:
             return None
-        tops = [
-            None
-            if item.logprob is None
-            else {self._token(token_id)[0]: logprob for token_id, logprob in item.logprob.top}
-            for item in scored
-        ]
+        tops = [None if item.logprob is None else self._top(item.logprob.top) for item in scored]
         return CompletionLogprobs(
-            [self._token(item.token_id)[0] for item in scored],
+            [self._name(item.token_id) for item in scored],
             [item.logprob.logprob if item.logprob else None for item in scored],
             tops if any(tops) else None,
             [item.offset for item in scored],
         )
+
+    def _top(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
+        """The likeliest tokens by name; of those that look alike, the likelier one."""
+        named: dict[str, float] = {}
+        for token_id, logprob in top:
+            named.setdefault(self._name(token_id), logprob)
+        return named
+
+    def _name(self, token_id: int) -> str:
+        r"""A token as text, or as `bytes:\xe2\x82`, the way OpenAI writes what is no character by itself."""
+        text, data = self._token(token_id)
+        if text.encode() == bytes(data):
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _of_echo(self, echo: Echo, logprobs: list[TokenLogprob | None]) -> list[_Scored]:
         """The tokens of the prompt."""
