@@ -1,10 +1,11 @@
-"""Keys and values of all sequences: one tensor of pages per layer, owned by the device thread.
+"""Keys and values of all sequences: a tensor of pages for each layer, owned by the device thread.
 
 Memory is reserved when the cache is made and, on the CPU, committed by the system when a page is first
 written.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -114,10 +115,9 @@ class KVCache:
     ):
         self.page_tokens = shapes[0][2]
         self.num_pages = shapes[0][0]
-        self.k, self.v = (
-            [torch.empty(cache_shape(shape, dtype), dtype=dtype, device=device) for shape in shapes]
-            for _ in range(2)
-        )
+        both = [cache_shape(shape, dtype) for shape in shapes for _ in range(2)]
+        self._stacks, layers = _stacked(both, dtype, device)
+        self.k, self.v = layers[::2], layers[1::2]
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +125,11 @@ class KVCache:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copies the first num_tokens positions of a page to another, in all layers."""
-        for old, new in zip(self.parts(source, num_tokens), self.parts(target, num_tokens), strict=True):
-            new.copy_(old)
+        for stack in self._stacks:
+            old, new = stack[:, source], stack[:, target]
+            new[:, :, :num_tokens].copy_(old[:, :, :num_tokens])
+            if stack.shape[3] > self.page_tokens:  # the scales of the whole page
+                new[:, :, self.page_tokens :].copy_(old[:, :, self.page_tokens :])
 
     def parts(self, page: int, num_tokens: int) -> list[Tensor]:
         """Where the first num_tokens positions of a page lie, in all layers."""
@@ -145,8 +148,9 @@ class StateCache:
     def __init__(
         self, shapes: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
     ):
-        self.conv = [torch.empty(tuple(conv), device=device) for conv, _ in shapes]
-        self.recurrent = [torch.empty(tuple(state), device=device) for _, state in shapes]
+        conv_stacks, self.conv = _stacked([conv for conv, _ in shapes], torch.float32, device)
+        stacks, self.recurrent = _stacked([state for _, state in shapes], torch.float32, device)
+        self._stacks = conv_stacks + stacks
 
     @property
     def nbytes(self) -> int:
@@ -154,8 +158,20 @@ class StateCache:
 
     def copy(self, source: int, target: int) -> None:
         """Copies one slot to another, in all layers."""
-        for layer in (*self.conv, *self.recurrent):
-            layer[target].copy_(layer[source])
+        for stack in self._stacks:
+            stack[:, target].copy_(stack[:, source])
+
+
+def _stacked(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that share shapes as one tensor each, so that one call copies in all of them; then they alone."""
+    counts = Counter(tuple(shape) for shape in shapes)
+    stacks = {
+        shape: torch.empty((count, *shape), dtype=dtype, device=device) for shape, count in counts.items()
+    }
+    layers = {shape: iter(stack) for shape, stack in stacks.items()}
+    return list(stacks.values()), [next(layers[tuple(shape)]) for shape in shapes]
 
 
 def state_nbytes(shapes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
