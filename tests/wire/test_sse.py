@@ -62,3 +62,17 @@ def test_an_event_without_end_is_an_error(data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_survived(data):
     list(Parser().feed(data))
+
+
+def test_the_progress_of_a_prompt_is_a_comment_and_back_again():
+    prefill = sse.Prefill(3, 900)
+    assert prefill.encode() == b": prefill 3/900\n\n"
+    assert sse.Prefill.parse(prefill.encode().rstrip()) == prefill
+    assert list(Parser().feed(prefill.encode())) == []
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b": keep-alive", b": prefill x/9", b": prefill 1/2 ", b"data: prefill 1/2"]
+)
+def test_other_lines_tell_no_progress(line):
+    assert sse.Prefill.parse(line) is None

@@ -13,6 +13,7 @@ from helexa.engine.stream import Delta
 from helexa.engine.stream import Usage as EngineUsage
 from helexa.neuron.metrics import Metrics, Tokens
 from helexa.wire.generation import CompletionTokensDetails, PromptTokensDetails, Timing, Usage
+from helexa.wire.sse import Prefill
 
 _RESERVED = 512  # of an answer, which may get longer: the scheduler finds room or makes some
 
@@ -42,12 +43,12 @@ class Record:
     usages: dict[int, EngineUsage] = field(default_factory=dict)  # by choice
     finish_reasons: dict[int, str] = field(default_factory=dict)
 
-    def prefill(self) -> tuple[int, int] | None:
+    def prefill(self) -> Prefill | None:
         """Tokens computed and in all of the prompts that are being computed; None when none is."""
         running = [job.progress for job in self.jobs if job.progress.is_prefilling]
         if not running:
             return None
-        return sum(one.computed_tokens for one in running), sum(one.prompt_tokens for one in running)
+        return Prefill(sum(one.computed_tokens for one in running), sum(one.prompt_tokens for one in running))
 
     def tokens(self) -> Tokens:
         """What the request has cost; if it was cut off, its prompt counts once that was computed."""

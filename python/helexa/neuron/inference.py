@@ -98,7 +98,7 @@ class Inference(Endpoint, Generic[R]):
 
             def sign_of_life() -> bytes:
                 prefill = record.prefill()
-                return sse.comment("prefill {}/{}".format(*prefill)) if prefill else sse.KEEP_ALIVE
+                return prefill.encode() if prefill else sse.KEEP_ALIVE
 
             stream = EventStream(events, failure, self._config.keep_alive_s, sign_of_life)
             await stream(http.scope, http.receive, send)

@@ -1,5 +1,6 @@
 """Server-sent events (WHATWG HTML, section 9.2): encoding, and a parser that takes bytes as they come."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -7,6 +8,24 @@ import orjson
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+_PREFILL = re.compile(rb": prefill (\d+)/(\d+)")
+
+
+class Prefill(NamedTuple):
+    """How many tokens of a prompt are computed: a neuron's sign of life before the first one of an answer."""
+
+    done: int
+    total: int
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Prefill | None":
+        """What a line of a stream tells; None for any other line."""
+        found = _PREFILL.fullmatch(line)
+        return cls(int(found[1]), int(found[2])) if found else None
+
+    def encode(self) -> bytes:
+        """The comment."""
+        return comment(f"prefill {self.done}/{self.total}")
 
 
 class Event(NamedTuple):

@@ -83,11 +83,9 @@ class MessagesTranslator:
                 data = line[5:].strip()
                 if data != b"[DONE]":
                     found += self._chunk(data)
-            elif line.startswith(b": prefill "):
-                done, _, total = line[len(b": prefill ") :].partition(b"/")
-                if done.isdigit() and total.isdigit():
-                    self._prompt_tokens = int(total)
-                    found += self._sign_of_life({"done": int(done), "total": int(total)})
+            elif prefill := sse.Prefill.parse(line):
+                self._prompt_tokens = prefill.total
+                found += self._sign_of_life(prefill)
             elif line == b": keep-alive":
                 found += self._sign_of_life(None)
         return found
@@ -223,14 +221,14 @@ class MessagesTranslator:
         message = self._message([], _usage(Usage(prompt_tokens, 0, prompt_tokens)))
         return _event("message_start", message=message) + _event("ping")
 
-    def _sign_of_life(self, progress: dict[str, int] | None) -> bytes:
+    def _sign_of_life(self, prefill: sse.Prefill | None) -> bytes:
         silent_s = self._clock() - self._told_s
         if not self._is_started:
             if silent_s >= QUIET_S:
                 return self._start()
-            return sse.comment("prefill {done}/{total}".format(**progress)) if progress else sse.KEEP_ALIVE
+            return prefill.encode() if prefill else sse.KEEP_ALIVE
         if silent_s < LIFE_S:
-            return _event("ping", progress=progress) if progress else _event("ping")
+            return _event("ping", progress=prefill._asdict()) if prefill else _event("ping")
         self._told_s = self._clock()
         if self._open is not None:
             return self._delta(self._open, "")

@@ -5,7 +5,6 @@ While nothing can be said, comments show that the stream is alive, and now and t
 or an empty delta within an item, since comments do not reset the clocks of all clients.
 """
 
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -23,7 +22,6 @@ from helexa.wire.responses.tools import Tools
 
 Json = dict[str, Any]
 REPEAT_AFTER = 15  # signs of life, of which there is one a second, for one that is an event
-_PREFILL = re.compile(rb": prefill (\d+)/(\d+)$")
 _KEPT_CODES = ("context_length_exceeded", "rate_limit_exceeded", "insufficient_quota")
 
 
@@ -128,10 +126,10 @@ class ResponseTranslator:
             self._take(chunk)
 
     def _feed_comment(self, line: bytes) -> None:
-        if found := _PREFILL.match(line):
-            done, total = int(found[1]), int(found[2])
-            self.response["helexa_progress"] = {"prompt_tokens": total, "computed_tokens": done}
-            self._sign_of_life(line + b"\n\n")
+        if prefill := sse.Prefill.parse(line):
+            progress = {"prompt_tokens": prefill.total, "computed_tokens": prefill.done}
+            self.response["helexa_progress"] = progress
+            self._sign_of_life(prefill.encode())
         elif line.startswith(b": keep-alive"):
             self._sign_of_life(sse.KEEP_ALIVE)
 
