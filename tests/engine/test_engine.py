@@ -17,24 +17,10 @@ from helexa.errors import (
     OutOfMemory,
     ShuttingDown,
 )
-from helexa.models import ModelConfig
+from support.tiny_config import tiny_config
 
 VOCAB = 26
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=VOCAB,
-    hidden_size=2,
-    intermediate_size=2,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=2,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    rotary_dim=2,
-    attention_scale=1.0,
-)
+CONFIG = tiny_config(VOCAB)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 

@@ -12,7 +12,7 @@ from helexa.engine import Engine, EngineOptions, GenerationProgress, GrammarSpec
 from helexa.engine.guide import Guide
 from helexa.engine.sampler import Sampler
 from helexa.errors import InvalidParameter
-from helexa.models import ModelConfig
+from support.tiny_config import tiny_config
 
 SCHEMA = {
     "type": "object",
@@ -36,21 +36,7 @@ def engine_of(history_model, tokenizer):
     rows = tokenizer.vocab_size + 3  # models may have more rows than their vocabulary has tokens
 
     def make(tokenizer=tokenizer, **options):
-        config = ModelConfig(
-            model_type="llama",
-            vocab_size=rows,
-            hidden_size=2,
-            intermediate_size=2,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=2,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-            rope_theta=1e4,
-            rotary_dim=2,
-            attention_scale=1.0,
-        )
+        config = tiny_config(rows)
         options = {"kv_dtype": "float32", "kv_cache_tokens": 4096, "capture": False} | options
         engine = Engine(
             lambda: history_model(rows), config, EngineOptions(**options), name="wild", tokenizer=tokenizer

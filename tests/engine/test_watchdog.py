@@ -13,7 +13,7 @@ from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.watchdog import Watchdog
 from helexa.engine.worker import DeviceWorker
 from helexa.errors import DevicePoisoned, InvalidParameter
-from helexa.models import ModelConfig
+from support.tiny_config import tiny_config
 
 
 def test_a_worker_that_hangs_is_given_up_and_what_is_queued_fails():
@@ -53,21 +53,7 @@ def hung():
         end.wait(60)
         raise AssertionError("nobody waits for this any more")
 
-    config = ModelConfig(
-        model_type="llama",
-        vocab_size=32,
-        hidden_size=4,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=4,
-        rotary_dim=4,
-        attention_scale=1.0,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-    )
+    config = tiny_config(32, max_position_embeddings=512)
     options = EngineOptions(capture=False, kv_cache_tokens=512, step_timeout_s=0.3)
     engine = Engine(lambda: hang, config, options, name="hung")
     yield engine, end

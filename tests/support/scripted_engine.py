@@ -14,6 +14,7 @@ from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.state_store import StateStore
 from helexa.engine.tokenizer import Tokenizer
 from helexa.models import ModelConfig
+from support.tiny_config import tiny_config
 
 SPECIAL = {
     "<|im_start|>": 3,
@@ -140,21 +141,7 @@ def scripted_engine(
 ) -> Engine:
     """An engine that answers what users say as `script` has it."""
     words = tokenizer()
-    config = ModelConfig(
-        model_type="reciter",
-        vocab_size=words.vocab_size,
-        hidden_size=2,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=max_context,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        rotary_dim=2,
-        attention_scale=1.0,
-    )
+    config = tiny_config(words.vocab_size, model_type="reciter", max_position_embeddings=max_context)
     options = {"kv_dtype": "float32", "kv_cache_tokens": 4 * max_context, "capture": False} | options
     return Engine(
         lambda: Reciter(words, script, config),  # type: ignore[arg-type,return-value]
