@@ -11,6 +11,9 @@
 // In a group the codes lie in the order of the B operand of mma m16n8k32: lane 4g + t of a warp reads 16 bytes of row g at offset 16 t
 // and has b[0], b[1] for the first 32 columns and b[0], b[1] for the last 32.  q8_offset says where a column is; four columns that
 // start at a multiple of 4 stay together.
+//
+// Rows may come before the end of their norm (norm_factor): as values times the norm's weights, not yet divided by their root mean
+// square.  Whoever multiplies them divides its sums instead, and has no need to wait until a whole row is known.
 #pragma once
 
 #include <cmath>
@@ -28,6 +31,22 @@ __host__ __device__ constexpr int64_t activation_padded_cols(int64_t cols) {
 
 __host__ __device__ constexpr int64_t activation_row_bytes(int64_t cols) {
   return activation_padded_cols(cols) / kQ8GroupCols * kQ8GroupBytes;
+}
+
+// Floats per row of the sums of squares that stand for such a division: one for each 32 columns, of the values without the weights, and
+// zeros up to a multiple of 4.
+__host__ __device__ constexpr int64_t activation_squares(int64_t cols) { return (cols + 127) / 128 * 4; }
+
+// What the products of such a row are multiplied by, from its sums of squares (global or shared memory).  For a whole warp, each lane of
+// which gets it; the order of the sum depends on `cols` alone.
+__device__ inline float norm_factor(const float* squares, int64_t cols, float eps) {
+  const int lane = static_cast<int>(threadIdx.x % 32), count = static_cast<int>(activation_squares(cols));
+  float sum = 0.0f;
+  for (int i = 4 * lane; i < count; i += 128) {
+    const float4 four = *reinterpret_cast<const float4*>(squares + i);
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
+  return rsqrtf(fmaf(warp_sum(sum), 1.0f / static_cast<float>(cols), eps));
 }
 
 // Where the code of a column lies in its row.

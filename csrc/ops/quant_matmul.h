@@ -26,13 +26,15 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
 // The same on a device for up to 64 rows; the weights are device tiles (quant/tiles.cuh).
 // q8: [num_tokens, activation_row_bytes(cols)], see ops/activation.cuh.  x: the same rows as float32 [num_tokens, cols], or null; weights
 // of float formats take them where they are there and the values of q8 otherwise.  At most kMaxMatvecWeights weights.
+// squares: null, or [num_tokens, activation_squares(cols)] of rows that are not divided by their root mean square yet: the products are,
+// with eps inside the root, before biases are added.
 constexpr int kMaxMatvecWeights = 8;
-void quant_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
-                       float* out, void* stream);
+void quant_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
+                       std::vector<WeightView> weights, float* out, void* stream);
 
 // out = silu(x · weights_0ᵀ + bias_0) · (x · weights_1ᵀ + bias_1) as rows of q8, for two weights of the same shape.
-void gated_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
-                       uint8_t* out, void* stream);
+void gated_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
+                       std::vector<WeightView> weights, uint8_t* out, void* stream);
 
 // The same for more rows, in bfloat16 with float32 sums.  x: [num_rows, cols] bfloat16, cols a multiple of 8.  out: [num_rows, sum of
 // rows], or [num_rows, rows_0] if gated, of dtype float32 or bfloat16.  workspace: zeros at first, and left so that the next call can

@@ -44,6 +44,9 @@ struct Part {
 struct Arguments {
   const uint8_t* q8;  // [num_tokens, activation_row_bytes(cols)]
   const float* x;     // [num_tokens, cols], or null
+  // [num_tokens, activation_squares(cols)] of rows that are to be divided by their root mean square, or null
+  const float* squares;
+  float eps;
   int num_tokens, cols;
   int num_parts, num_chunks;      // chunks of 256 columns
   int warp_chunks, extra_chunks;  // num_chunks over and modulo the number of warps
@@ -267,6 +270,33 @@ __device__ __forceinline__ void store_sums(const LaneSums<kSplit, kTiles>& sums,
   }
 }
 
+// Copies the sums of squares of the rows to shared memory, each warp those of its own rows: warp, warp + num_warps, ….
+__device__ __forceinline__ void fetch_squares(const Arguments& a, float* squares, int warp, int num_warps,
+                                              int lane) {
+  if (a.squares == nullptr) return;
+  const int count = static_cast<int>(activation_squares(a.cols));
+  for (int token = warp; token < a.num_tokens; token += num_warps) {
+    for (int i = 4 * lane; i < count; i += 128)
+      ptx::copy_async(squares + token * count + i, a.squares + token * count + i);
+  }
+}
+
+// What the products of each row are multiplied by, computed by the warps that have fetched the squares.  A barrier comes after.
+__device__ __forceinline__ void find_factors(const Arguments& a, const float* squares, float* factors,
+                                             int warp, int num_warps, int lane) {
+  if (a.squares != nullptr) {
+    ptx::commit_copies();
+    ptx::wait_for_copies<0>();
+    __syncwarp();
+  }
+  for (int token = warp; token < a.num_tokens; token += num_warps) {
+    const float factor = a.squares == nullptr
+                             ? 1.0f
+                             : norm_factor(squares + token * activation_squares(a.cols), a.cols, a.eps);
+    if (lane == 0) factors[token] = factor;
+  }
+}
+
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
@@ -279,12 +309,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultip
   float* gated = parts + num_warps * kPartFloats;  // [2][8 * kTiles][kGatedRows] if gated
   const BlockTiles tiles(a);
   __shared__ uint64_t barriers[kMaxWarps * kMaxStages];
-  uint8_t* rings = reinterpret_cast<uint8_t*>(gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0));
+  __shared__ float factors[8 * kTiles];
+  float* squares = gated + (a.gated != nullptr ? 2 * 8 * kTiles * kGatedRows : 0);
+  uint8_t* rings = reinterpret_cast<uint8_t*>(
+      squares + (a.squares != nullptr ? a.num_tokens * activation_squares(a.cols) : 0));
   ptx::allow_consumers();
   Ring ring;
   ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
              num_warps, lane);
   ptx::wait_for_producers();
+  fetch_squares(a, squares, warp, num_warps, lane);
 
   for (int i = 0; i < tiles.count; ++i) {
     const Part& part = a.parts[tiles.part(i)];
@@ -317,6 +351,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultip
           if (m == n) store_sums(sums, m, parts + warp * kPartFloats, lane);
         }
       }
+      if (i + n == 0) find_factors(a, squares, factors, warp, num_warps, lane);
       __syncthreads();
       const int count = kTileRows * min(8, a.num_tokens - 8 * n);
       const int num_parts = is_float(part.format) ? 1 : num_warps;
@@ -325,6 +360,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultip
         if (row >= part.rows) continue;
         float sum = 0.0f;
         for (int w = 0; w < num_parts; ++w) sum += parts[w * kPartFloats + token * kPartStride + r];
+        sum *= factors[8 * n + token];
         if (part.bias != nullptr) sum += part.bias[row];
         if (a.gated == nullptr) {
           a.out[static_cast<int64_t>(8 * n + token) * a.out_stride + part.column + row] = sum;
@@ -371,7 +407,8 @@ int shared_memory_per_block() {
   return 72 * 1024;
 #else
   const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
-  return total / kBlocksPerMultiprocessor - 1024 - 8 * kMaxWarps * kMaxStages;  // the system, barriers
+  const int fixed = 8 * kMaxWarps * kMaxStages + 4 * kMaxTokens;  // barriers, factors
+  return total / kBlocksPerMultiprocessor - 1024 - fixed;         // 1 KiB is the system's
 #endif
 }
 
@@ -417,13 +454,15 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
 
   const int num_warps = std::min(kMaxWarps, a.num_chunks);
   const int64_t row_bytes = activation_row_bytes(a.cols), gated_bytes = activation_row_bytes(a.parts[0].rows);
+  const int64_t squares = activation_squares(a.cols);
   a.warp_chunks = a.num_chunks / num_warps;
   a.extra_chunks = a.num_chunks % num_warps;
   for (int left = a.num_tokens; left > 0; left -= kMaxTokens) {
     a.num_tokens = std::min(left, kMaxTokens);
     const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : 4;
     const size_t fixed_bytes =
-        sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0));
+        sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0) +
+                         (a.squares != nullptr ? a.num_tokens * squares : 0));
     // As deep as the memory allows, but no deeper than a warp has chunks; two stages where that is too little.
     const int chunks_per_warp =
         (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : a.block_tiles);
@@ -440,6 +479,7 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
     launch(a, num_blocks, num_warps, shared_bytes, stream);
     a.q8 += a.num_tokens * row_bytes;
     if (a.x != nullptr) a.x += static_cast<int64_t>(a.num_tokens) * a.cols;
+    if (a.squares != nullptr) a.squares += a.num_tokens * squares;
     if (a.gated != nullptr) {
       a.gated += a.num_tokens * gated_bytes;
     } else {
@@ -448,11 +488,13 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   }
 }
 
-Arguments input(const uint8_t* q8, const float* x, int64_t num_tokens,
+Arguments input(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
                 const std::vector<WeightView>& weights) {
   Arguments a = {};
   a.q8 = q8;
   a.x = x;
+  a.squares = squares;
+  a.eps = eps;
   a.num_tokens = static_cast<int>(num_tokens);
   a.cols = static_cast<int>(weights.at(0).cols);
   return a;
@@ -460,18 +502,18 @@ Arguments input(const uint8_t* q8, const float* x, int64_t num_tokens,
 
 }  // namespace
 
-void quant_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
-                       float* out, void* stream) {
+void quant_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
+                       std::vector<WeightView> weights, float* out, void* stream) {
   if (num_tokens == 0) return;
-  Arguments a = input(q8, x, num_tokens, weights);
+  Arguments a = input(q8, x, squares, eps, num_tokens, weights);
   a.out = out;
   run_matvec(a, weights, stream);
 }
 
-void gated_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, std::vector<WeightView> weights,
-                       uint8_t* out, void* stream) {
+void gated_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
+                       std::vector<WeightView> weights, uint8_t* out, void* stream) {
   if (num_tokens == 0) return;
-  Arguments a = input(q8, x, num_tokens, weights);
+  Arguments a = input(q8, x, squares, eps, num_tokens, weights);
   a.gated = out;
   run_matvec(a, weights, stream);
 }

@@ -83,10 +83,26 @@ def embedding_cpu(
 ) -> None: ...
 def quant_matmul_cpu(x: int, num_tokens: int, weights: Sequence[WeightView], out: int, /) -> None: ...
 def quant_matmul_cuda(
-    q8: int, x: int, num_tokens: int, weights: Sequence[WeightView], out: int, stream: int, /
+    q8: int,
+    x: int,
+    squares: int,
+    eps: float,
+    num_tokens: int,
+    weights: Sequence[WeightView],
+    out: int,
+    stream: int,
+    /,
 ) -> None: ...
 def gated_matmul_cuda(
-    q8: int, x: int, num_tokens: int, weights: Sequence[WeightView], out: int, stream: int, /
+    q8: int,
+    x: int,
+    squares: int,
+    eps: float,
+    num_tokens: int,
+    weights: Sequence[WeightView],
+    out: int,
+    stream: int,
+    /,
 ) -> None: ...
 def middle_matmul_workspace_bytes() -> int: ...
 def middle_matmul_cuda(

@@ -40,6 +40,18 @@ def only_q8(x: Tensor) -> ops.Activation:
     return ops.Activation(x.shape[1], q8=ops.quantize_rows(x).q8)
 
 
+def unfinished(x: Tensor, keep_float: bool = True) -> tuple[ops.Activation, Tensor]:
+    """x as rows whose norm is not finished, and their norm."""
+    eps = 1e-2
+    weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device)
+    rows = ops.quantize_rows(x * weight)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 32))
+    rows.squares, rows.eps = padded.square().sum(2), eps
+    if not keep_float:
+        rows.x = None
+    return rows, ops.rms_norm_reference(x, weight, eps)
+
+
 def run(x: Rows, weights: list[PackedWeight], biases: list[Tensor | None] | None = None) -> Tensor:
     """The product, in memory that was NaN before."""
     rows = x.num_rows if isinstance(x, ops.Activation) else x.shape[0]
@@ -132,6 +144,43 @@ def test_the_gated_product_is_the_quantized_input_of_the_next_one(
     most = torch.nn.functional.pad(plain, (0, 16)).unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True)
     difference = torch.nn.functional.pad((decoded(result) - plain).abs(), (0, 16)).unflatten(1, (-1, 32))
     assert (difference <= most * (0.5 / 127 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 9, 16])
+@pytest.mark.parametrize("cols", [64, 256, 544, 4608])
+def test_products_of_a_norm_that_is_not_finished_equal_those_of_the_norm(
+    make: Callable[..., PackedWeight], rows_of: Callable[..., Tensor], cols: int, num_rows: int
+) -> None:
+    weights = [make("q5_0", 37, cols), make("f16", 7, cols), make("q8_0", 16, cols)]
+    x, bias = rows_of(num_rows, cols), torch.randn(37)
+    biases = [bias.to(x.device), None, None]
+    rows, normed = unfinished(x)
+    truth = ops.quant_matmul_reference(normed, weights, biases)
+    assert error(run(rows, weights, biases), truth) < 1e-3  # a code may be rounded to the other side
+    assert error(run(ops.Activation(cols, rows.q8, x=rows.x), weights, biases), truth) > 0.1
+    rounded = ops.Activation(cols, rows.q8, squares=rows.squares, eps=rows.eps)
+    assert error(run(rounded, weights[1:2]), truth[:, 37:44]) < 4e-2
+    assert error(rounded.values(), normed) < 4e-2
+    assert torch.allclose(ops.as_float(rows), normed, rtol=1e-5)
+    for first, last in ((0, 1), (num_rows // 2, num_rows)):
+        assert torch.equal(run(rows[first:last], weights, biases), run(rows, weights, biases)[first:last])
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 14])
+def test_the_gated_product_of_a_norm_that_is_not_finished_equals_that_of_the_norm(
+    make: Callable[..., PackedWeight],
+    rows_of: Callable[..., Tensor],
+    decoded: Callable[[Rows], Tensor],
+    num_rows: int,
+) -> None:
+    weights = [make("q4_k", 80, 512, 1), make("q6_k", 80, 512, 2)]
+    biases = [torch.randn(80), torch.randn(80)]
+    rows, normed = unfinished(rows_of(num_rows, 512), keep_float=False)
+    biases = [bias.to(normed.device) for bias in biases]
+    truth = ops.silu_mul_reference(ops.quant_matmul_reference(normed, weights, biases))
+    assert error(decoded(ops.gated_matmul(rows, weights, biases)), truth) < 0.1
+    rows.eps = 100.0
+    assert error(decoded(ops.gated_matmul(rows, weights, biases)), truth) > 1.0
 
 
 def test_a_gated_product_of_many_rows_equals_the_reference(

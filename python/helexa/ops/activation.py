@@ -20,19 +20,24 @@ class Activation:
     rows.
     bf16: [T, cols] bfloat16; of more rows.
     x: [T, cols] float32, only where somebody wants it besides, such as the router of a mixture of experts.
+    squares: [T, activation_squares(cols)] float32 of rows whose norm is not finished: the forms are to be
+    multiplied by 1 / sqrt(sum of squares / cols + eps), and whoever multiplies them by a matrix does that to
+    the products.
     """
 
     cols: int
     q8: Tensor | None = None
     bf16: Tensor | None = None
     x: Tensor | None = None
+    squares: Tensor | None = None
+    eps: float = 0.0
 
     def __getitem__(self, rows: slice) -> "Activation":
         """The same of some of the rows."""
         if rows == _ALL_ROWS:
             return self
-        forms = [None if form is None else form[rows] for form in (self.q8, self.bf16, self.x)]
-        return Activation(self.cols, *forms)
+        forms = (self.q8, self.bf16, self.x, self.squares)
+        return Activation(self.cols, *(None if form is None else form[rows] for form in forms), self.eps)
 
     @property
     def num_rows(self) -> int:
@@ -41,12 +46,18 @@ class Activation:
         assert form is not None
         return form.size(0)
 
+    def factors(self) -> Tensor | float:
+        """[T, 1] float32 that end the norm; 1 if there is nothing to end."""
+        if self.squares is None:
+            return 1.0
+        return (self.squares.sum(1, keepdim=True) / self.cols + self.eps).rsqrt()
+
     def values(self) -> Tensor:
         """[T, cols] float32, as matmuls see them."""
         if self.q8 is None:
             form = self.bf16 if self.bf16 is not None else self.x
             assert form is not None
-            return form.float()
+            return form.float() * self.factors()
         num_groups = -(-self.cols // 64)
         codes, scales = self.q8.split([64 * num_groups, 16 * num_groups], dim=1)
         columns = torch.arange(64 * num_groups, device=self.q8.device)
@@ -54,7 +65,7 @@ class Activation:
         places = columns - columns % 64 + lane + half + quarter + columns % 4
         ordered = codes.view(torch.int8)[:, places].float().unflatten(1, (-1, 32))
         factors = scales.contiguous().view(torch.float32).unflatten(1, (-1, 2))[:, :, :1]
-        return (ordered * factors).flatten(1)[:, : self.cols]
+        return (ordered * factors).flatten(1)[:, : self.cols] * self.factors()
 
 
 # What a layer hands to the next matmul: plain float32 rows [T, cols] on the CPU, an Activation on CUDA.
@@ -64,6 +75,11 @@ Rows = Tensor | Activation
 def activation_row_bytes(cols: int) -> int:
     """Bytes of a row of `q8`: a code per column of 64 at a time, and 16 bytes of scales for these."""
     return -(-cols // 64) * 80
+
+
+def activation_squares(cols: int) -> int:
+    """Sums of squares of a row whose norm is not finished: one for each 32 columns, in fours."""
+    return -(-cols // 128) * 4
 
 
 def empty_activation(
@@ -83,7 +99,9 @@ def as_float(rows: Rows) -> Tensor:
     """[T, cols] float32, exact if they were computed with keep_float."""
     if isinstance(rows, Tensor):
         return rows
-    return rows.values() if rows.x is None else rows.x
+    if rows.x is None:
+        return rows.values()
+    return rows.x if rows.squares is None else rows.x * rows.factors()
 
 
 def quantize_rows(x: Tensor) -> Activation:

@@ -277,6 +277,7 @@ def _on_cuda(x: Activation, layer: _Layer, out: Tensor | None) -> Tensor:
     rows = x.x
     if rows is None:
         raise ValueError("sparse_moe: the router needs the rows as floats")
+    check(x.squares is None, "sparse_moe: the norm of its rows is not finished")
     check_tensor("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
     layer.check(cols)
     dtype = torch.float32 if num_tokens <= MAX_MATVEC_ROWS else torch.bfloat16

@@ -168,9 +168,9 @@ def _few_rows(x: Rows) -> Activation:
     return quantize_rows(x.bf16)
 
 
-def _addresses(rows: Activation) -> tuple[int, int]:
+def _addresses(rows: Activation) -> tuple[int, int, int, float]:
     assert rows.q8 is not None
-    return rows.q8.data_ptr(), address(rows.x)
+    return rows.q8.data_ptr(), address(rows.x), address(rows.squares), rows.eps
 
 
 def _views(weights: Sequence[PackedWeight], biases: Biases, cols: int) -> list[_C.WeightView]:
