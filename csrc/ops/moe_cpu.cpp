@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/parallel.h"
+#include "ops/quantized_input.h"
 #include "ops/silu_mul.h"
 #include "quant/packed.h"
 
@@ -17,11 +18,6 @@ constexpr int64_t kSerialValues =
     32768;  // below this many values one thread is faster than two can be set to work
 constexpr int64_t kClaimBytes = 256 * 1024;
 constexpr int64_t kChunksPerThread = 4;
-
-bool is_quantized(const WeightView& w) {
-  return with_format(static_cast<Format>(w.format),
-                     [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
-}
 
 // The pairs of token and expert, sorted by expert; position p is pair order[p], and expert `active[i]` has the positions
 // first[i] .. first[i + 1].
@@ -63,54 +59,23 @@ class ExpertInput {
   template <class Row>
   void fill(const Assignment& pairs, int64_t cols, bool quantize, Row&& row) {
     cols_ = cols;
-    const auto group_width = pick_token_group_width();
-    const auto quantize_group = pick_quantize_group();
-    const int64_t num_pairs = pairs.first.back();
-    values_.resize(num_pairs * cols);
-    groups_.clear();
-    offsets_.clear();
-    int64_t bytes = 0;
-    for (size_t i = 0; i < pairs.active.size(); ++i) {
-      offsets_.push_back(bytes);
-      for (int64_t p = pairs.first[i]; p < pairs.first[i + 1];) {
-        const int64_t left = pairs.first[i + 1] - p;
-        const int width = group_width(left);
-        groups_.push_back({p, std::min<int64_t>(left, width), width, bytes});
-        bytes += cols / 32 * group_record_bytes(width);
-        p += width;
-      }
-    }
-    if (quantize && static_cast<int64_t>(records_.size()) < bytes) records_.resize(bytes);
-    auto work = [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        const Group& group = groups_[g];
-        float* rows = values_.data() + group.position * cols;
-        for (int64_t i = 0; i < group.count; ++i) row(group.position + i, rows + i * cols);
-        if (quantize) quantize_group(rows, group.count, group.width, cols, records_.data() + group.offset);
-      }
-    };
-    const int64_t num_groups = static_cast<int64_t>(groups_.size());
-    if (num_pairs * cols <= kSerialValues) {
-      work(0, num_groups);
-    } else {
-      parallel_for(num_groups, 1, work);
-    }
+    values_.resize(pairs.first.back() * cols);
+    quantized_.begin(cols);
+    for (size_t i = 0; i < pairs.active.size(); ++i) quantized_.add_run(pairs.first[i + 1] - pairs.first[i]);
+    quantized_.fill(quantize, [&](int64_t first, int64_t count) {
+      float* rows = values_.data() + first * cols;
+      for (int64_t i = 0; i < count; ++i) row(first + i, rows + i * cols);
+      return rows;
+    });
   }
 
   const float* values(int64_t position) const { return values_.data() + position * cols_; }
-  const uint8_t* records(size_t expert) const { return records_.data() + offsets_[expert]; }
+  const uint8_t* records(size_t expert) const { return quantized_.records(expert); }
 
  private:
-  struct Group {
-    int64_t position, count;
-    int width;
-    int64_t offset;  // in records_
-  };
   int64_t cols_ = 0;
   std::vector<float> values_;
-  std::vector<uint8_t> records_;
-  std::vector<Group> groups_;
-  std::vector<int64_t> offsets_;  // of each active expert in records_
+  QuantizedInput quantized_;
 };
 
 struct Buffers {
@@ -153,7 +118,7 @@ void multiply(const Assignment& pairs, const ExpertInput& input, const std::vect
       TileCall call{};
       call.num_tokens = pairs.first[expert + 1] - pairs.first[expert];
       call.x = input.values(pairs.first[expert]);
-      call.quantized = is_quantized(*w) ? input.records(expert) : nullptr;
+      call.quantized = is_quantized(w->format) ? input.records(expert) : nullptr;
       call.cols = cols;
       call.format = w->format;
       call.tile = w->packed + (pairs.active[expert] * tiles + local) *
@@ -167,7 +132,8 @@ void multiply(const Assignment& pairs, const ExpertInput& input, const std::vect
 }
 
 bool any_quantized(const std::vector<WeightView>& stacks) {
-  return std::any_of(stacks.begin(), stacks.end(), is_quantized);
+  return std::any_of(stacks.begin(), stacks.end(),
+                     [](const WeightView& w) { return is_quantized(w.format); });
 }
 
 }  // namespace

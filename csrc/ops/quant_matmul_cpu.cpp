@@ -4,13 +4,12 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "ops/quantized_input.h"
 #include "quant/packed.h"
 
 namespace helexa {
 namespace {
 
-// Below this many values one thread quantizes the input faster than two can be set to work.
-constexpr int64_t kSerialValues = 32768;
 // Weight bytes that a thread claims at once while decoding: a stream long enough that its start costs little, and a quarter of each
 // thread's share, so that a thread which the system takes off its core leaves little behind.
 constexpr int64_t kMostChunkBytes = 256 * 1024;
@@ -22,45 +21,6 @@ int64_t tiles_per_claim(int64_t num_tokens, int64_t step, int64_t num_tiles, int
   const int64_t share = num_tiles / (kChunksPerThread * num_threads());
   return std::max(step, std::min(share, kMostChunkBytes / most_tile_bytes) / step * step);
 }
-
-bool is_quantized(int format) {
-  return with_format(static_cast<Format>(format),
-                     [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
-}
-
-// The quantized input.  Its memory grows to the largest input seen on this thread and is then reused.
-class QuantizedInput {
- public:
-  const uint8_t* fill(const float* x, int64_t num_tokens, int64_t cols) {
-    const auto group_width = pick_token_group_width();
-    const auto quantize_group = pick_quantize_group();
-    const int full_width = group_width(num_tokens);
-    const int64_t blocks = cols / 32;
-    const int64_t num_groups = (num_tokens + full_width - 1) / full_width;
-    const int64_t group_bytes = blocks * group_record_bytes(full_width);
-    if (static_cast<int64_t>(records_.size()) < num_groups * group_bytes)
-      records_.resize(num_groups * group_bytes);
-    uint8_t* records = records_.data();
-    auto quantize = [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        const int64_t first = g * full_width;
-        const int64_t left = num_tokens - first;
-        const int width = group_width(left);
-        quantize_group(x + first * cols, std::min<int64_t>(left, width), width, cols,
-                       records + g * group_bytes);
-      }
-    };
-    if (num_tokens * cols <= kSerialValues) {
-      quantize(0, num_groups);
-    } else {
-      parallel_for(num_groups, 1, quantize);
-    }
-    return records;
-  }
-
- private:
-  std::vector<uint8_t> records_;
-};
 
 thread_local QuantizedInput quantized_input;
 
@@ -93,7 +53,12 @@ void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView
   common.num_tokens = num_tokens;
   common.cols = cols;
   common.out_stride = out_stride;
-  if (any_quantized) common.quantized = quantized_input.fill(x, num_tokens, cols);
+  if (any_quantized) {
+    quantized_input.begin(cols);
+    quantized_input.add_run(num_tokens);
+    quantized_input.fill(true, [&](int64_t first, int64_t) { return x + first * cols; });
+    common.quantized = quantized_input.records(0);
+  }
 
   // Neighbouring tiles go together, since they share the loads of the input; but a few rows are bound by memory, which is read
   // fastest as one stream.

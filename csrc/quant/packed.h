@@ -58,4 +58,10 @@ inline int64_t packed_tile_bytes(Format format, int64_t cols) {
   return with_format(format, [&](auto f) { return tile_bytes<decltype(f)>(cols); });
 }
 
+// Whether a format has codes, whose kernels multiply integers.
+inline bool is_quantized(int format) {
+  return with_format(static_cast<Format>(format),
+                     [](auto f) { return decltype(f)::kScales != Scales::kPlain; });
+}
+
 }  // namespace helexa
