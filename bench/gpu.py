@@ -75,6 +75,7 @@ def own_figures(model: str, options: dict[str, Any], seed: int, repeat: int) -> 
     found: Figures = {"bytes_per_token": bytes_per_token(Path(model))}
     with loaded("first load", 1, CONTEXT, CONTEXT) as run:
         for prompt in PROMPTS:
+            run(prompt=prompt)  # to warm up, as llama-bench does
             runs = run(prompt=prompt)
             found[f"prefill {prompt}"] = middle(runs, "prefill_tok_s")
             if prompt == PROMPTS[0]:

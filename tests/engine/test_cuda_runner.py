@@ -142,7 +142,8 @@ async def test_a_request_without_memory_fails_alone(load, monkeypatch):
             raise torch.OutOfMemoryError("no room for the activations")
         return model(step)
 
-    monkeypatch.setattr(runner, "_model", failing)
+    for owner in (runner, runner._prompts):
+        monkeypatch.setattr(owner, "_model", failing)
     with pytest.raises(OutOfMemory, match="too little free memory for this request"):
         await answer(engine, [5, *tokens_of(DENSE)])
     assert (await answer(engine, prompt))[0] == wanted
@@ -155,7 +156,9 @@ async def test_a_fault_of_the_device_reaches_everyone(load, monkeypatch):
     def failing(step):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(engine._core.runner, "_model", failing)
+    runner = engine._core.runner
+    for owner in (runner, runner._prompts):
+        monkeypatch.setattr(owner, "_model", failing)
     with pytest.raises(DevicePoisoned, match="illegal memory access"):
         await answer(engine, tokens_of(DENSE)[:30])
     with pytest.raises(DevicePoisoned):

@@ -165,7 +165,7 @@ class StateCache:
 def _stacked(
     shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that share shapes as one tensor each, so that one call copies in all of them; then they alone."""
+    """The tensors of each shape as one, so that one call copies in all of them; and each of them alone."""
     counts = Counter(tuple(shape) for shape in shapes)
     stacks = {
         shape: torch.empty((count, *shape), dtype=dtype, device=device) for shape, count in counts.items()

@@ -134,6 +134,9 @@ class EngineCore:
         plan = self.scheduler.next()
         if plan is None and self._flight is None:
             self._send()  # what has just landed
+            if runner.prepare_next():
+                self._post(self.step)
+                return
             self._is_stepping = False
             self._save_next()
             return

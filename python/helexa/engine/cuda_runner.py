@@ -20,6 +20,7 @@ from helexa.engine.device_step import FLIGHTS, DecodeInputs, Landing, PrefillInp
 from helexa.engine.flight import Flight, Runner, bucket_of
 from helexa.engine.pages import SCRATCH_PAGE
 from helexa.engine.phases import Phases
+from helexa.engine.prompt_steps import PromptSteps
 from helexa.engine.sampler import Sampled, Sampler
 from helexa.engine.sampling_params import ResolvedParams
 from helexa.engine.scheduler import Plan
@@ -152,6 +153,11 @@ class CudaRunner(Runner):
         self._token_ids = torch.zeros(self._most_rows, dtype=torch.int32, device=device.tensors)
         self._landings = [Landing(device, chooser.records) for _ in range(FLIGHTS)]
         self._turn = 0
+        self._prompts = None
+        if capture:
+            self._prompts = PromptSteps(
+                model, cache, states, device, max_context=max_context, capture=self._capture
+            )
         self._bound: dict[int, tuple[int, int]] = {}  # by slot: which sequence the chooser knows
         self._logits: dict[int, Tensor] = {}  # of the captured steps, by batch size
         self._bodies: dict[int, torch.cuda.CUDAGraph] = {}
@@ -183,6 +189,9 @@ class CudaRunner(Runner):
         sequence = Sequence([0] * num_tokens, num_tokens)
         sequence.pages = [SCRATCH_PAGE] * -(-num_tokens // self.cache.page_tokens)
         self._prefill_logits(sequence, num_tokens)
+
+    def prepare_next(self) -> bool:
+        return self._prompts is not None and self._prompts.capture_next()
 
     def next_landing(self) -> Landing:
         self._turn = (self._turn + 1) % FLIGHTS
@@ -228,6 +237,9 @@ class CudaRunner(Runner):
         is_last = sequence.num_computed + plan.num_tokens == len(sequence.token_ids)
         if is_last and sequence.rows is None:
             self._bind(sequence, sequence.token_ids)
+        if self._prompts is not None and self._prompts.serve(sequence, plan.num_tokens):
+            logits, slots, positions = self._prompts.logits(sequence, plan.num_tokens)
+            return CudaFlight(self, plan, logits if is_last else logits[:0], slots, positions)
         logits, inputs = self._prefill_logits(sequence, plan.num_tokens)
         return CudaFlight(self, plan, logits, inputs.state_slots, inputs.positions[-1:])
 

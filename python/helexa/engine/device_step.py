@@ -65,16 +65,56 @@ class DecodeInputs:
         self._owners[row] = owner
 
 
+class PaddedInputs:
+    """What the prefill of a few of one sequence's next tokens reads, in tensors that never move.
+
+    Rows before these are a sequence of its own, at the start of the scratch page.
+    """
+
+    def __init__(self, device: Device, *, rows: int, max_pages: int, page_tokens: int):
+        self._page_tokens = page_tokens
+        self._places, size = _places(rows, rows, rows, 2 * max_pages, 3, 2, 2)
+        self._staging = [device.staging(size) for _ in range(FLIGHTS)]
+        for staging in self._staging:
+            staging[self._places[3]] = SCRATCH_PAGE
+        self._turn = 0
+        self._values = self._staging[0].to(device.tensors)
+        self.token_ids, self.positions, self.slots = (self._values[place] for place in self._places[:3])
+        self.page_table = self._values[self._places[3]].view(2, max_pages)
+        self.query_start, self.kv_lengths, self.state_slots = (
+            self._values[place] for place in self._places[4:]
+        )
+
+    def fill(self, sequence: Sequence, num_tokens: int, num_rows: int) -> None:
+        """Queues the copy for the first num_rows rows, the last num_tokens of which are the sequence's."""
+        self._turn = (self._turn + 1) % FLIGHTS
+        staging = self._staging[self._turn]
+        values = staging.numpy()
+        token_ids, positions, slots, pages, query_start, kv_lengths, state_slots = (
+            values[place] for place in self._places
+        )
+        start, end, first = sequence.num_computed, sequence.num_computed + num_tokens, num_rows - num_tokens
+        page_tokens = self._page_tokens
+        own_pages = pages[len(pages) // 2 :]
+        own_pages[: -(-end // page_tokens)] = sequence.pages[: -(-end // page_tokens)]
+        token_ids[:first], token_ids[first:num_rows] = 0, sequence.token_ids[start:end]
+        positions[:first], positions[first:num_rows] = np.arange(first), np.arange(start, end)
+        slots[:first] = positions[:first] + SCRATCH_PAGE * page_tokens
+        there = positions[first:num_rows]
+        slots[first:num_rows] = own_pages[there // page_tokens] * page_tokens + there % page_tokens
+        query_start[:] = 0, first, num_rows
+        kv_lengths[:] = first, end
+        state_slots[:] = 0, sequence.slot
+        self._values.copy_(staging, non_blocking=True)
+
+
 class PrefillInputs:
     """What the prefill of one sequence's next tokens reads."""
 
     def __init__(self, device: Device, sequence: Sequence, num_tokens: int, page_tokens: int):
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         num_pages = -(-end // page_tokens)
-        places, size = [], 0
-        for length in (num_tokens, num_tokens, num_tokens, num_pages, 2, 1, 1):
-            places.append(slice(size, size + length))
-            size += -(-length // _ALIGNMENT) * _ALIGNMENT
+        places, size = _places(num_tokens, num_tokens, num_tokens, num_pages, 2, 1, 1)
         staging = device.staging(size)
         values = staging.numpy()
         token_ids, positions, slots, pages, query_start, kv_lengths, state_slots = (
@@ -88,6 +128,15 @@ class PrefillInputs:
         there = staging.to(device.tensors, non_blocking=True)
         self.token_ids, self.positions, self.slots, self.pages = (there[place] for place in places[:4])
         self.query_start, self.kv_lengths, self.state_slots = (there[place] for place in places[4:])
+
+
+def _places(*lengths: int) -> tuple[list[slice], int]:
+    """Where tensors of these lengths lie one after the other, and what they take in all."""
+    places, size = [], 0
+    for length in lengths:
+        places.append(slice(size, size + length))
+        size += -(-length // _ALIGNMENT) * _ALIGNMENT
+    return places, size
 
 
 class Landing:

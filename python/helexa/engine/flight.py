@@ -60,6 +60,10 @@ class Runner(ABC):
     def prepare(self, phases: Phases) -> None:  # noqa: B027
         """Does once what would be in the way of the first steps."""
 
+    def prepare_next(self) -> bool:
+        """While nothing else is to do, a piece of what makes later steps faster; False if none is left."""
+        return False
+
 
 def bucket_of(num_sequences: int) -> int:
     """The captured batch size that holds num_sequences: the next power of two."""

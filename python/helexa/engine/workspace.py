@@ -3,6 +3,8 @@
 An estimate from the sizes of the model that is not too low: whatever has a row for each token of a step.
 """
 
+from dataclasses import replace
+
 from helexa import ops
 from helexa.engine.flight import bucket_of
 from helexa.engine.options import EngineOptions
@@ -18,8 +20,10 @@ def workspace_nbytes(config: ModelConfig, options: EngineOptions) -> int:
     """Bytes that steps need at their peak, and what sampling keeps."""
     rows = bucket_of(options.max_sequences)
     sampling = (rows * 2 * _FLOAT + (options.max_sequences + 1) * _MASK_BYTES) * config.vocab_size
-    activations = activation_nbytes(config, options)
-    return activations + sampling + ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
+    # Steps that are captured have memory of their own.
+    short = replace(options, prefill_chunk=min(ops.MAX_MIDDLE_ROWS, options.prefill_tokens))
+    activations = activation_nbytes(config, options) + activation_nbytes(config, short)
+    return activations + sampling + 2 * ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
 
 
 def activation_nbytes(config: ModelConfig, options: EngineOptions) -> int:
