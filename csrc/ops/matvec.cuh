@@ -8,9 +8,12 @@
 // whose columns are the steps' separate sums.  The scales, which cost most instructions, are then applied once to 8 useful columns
 // instead of once per step to a few.
 //
+// Offsets (minimums) of 8 steps are a product of matrices by themselves, weight rows x steps times steps x sums of activations, and one
+// mma m16n8k8 in tf32, in which they are exact.  The sums of activations come in two parts of 11 bits each.
+//
 // Sums of a row run in the same order whatever kSplit and kTiles are: each pair of steps has a float32 sum of its own over all chunks
-// of a warp, first step before second; then (pair 0 + pair 1) + (pair 2 + pair 3); then the warps one after the other.  So a row's
-// result does not depend on the rows beside it.
+// of a warp, first step before second; then (pair 0 + pair 1) + (pair 2 + pair 3) + offsets; then the warps one after the other.  So a
+// row's result does not depend on the rows beside it.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -65,7 +68,7 @@ struct LaneColumns {
 
 // Integer sums become floats without a conversion: they start at the bits of 1.5 * 2^23, whose last place is one.
 constexpr int kSumStart = 0x4b400000;
-__device__ __forceinline__ float sum_to_float(int sum) { return __int_as_float(sum) - 12582912.0f; }
+constexpr float kSumBias = 12582912.0f;
 
 // Sums of kTiles tiles of activations: [j][2 * r + i] for the weight row g + 8r and the lane's i-th result column.  With kSplit 8 both
 // columns belong to one row and the sum is that of i = 0.
@@ -73,14 +76,18 @@ template <int kSplit, int kTiles>
 struct LaneSums {
   using Columns = LaneColumns<kSplit>;
   float sum[kTiles][Columns::kOwnPairs][4];
+  float offset[kTiles][4];  // of all pairs
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int j = 0; j < Columns::kOwnPairs; ++j)
+      for (int i = 0; i < 4; ++i) {
+        offset[n][i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[n][j][i] = 0.0f;
+        for (int j = 0; j < Columns::kOwnPairs; ++j) sum[n][j][i] = 0.0f;
+      }
+    }
   }
 
   // The sums over all pairs of tile n, out[2 * r + i]; meaningful in lanes with t < 4 / kSplit.
@@ -96,6 +103,7 @@ struct LaneSums {
         const float half = sum[n][0][i] + __shfl_xor_sync(0xffffffffu, sum[n][0][i], 1);
         out[i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
       }
+      out[i] += offset[n][i];
     }
   }
 };
@@ -106,16 +114,15 @@ struct LaneActivations {
   using Columns = LaneColumns<kSplit>;
   static constexpr int kOwnPairs = Columns::kOwnPairs;
   uint32_t code[kOwnPairs][2][2];  // [pair][step][word of the operand]
-  float4 scale[kOwnPairs][2];      // [pair][column]: {scale, sum} of both steps
+  float4 scale;                    // {scale, sum} of both steps of pair t, of the row of the lane's column
 
-  // Pair j of the chunk that begins with pair `first_pair` and has `num_pairs` (4 if kWhole), of the tile whose first row is
-  // `first_row`.
+  // Pair j of the chunk that begins with pair `first_pair` and has `num_pairs` (4 if kWhole).  `row`: of the lane's column.
   template <bool kWhole>
-  __device__ __forceinline__ void load(const InputRows& x, int first_row, int lane, int first_pair,
-                                       int num_pairs, int j) {
+  __device__ __forceinline__ void load_codes(const uint8_t* row, int lane, int first_pair, int num_pairs,
+                                             int j) {
     const int g = lane >> 2, t = lane & 3;
-    const int own = first_pair + existing<kWhole>(Columns::operand_pair(g, j), num_pairs);
-    const uint8_t* from = row(x, first_row + Columns::operand_row(g)) + 64 * own + 16 * t;
+    const uint8_t* from =
+        row + 64 * (first_pair + existing<kWhole>(Columns::operand_pair(g, j), num_pairs)) + 16 * t;
     if constexpr (kSplit == 8) {
       // The column stands for one step, so that the other one's words are not needed.
       const uint2 v = *reinterpret_cast<const uint2*>(from + 8 * (g & 1));
@@ -124,35 +131,36 @@ struct LaneActivations {
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       code[j][0][0] = v.x, code[j][0][1] = v.y, code[j][1][0] = v.z, code[j][1][1] = v.w;
     }
-    const int result = first_pair + existing<kWhole>(Columns::result_pair(t, j), num_pairs);
-#pragma unroll
-    for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-      const uint8_t* scales = row(x, first_row + Columns::result_row(t, i)) + x.padded_cols;
-      scale[j][i] = *reinterpret_cast<const float4*>(scales + 16 * result);
-    }
   }
-
   template <bool kWhole>
-  __device__ __forceinline__ void load(const InputRows& x, int lane, int first_pair, int num_pairs) {
-#pragma unroll
-    for (int j = 0; j < kOwnPairs; ++j) load<kWhole>(x, 0, lane, first_pair, num_pairs, j);
+  __device__ __forceinline__ void load_scales(const uint8_t* row, int padded_cols, int lane, int first_pair,
+                                              int num_pairs) {
+    const int pair = first_pair + existing<kWhole>(lane & 3, num_pairs);
+    scale = *reinterpret_cast<const float4*>(row + padded_cols + 16 * pair);
+    if (!kWhole && (lane & 3) >= num_pairs) scale = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 
-  __device__ __forceinline__ float step_scale(int j, int column, int step) const {
-    return step == 0 ? scale[j][column].x : scale[j][column].z;
+  // The whole chunk.
+  template <bool kWhole>
+  __device__ __forceinline__ void load(const uint8_t* row, int padded_cols, int lane, int first_pair,
+                                       int num_pairs) {
+#pragma unroll
+    for (int j = 0; j < kOwnPairs; ++j) load_codes<kWhole>(row, lane, first_pair, num_pairs, j);
+    load_scales<kWhole>(row, padded_cols, lane, first_pair, num_pairs);
   }
-  __device__ __forceinline__ float step_sum(int j, int column, int step) const {
-    return step == 0 ? scale[j][column].y : scale[j][column].w;
+
+  // The scale of a step of result pair j, of the i-th result column.  All lanes of the warp have to ask for it.
+  __device__ __forceinline__ float step_scale(int t, int j, int i, int step) const {
+    const float own = step == 0 ? scale.x : scale.z;
+    if constexpr (kSplit == 8) return own;
+    return __shfl_sync(0xffffffffu, own, 4 * Columns::result_row(t, i) + Columns::result_pair(t, j));
   }
 
  private:
-  // The pair, or the chunk's last one for those beyond it, whose products nobody uses.
+  // The pair, or the chunk's last one for those beyond it, whose products are scaled by zero.
   template <bool kWhole>
   static __device__ __forceinline__ int existing(int pair, int num_pairs) {
     return kWhole ? pair : min(pair, num_pairs - 1);
-  }
-  static __device__ __forceinline__ const uint8_t* row(const InputRows& x, int r) {
-    return Columns::kRows == 1 ? x.q8 : x.row(r);
   }
 };
 
@@ -193,9 +201,10 @@ struct StepProducts {
   }
 
   // sum[2 * r + i] += the scaled products; `weights` are the scales of the rows g and g + 8, in which the pair's first step is
-  // number `first_step`.
+  // number `first_step`, x_scales those of the activations, [step][column].
   __device__ __forceinline__ void scale_into(float (&sum)[4], const RowScales<F> (&weights)[2],
-                                             int first_step, const LaneActivations<kSplit>& x, int j,
+                                             int first_step, const float (&x_scales)[2][2],
+                                             const LaneActivations<kSplit>& x, int j,
                                              const int (&start)[4]) const {
     float half_sum[kResults][2][2];  // [step][column][half]: of formats with an offset per half
     if constexpr (U::kHalves == 2 && U::kHasOffset) sum_halves(half_sum, x, j, start);
@@ -203,25 +212,22 @@ struct StepProducts {
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        const float w = weights[r].scale(first_step + step, 0);
+        const float unbias = -kSumBias * w;  // exact: a scale has 19 bits
 #pragma unroll
         for (int i = 0; i < kResults; ++i) {
           const int result = kSplit == 8 ? 0 : step, place = 2 * r + (kSplit == 8 ? step : i);
-          const float scale = x.step_scale(j, i, step);
-          float& s = sum[2 * r + i];
-          if constexpr (U::kHalves == 1) {
-            s = fmaf(sum_to_float(dot[result][0][place]), weights[r].scale(first_step + step) * scale, s);
-            if constexpr (U::kHasOffset)
-              s = fmaf(weights[r].offset(first_step + step), x.step_sum(j, i, step), s);
-          } else {
-            float both = sum_to_float(dot[result][0][place]) * weights[r].scale(first_step + step, 0);
-            both = fmaf(sum_to_float(dot[result][1][place]), weights[r].scale(first_step + step, 1), both);
+          float product = fmaf(__int_as_float(dot[result][0][place]), w, unbias);
+          if constexpr (U::kHalves == 2) {
+            product = fmaf(__int_as_float(dot[result][1][place]) - kSumBias,
+                           weights[r].scale(first_step + step, 1), product);
             if constexpr (U::kHasOffset) {
               const int column = kSplit == 8 ? step : i;
-              both = fmaf(half_sum[result][column][0], weights[r].offset(first_step + step, 0), both);
-              both = fmaf(half_sum[result][column][1], weights[r].offset(first_step + step, 1), both);
+              product = fmaf(half_sum[result][column][0], weights[r].offset(first_step + step, 0), product);
+              product = fmaf(half_sum[result][column][1], weights[r].offset(first_step + step, 1), product);
             }
-            s = fmaf(both, scale, s);
           }
+          sum[2 * r + i] = fmaf(product, x_scales[step][i], sum[2 * r + i]);
         }
       }
     }
@@ -238,78 +244,108 @@ struct StepProducts {
       for (int h = 0; h < 2; ++h) {
         int d[4];
         ptx::mma_s8(d, ones, x.code[j][result][h], start);
-        out[result][0][h] = sum_to_float(d[0]), out[result][1][h] = sum_to_float(d[1]);
+        out[result][0][h] = __int_as_float(d[0]) - kSumBias;
+        out[result][1][h] = __int_as_float(d[1]) - kSumBias;
       }
     }
   }
 };
 
-// sums += chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns, the first of which is
-// pair `first_pair` of the row.  loaded: the activations of tile 0, of which the lane's first kLoaded pairs were loaded before the chunk was
-// there; the others, which would take many registers, and those of the other tiles are loaded here.
-template <class F, int kLoaded = kChunkPairs, int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk,
-                                               const InputRows& x, int lane, int first_pair, int num_pairs,
-                                               const LaneActivations<kSplit>& loaded) {
+// offset[2 * r + i] += the chunk's offsets of the rows g + 8r times the sums of the activations; for formats with an offset per step.  The
+// lane's steps are those of pair t, whose scales are `weights`.
+template <class F>
+__device__ __forceinline__ void add_offsets(float (&offset)[4], const RowScales<F> (&weights)[2],
+                                            float4 x_scale, int t) {
+  const uint32_t a[4] = {weights[0].exact_offset(t, 0), weights[1].exact_offset(t, 0),
+                         weights[0].exact_offset(t, 1), weights[1].exact_offset(t, 1)};
+  const float sums[2] = {x_scale.y, x_scale.w};
+  uint32_t high[2], low[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    high[k] = __float_as_uint(sums[k]) & 0xffffe000u;
+    low[k] = ptx::to_tf32(sums[k] - __uint_as_float(high[k]));
+  }
+  float products[4] = {};
+  ptx::mma_tf32(products, a, high);
+  ptx::mma_tf32(products, a, low);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) offset[i] = fmaf(weights[i / 2].offset_scale(), products[i], offset[i]);
+}
+
+struct NoRefill {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// sums += chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns.  Calls refill(j) when the
+// codes of the lane's pair j were used and may be overwritten, last with j = the number of its pairs for the scales.
+template <class F, int kSplit, int kTiles, class Refill = NoRefill>
+__device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk, int lane,
+                                               int num_pairs, const LaneActivations<kSplit> (&x)[kTiles],
+                                               Refill&& refill = {}) {
   static_assert(kSplit == 1 || kTiles == 1);
   using U = Unit<F>;
   using Columns = LaneColumns<kSplit>;
   constexpr bool kWhole = U::kPairs == kChunkPairs;  // a chunk is one unit, which is never cut short
   constexpr int kGroups = kChunkPairs / Columns::kOwnPairs;
   const int g = lane >> 2, t = lane & 3;
-  LaneActivations<kSplit> x0 = loaded;
   // Where sums start often, the registers of this start are kept; elsewhere they are not worth their place.
   int start[4] = {kSumStart, kSumStart, kSumStart, kSumStart};
   if constexpr (kSplit != 8) {
 #pragma unroll
     for (int& value : start) value = ptx::opaque(value);
   }
+  // Pairs beyond the end of the row are the last one again, times zero.
+  auto unit_of = [&](int pair) { return kWhole ? chunk : chunk + min(pair, num_pairs - 1) * U::kBytes; };
   RowScales<F> scales[2];
-  if constexpr (kWhole) scales[0].load(chunk, g), scales[1].load(chunk, g + 8);
+  auto load_scales = [&](int pair) {
+    const uint8_t* unit = unit_of(pair);
+    scales[0].load(unit, g), scales[1].load(unit, g + 8);
+  };
+  if constexpr (kWhole) load_scales(0);
 #pragma unroll
   for (int j = 0; j < Columns::kOwnPairs; ++j) {
-    if (kTiles == 1 && j + 1 >= kLoaded && j + 1 < Columns::kOwnPairs) {
-      x0.template load<kWhole>(x, 0, lane, first_pair, num_pairs, j + 1);
-    }
     PairCodes<F> codes[kGroups];
     // With one tile of rows each pair's codes are used once, and loaded then.
     auto load = [&](int q) {
       const int pair = q * Columns::kOwnPairs + j;
-      if (kWhole) codes[q].load(chunk, lane, pair);
-      if (!kWhole && pair < num_pairs) codes[q].load(chunk + pair * U::kBytes, lane, 0);
+      codes[q].load(unit_of(pair), lane, kWhole ? pair : 0);
     };
     if constexpr (kTiles > 1) {
 #pragma unroll
       for (int q = 0; q < kGroups; ++q) load(q);
     }
     const int pair = Columns::result_pair(t, j);
-    if constexpr (!kWhole) {
-      const uint8_t* unit = chunk + min(pair, num_pairs - 1) * U::kBytes;
-      scales[0].load(unit, g), scales[1].load(unit, g + 8);
-    }
+    if constexpr (!kWhole) load_scales(pair);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      LaneActivations<kSplit> other;
-      if (kTiles > 1) {
-        other.template load<kWhole>(x, 8 * n, lane, first_pair, num_pairs, j);
-      }
-      const LaneActivations<kSplit>& rows = kTiles > 1 ? other : x0;
       StepProducts<F, kSplit> products;
 #pragma unroll
       for (int q = 0; q < kGroups; ++q) {
-        if (!kWhole && q * Columns::kOwnPairs + j >= num_pairs) continue;
         if constexpr (kTiles == 1) load(q);
         uint32_t a[4];
         codes[q].template operand<0>(a);
-        products.add(a, rows, j, 0, g, q, start);
+        products.add(a, x[n], j, 0, g, q, start);
         codes[q].template operand<1>(a);
-        products.add(a, rows, j, 1, g, q, start);
+        products.add(a, x[n], j, 1, g, q, start);
       }
-      if (kWhole || pair < num_pairs) {
-        products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, rows, j, start);
+      float x_scales[2][2];
+#pragma unroll
+      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) x_scales[step][i] = x[n].step_scale(t, j, i, step);
       }
+      products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, x_scales, x[n], j, start);
+    }
+    refill(j);
+  }
+  if constexpr (U::kHasOffset && U::kHalves == 1) {
+    if constexpr (!kWhole && kSplit != 8) load_scales(t);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      add_offsets(sums.offset[n], scales, x[n].scale, t);
     }
   }
+  refill(Columns::kOwnPairs);
 }
 
 }  // namespace helexa

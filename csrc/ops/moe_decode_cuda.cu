@@ -62,44 +62,21 @@ struct Tokens {
   }
 };
 
-// The rows that a lane has of up to eight tokens: as one column of the operand and as two columns of the result.
+// The row that a lane has of up to eight tokens, as a column of the operand.
 template <int kSplit>
-struct LaneRows {
-  const uint8_t* first;
-  int operand, results[2];  // bytes behind `first`
+struct LaneRow {
+  const uint8_t* row;
 
-  __device__ explicit LaneRows(const Tokens& tokens)
-      : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes) {
-    using Columns = LaneColumns<kSplit>;
-    const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(tokens.rows.row_bytes);
-    operand = tokens.row(Columns::operand_row(lane / 4)) * row_bytes;
-    results[0] = tokens.row(Columns::result_row(lane % 4, 0)) * row_bytes;
-    results[1] = tokens.row(Columns::result_row(lane % 4, 1)) * row_bytes;
-  }
+  __device__ explicit LaneRow(const Tokens& tokens)
+      : row(tokens.rows.q8 + (tokens.first + tokens.row(LaneColumns<kSplit>::operand_row(
+                                                 static_cast<int>(threadIdx.x) % 32 / 4))) *
+                                 tokens.rows.row_bytes) {}
 
   // Of one chunk of `cols` columns.
   __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int cols, int first_pair,
                                        int num_pairs) const {
-    using Columns = LaneColumns<kSplit>;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint8_t* scales = first + activation_padded_cols(cols);
-#pragma unroll
-    for (int j = 0; j < Columns::kOwnPairs; ++j) {
-      const uint8_t* codes =
-          first + operand + 64 * (first_pair + min(Columns::operand_pair(g, j), num_pairs - 1)) + 16 * t;
-      if constexpr (kSplit == 8) {  // the column stands for one step
-        const uint2 v = *reinterpret_cast<const uint2*>(codes + 8 * (g % 2));
-        x.code[j][0][0] = x.code[j][1][0] = v.x, x.code[j][0][1] = x.code[j][1][1] = v.y;
-      } else {
-        const uint4 v = *reinterpret_cast<const uint4*>(codes);
-        x.code[j][0][0] = v.x, x.code[j][0][1] = v.y, x.code[j][1][0] = v.z, x.code[j][1][1] = v.w;
-      }
-      const int pair = first_pair + min(Columns::result_pair(t, j), num_pairs - 1);
-#pragma unroll
-      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-        x.scale[j][i] = *reinterpret_cast<const float4*>(scales + results[i] + 16 * pair);
-      }
-    }
+    x.template load<false>(row, static_cast<int>(activation_padded_cols(cols)),
+                           static_cast<int>(threadIdx.x) % 32, first_pair, num_pairs);
   }
 };
 
@@ -188,13 +165,11 @@ __device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int s
 // sums += a chunk of the stream · activations.
 template <int kSplit>
 __device__ __forceinline__ void multiply_chunk(int format, LaneSums<kSplit, 1>& sums, const uint8_t* chunk,
-                                               int cols, int first_pair, int num_pairs,
-                                               const LaneActivations<kSplit>& x) {
+                                               int num_pairs, const LaneActivations<kSplit> (&x)[1]) {
   auto multiply = [&](auto f) {
     using F = decltype(f);
     if constexpr (F::kScales != Scales::kPlain) {
-      helexa::multiply_chunk<F>(sums, chunk, InputRows(nullptr, 0, cols), threadIdx.x % 32, first_pair,
-                                num_pairs, x);
+      helexa::multiply_chunk<F>(sums, chunk, threadIdx.x % 32, num_pairs, x);
     }
   };
   switch (static_cast<Format>(format)) {
@@ -213,23 +188,23 @@ __device__ __forceinline__ void multiply_chunks(int format, Stream& stream, cons
   constexpr int kAhead = kSplit == 8 ? 2 : 1;  // chunks whose activations are on their way at once
   const int num_splits = stream.num_splits, cols = tokens.rows.cols;
   const int num_pairs = static_cast<int>(activation_padded_cols(cols) / 64);
-  const LaneRows<kSplit> rows(tokens);
-  LaneActivations<kSplit> x[kAhead];
+  const LaneRow<kSplit> row(tokens);
+  LaneActivations<kSplit> x[kAhead][1];
   auto load = [&](LaneActivations<kSplit>& to, int chunk) {
     const int first_pair = chunk * kChunkPairs;
-    if (chunk < source.num_chunks) rows.load(to, cols, first_pair, min(kChunkPairs, num_pairs - first_pair));
+    if (chunk < source.num_chunks) row.load(to, cols, first_pair, min(kChunkPairs, num_pairs - first_pair));
   };
 #pragma unroll
-  for (int i = 0; i + 1 < kAhead; ++i) load(x[i], split + i * num_splits);
+  for (int i = 0; i + 1 < kAhead; ++i) load(x[i][0], split + i * num_splits);
   LaneSums<kSplit, 1> sums;
   sums.clear();
   for (int chunk = split; chunk < source.num_chunks; chunk += num_splits) {
     const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, num_pairs - first_pair);
-    load(x[kAhead - 1], chunk + (kAhead - 1) * num_splits);
-    multiply_chunk<kSplit>(format, sums, stream.wait(), cols, first_pair, pairs, x[0]);
+    load(x[kAhead - 1][0], chunk + (kAhead - 1) * num_splits);
+    multiply_chunk<kSplit>(format, sums, stream.wait(), pairs, x[0]);
     stream.release(next);
 #pragma unroll
-    for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
+    for (int i = 0; i + 1 < kAhead; ++i) x[i][0] = x[i + 1][0];
   }
   float total[4];
   sums.total(0, total);

@@ -163,19 +163,57 @@ struct Ring {
 };
 static_assert(kMaxStages == 4, "Ring::wait");
 
-// The sums of this warp's chunks of one tile.
+// The activations that a warp multiplies by: those of a chunk, each of which is replaced by that of the next chunk as soon as it was used.
+template <int kSplit, int kTiles>
+struct Stream {
+  LaneActivations<kSplit> x[kTiles];
+  const uint8_t* rows[kTiles];
+  int padded_cols;
+
+  __device__ __forceinline__ Stream(const Arguments& a, int lane) {
+    const InputRows input(a.q8, a.num_tokens, a.cols);
+    padded_cols = input.padded_cols;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      rows[n] = kSplit == 8 ? a.q8 : input.row(8 * n + LaneColumns<kSplit>::operand_row(lane >> 2));
+    }
+  }
+
+  __device__ __forceinline__ void start(int lane, int chunk) {
+    const int first_pair = chunk * kChunkPairs, num_pairs = padded_cols / 64 - first_pair;
+    if (num_pairs <= 0) return;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      x[n].template load<false>(rows[n], padded_cols, lane, first_pair, num_pairs);
+    }
+  }
+  // Pair j of `chunk`, or the scales.
+  template <bool kWhole>
+  __device__ __forceinline__ void refill(int lane, int chunk, int j) {
+    const int first_pair = chunk * kChunkPairs, num_pairs = padded_cols / 64 - first_pair;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      if (j < LaneColumns<kSplit>::kOwnPairs) {
+        x[n].template load_codes<kWhole>(rows[n], lane, first_pair, num_pairs, j);
+      } else {
+        x[n].template load_scales<kWhole>(rows[n], padded_cols, lane, first_pair, num_pairs);
+      }
+    }
+  }
+};
+
+// The sums of this warp's chunks of one tile.  `rows` has the activations of the first, and of the first again in the end.
 template <class F, int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, const Arguments& a, Ring& ring,
+__device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, const Arguments& a,
+                                              Stream<kSplit, kTiles>& rows, Ring& ring,
                                               const BlockTiles& tiles, int warp, int num_warps, int lane) {
-  const InputRows x(a.q8, a.num_tokens, a.cols);
-  const int pairs = x.padded_cols / 64;
+  constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
-    const int first_pair = chunk * kChunkPairs, num_pairs = min(kChunkPairs, pairs - first_pair);
-    LaneActivations<kSplit> x0;
-    constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
-    if constexpr (kTiles == 1) x0.template load<kWhole>(x, 0, lane, first_pair, num_pairs, 0);
+    const int num_pairs = min(kChunkPairs, rows.padded_cols / 64 - chunk * kChunkPairs);
+    const int next = chunk + num_warps < a.num_chunks ? chunk + num_warps : warp;
     const uint8_t* stage = ring.wait(a);
-    multiply_chunk<F, 1>(sums, stage, x, lane, first_pair, num_pairs, x0);
+    multiply_chunk<F>(sums, stage, lane, num_pairs, rows.x,
+                      [&](int j) { rows.template refill<kWhole>(lane, next, j); });
     ring.next(a, tiles, warp, num_warps, lane);
   }
 }
@@ -301,7 +339,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x));
 
 template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
           int kTiles>  // tiles of 8 rows
-__global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultiprocessor : 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, kTiles > 1 ? 1 : kSplit==8 ? 3 : 2)
     matvec_kernel(const __grid_constant__ Arguments a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
@@ -317,7 +355,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultip
   Ring ring;
   ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
              num_warps, lane);
+  Stream<kSplit, kTiles> input(a, lane);
   ptx::wait_for_producers();
+  input.start(lane, warp);
   fetch_squares(a, squares, warp, num_warps, lane);
 
   for (int i = 0; i < tiles.count; ++i) {
@@ -329,7 +369,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kTiles == 1 ? kBlocksPerMultip
 #define HELEXA_FORMAT(type, name)                                                    \
   case Format::k##type:                                                              \
     if constexpr (type::kScales != Scales::kPlain) {                                 \
-      multiply_tile<type>(sums, a, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
+      multiply_tile<type>(sums, a, input, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
     }                                                                                \
     break;
 #include "quant/formats.def"

@@ -228,6 +228,7 @@ template <class F>
 struct RowScales {
   using U = Unit<F>;
   float d, m;                     // of formats with blocks of 256; d with kLift taken off
+  float zero;                     // what byte_at takes off
   uint32_t scales[4], minima[4];  // bytes; of formats with blocks of 32, the f16 numbers
 
   // From the unit at `unit` (global or shared memory, a multiple of 16).
@@ -284,10 +285,10 @@ struct RowScales {
     } else if constexpr (F::kScales == Scales::kAffine) {
       return tiles::half_to_float(step == 0 ? scales[0] : scales[1]);
     } else {
-      constexpr float kZero = F::kScales == Scales::kSuper16                                          ? 128.0f
-                              : F::kScales == Scales::kSuper32 || F::kScales == Scales::kSuper16Bits6 ? 32.0f
-                                                                                                      : 0.0f;
-      return byte_at(scales, U::kHalves * step + half, kZero) * d;
+      const int i = U::kHalves * step + half;
+      // 2^15 + byte: the byte stands in the middle of the fraction.
+      return fmaf(__uint_as_float(__byte_perm(word_at(scales, i), 0x47000000u, 0x7604 + 16 * (i % 4))), d,
+                  zero);
     }
   }
 
@@ -295,22 +296,46 @@ struct RowScales {
     if constexpr (F::kScales == Scales::kAffine) {
       return tiles::half_to_float((step == 0 ? scales[0] : scales[1]) >> 16);
     } else if constexpr (U::kHasOffset) {
-      return -(byte_at(minima, U::kHalves * step + half, 0.0f) * m);
+      const int i = U::kHalves * step + half;
+      return -(tiles::byte_to_float(word_at(minima, i), i % 4) * m);
     } else {
       return 0.0f;
     }
   }
 
+  // offset(2 * pair + step) = offset_scale() * exact_offset(pair, step), where the latter is a number of at most 11 bits.  In formats with
+  // blocks of 32 the unit is the pair.
+  __device__ __forceinline__ uint32_t exact_offset(int pair, int step) const {
+    static_assert(U::kHasOffset && U::kHalves == 1);
+    if constexpr (F::kScales == Scales::kAffine) {
+      return __float_as_uint(offset(step));
+    } else {
+      const uint32_t word = pair < 2 ? minima[0] : minima[1];
+      return __float_as_uint(tiles::byte_to_float(word, 2 * (pair % 2) + step));
+    }
+  }
+  __device__ __forceinline__ float offset_scale() const {
+    return F::kScales == Scales::kAffine ? 1.0f : -m;
+  }
+
  private:
   static constexpr float kUnlift = 1.0f / (1 << U::kLift);
 
-  __device__ __forceinline__ void set_d(uint32_t bits) { d = tiles::half_to_float(bits) * kUnlift; }
+  // Of the scales as bytes.
+  static constexpr float kZero = F::kScales == Scales::kSuper16                                          ? 128.0f
+                                 : F::kScales == Scales::kSuper32 || F::kScales == Scales::kSuper16Bits6 ? 32.0f
+                                                                                                         : 0.0f;
 
-  // Byte i of the words as a float, less `zero`.  Selections, since an array that is indexed at run time would leave the registers.
-  static __device__ __forceinline__ float byte_at(const uint32_t (&words)[4], int i, float zero) {
-    uint32_t word = i < 4 ? words[0] : words[1];
-    if constexpr (U::kHalves == 2) word = i < 8 ? word : i < 12 ? words[2] : words[3];
-    return tiles::byte_to_float(word, i % 4, zero);
+  __device__ __forceinline__ void set_d(uint32_t bits) {
+    d = tiles::half_to_float(bits) * kUnlift;
+    zero = -(32768.0f + kZero) * d;  // exact, as (byte + 2^15) * d + zero is
+  }
+
+  // The word of byte i.  Selections, since an array that is indexed at run time would leave the registers.
+  static __device__ __forceinline__ uint32_t word_at(const uint32_t (&words)[4], int i) {
+    const uint32_t word = i < 4 ? words[0] : words[1];
+    if constexpr (U::kHalves == 1) return word;
+    return i < 8 ? word : i < 12 ? words[2] : words[3];
   }
 
   // The lower four pairs of bits as bits 4 and 5 of four bytes.
