@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// Products of quantized weights with 1 to 64 rows, which memory's bandwidth bounds.
+// Products of quantized weights with 1 to 16 rows, which memory's bandwidth bounds.
 //
 // A block has 16 weight rows of one weight (gated: 32 rows of both) and all of K: its warps take the chunks of 256 columns in turn, so
 // that even a small matrix keeps many of them busy, and their sums meet in shared memory.  Each warp streams its chunks, which are
@@ -8,8 +8,8 @@
 // input, so that weights arrive while the kernels before this one still run; with a few thousand columns that is all of a block's
 // weights.
 //
-// matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2 or 4 tiles of 8
-// rows, and more than 32 rows are launched 32 at a time.  Weights of float formats, which are small or rare, are multiplied by a plain
+// matvec.cuh has the products.  1 row takes kSplit 8, 2 to 4 rows kSplit 2, 5 to 8 rows kSplit 1; beyond, there are 2 tiles of 8 rows,
+// and more than 16 rows are launched 16 at a time.  Weights of float formats, which are small or rare, are multiplied by a plain
 // loop of each warp over whole rows.
 #include <algorithm>
 #include <stdexcept>
@@ -22,11 +22,15 @@ namespace {
 
 constexpr int kMaxWarps = 8;
 constexpr int kMaxStages = 4;
-// Blocks of up to 8 rows, for which the ring leaves memory: with fewer, the blocks of many a matrix would come in two rounds.
-constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kMaxTokens = 32;  // of a launch; of more the sums of a warp do not fit into its registers
+// Blocks for which registers and rings leave room: where there are fewer, the blocks of many a matrix come in two rounds, but what does
+// not fit into the registers goes through the caches, and costs more.
+constexpr int blocks_per_multiprocessor(int num_tokens) {
+  return num_tokens == 1 ? 3 : num_tokens <= 8 ? 2 : 1;
+}
+constexpr int kMaxTokens = 16;  // of a launch; of more the sums of a warp do not fit into its registers
 constexpr int kTileRows = kDeviceTileRows;
 constexpr int kMaxBlockTiles = 8;
+constexpr int kMinBlocksPerMultiprocessor = 6;  // of a block with several tiles
 constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
 // Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
 constexpr int kPartStride = kTileRows + 4;
@@ -339,7 +343,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x));
 
 template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
           int kTiles>  // tiles of 8 rows
-__global__ void __launch_bounds__(32 * kMaxWarps, kTiles > 1 ? 1 : kSplit==8 ? 3 : 2)
+__global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / kSplit * kTiles))
     matvec_kernel(const __grid_constant__ Arguments a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
@@ -441,14 +445,14 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
   quantize_quads(make_float4(v[0], v[1], v[2], v[3]), q8 + row * activation_row_bytes(cols), cols, col / 32);
 }
 
-// Shared memory that a block may take so that kBlocksPerMultiprocessor of them fit on this device.
-int shared_memory_per_block() {
+// Shared memory that a block may take so that `blocks` of them fit on a multiprocessor of this device.
+int shared_memory_per_block(int blocks) {
 #ifdef HELEXA_EMULATED_CUDA
   return 72 * 1024;
 #else
   const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
   const int fixed = 8 * kMaxWarps * kMaxStages + 4 * kMaxTokens;  // barriers, factors
-  return total / kBlocksPerMultiprocessor - 1024 - fixed;         // 1 KiB is the system's
+  return total / blocks - 1024 - fixed;                          // 1 KiB is the system's
 #endif
 }
 
@@ -470,7 +474,7 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   // Of a large matrix a block takes several tiles, so that it seldom starts and ends, but not so many that there are fewer than two
   // waves of blocks.
   a.block_tiles = static_cast<int>(std::clamp<int64_t>(
-      num_tiles / (2 * kBlocksPerMultiprocessor * num_multiprocessors()), 1, kMaxBlockTiles));
+      num_tiles / (kMinBlocksPerMultiprocessor * num_multiprocessors()), 1, kMaxBlockTiles));
   int num_blocks = 0, column = 0, stage_bytes = 0;
   for (int i = 0; i < a.num_parts; ++i) {
     const WeightView& w = weights[i];
@@ -499,7 +503,7 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   a.extra_chunks = a.num_chunks % num_warps;
   for (int left = a.num_tokens; left > 0; left -= kMaxTokens) {
     a.num_tokens = std::min(left, kMaxTokens);
-    const int tiles = a.num_tokens <= 8 ? 1 : a.num_tokens <= 16 ? 2 : 4;
+    const int tiles = a.num_tokens <= 8 ? 1 : 2;
     const size_t fixed_bytes =
         sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0) +
                          (a.squares != nullptr ? a.num_tokens * squares : 0));
@@ -507,15 +511,15 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
     const int chunks_per_warp =
         (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : a.block_tiles);
     const int stages_bytes = std::max(1, num_warps * stage_bytes);
-    const int affordable = (shared_memory_per_block() - static_cast<int>(fixed_bytes)) / stages_bytes;
+    const int memory = shared_memory_per_block(std::max(2, blocks_per_multiprocessor(a.num_tokens)));
+    const int affordable = (memory - static_cast<int>(fixed_bytes)) / stages_bytes;
     a.num_stages = std::min(std::clamp(affordable, 2, kMaxStages), chunks_per_warp);
     const size_t shared_bytes = fixed_bytes + static_cast<size_t>(a.num_stages) * num_warps * stage_bytes;
 
     const auto launch = a.num_tokens == 1   ? launch_matvec<8, 1>
                         : a.num_tokens <= 4 ? launch_matvec<2, 1>
                         : tiles == 1        ? launch_matvec<1, 1>
-                        : tiles == 2        ? launch_matvec<1, 2>
-                                            : launch_matvec<1, 4>;
+                                            : launch_matvec<1, 2>;
     launch(a, num_blocks, num_warps, shared_bytes, stream);
     a.q8 += a.num_tokens * row_bytes;
     if (a.x != nullptr) a.x += static_cast<int64_t>(a.num_tokens) * a.cols;
