@@ -370,11 +370,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / 
     LaneSums<kSplit, kTiles> sums;
     sums.clear();
     switch (static_cast<Format>(part.format)) {
-#define HELEXA_FORMAT(type, name)                                                    \
-  case Format::k##type:                                                              \
-    if constexpr (type::kScales != Scales::kPlain) {                                 \
+#define HELEXA_FORMAT(type, name)                                                           \
+  case Format::k##type:                                                                     \
+    if constexpr (type::kScales != Scales::kPlain) {                                        \
       multiply_tile<type>(sums, a, input, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
-    }                                                                                \
+    }                                                                                       \
     break;
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
@@ -452,7 +452,7 @@ int shared_memory_per_block(int blocks) {
 #else
   const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
   const int fixed = 8 * kMaxWarps * kMaxStages + 4 * kMaxTokens;  // barriers, factors
-  return total / blocks - 1024 - fixed;                          // 1 KiB is the system's
+  return total / blocks - 1024 - fixed;                           // 1 KiB is the system's
 #endif
 }
 

@@ -314,17 +314,16 @@ struct RowScales {
       return __float_as_uint(tiles::byte_to_float(word, 2 * (pair % 2) + step));
     }
   }
-  __device__ __forceinline__ float offset_scale() const {
-    return F::kScales == Scales::kAffine ? 1.0f : -m;
-  }
+  __device__ __forceinline__ float offset_scale() const { return F::kScales == Scales::kAffine ? 1.0f : -m; }
 
  private:
   static constexpr float kUnlift = 1.0f / (1 << U::kLift);
 
   // Of the scales as bytes.
-  static constexpr float kZero = F::kScales == Scales::kSuper16                                          ? 128.0f
-                                 : F::kScales == Scales::kSuper32 || F::kScales == Scales::kSuper16Bits6 ? 32.0f
-                                                                                                         : 0.0f;
+  static constexpr float kZero = F::kScales == Scales::kSuper16 ? 128.0f
+                                 : F::kScales == Scales::kSuper32 || F::kScales == Scales::kSuper16Bits6
+                                     ? 32.0f
+                                     : 0.0f;
 
   __device__ __forceinline__ void set_d(uint32_t bits) {
     d = tiles::half_to_float(bits) * kUnlift;
