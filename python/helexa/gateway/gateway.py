@@ -21,6 +21,7 @@ from helexa.gateway.placer import Placer
 from helexa.gateway.poller import Poller
 from helexa.gateway.proxy import Relays
 from helexa.gateway.quota import Ledger
+from helexa.gateway.site import Site
 from helexa.gateway.store import ResponseStore
 from helexa.gateway.upstream import Dispatcher
 from helexa.serving import client_tls, end_when_gone
@@ -77,13 +78,13 @@ class Gateway:
         await self.store.close()
 
     def _assemble(self, config: GatewayConfig, catalogue: Catalogue) -> None:
-        fleet, control, metrics = self.fleet, self._control, self.metrics
         self.config, self.catalogue = config, catalogue
-        self.poller = poller = Poller(fleet, control, config.gateway.poll_interval_s)
-        self.loader = Loader(fleet, catalogue, control, poller, metrics, config.gateway.load_timeout_s)
-        placer = Placer(config, catalogue, fleet, poller, self.loader, metrics)
-        self.dispatcher = Dispatcher(config, fleet, self._session, poller, placer)
-        keeper = Housekeeper(config.eviction, catalogue, fleet, self.loader, placer)
+        site = Site(config, catalogue, self.fleet, self.metrics)
+        self.poller = poller = Poller(site, self._control)
+        self.loader = Loader(site, self._control, poller)
+        placer = Placer(site, poller, self.loader)
+        self.dispatcher = Dispatcher(site, self._session, poller, placer)
+        keeper = Housekeeper(site, self.loader, placer)
         self._background = [
             asyncio.create_task(poller.run(), name="poller"),
             asyncio.create_task(keeper.run(), name="housekeeper"),

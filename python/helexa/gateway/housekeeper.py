@@ -7,11 +7,10 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from helexa.errors import HelexaError
-from helexa.gateway.catalogue import Catalogue
-from helexa.gateway.config import EvictionSection
-from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.fleet import Node
 from helexa.gateway.loader import Loader
 from helexa.gateway.placer import Placer
+from helexa.gateway.site import Site
 from helexa.log import fields
 
 logger = logging.getLogger(__name__)
@@ -22,12 +21,10 @@ ROUND_S = 1.0
 class Housekeeper:
     """One round a second over the whole fleet."""
 
-    def __init__(
-        self, eviction: EvictionSection, catalogue: Catalogue, fleet: Fleet, loader: Loader, placer: Placer
-    ):
-        self._eviction = eviction
-        self._catalogue = catalogue
-        self._fleet = fleet
+    def __init__(self, site: Site, loader: Loader, placer: Placer):
+        self._eviction = site.config.eviction
+        self._catalogue = site.catalogue
+        self._fleet = site.fleet
         self._loader = loader
         self._placer = placer
         self._started = time.monotonic()

@@ -9,11 +9,10 @@ import aiohttp
 import msgspec
 
 from helexa.errors import CannotHost, HelexaError, Unavailable
-from helexa.gateway.catalogue import Catalogue
-from helexa.gateway.fleet import Fleet, Node
-from helexa.gateway.metrics import Metrics
+from helexa.gateway.fleet import Node
 from helexa.gateway.poller import Poller, reason
 from helexa.gateway.router import Decision
+from helexa.gateway.site import Site
 from helexa.log import fields
 from helexa.wire.control import LoadRequest, UnloadRequest
 from helexa.wire.errors import parse_error
@@ -27,21 +26,13 @@ EVICTION_DRAIN_S = 30.0
 class Loader:
     """Carries out the router's decisions that are more than serving."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        catalogue: Catalogue,
-        session: aiohttp.ClientSession,
-        poller: Poller,
-        metrics: Metrics,
-        load_timeout_s: float,
-    ):
-        self._fleet = fleet
-        self._catalogue = catalogue
+    def __init__(self, site: Site, session: aiohttp.ClientSession, poller: Poller):
+        self._fleet = site.fleet
+        self._catalogue = site.catalogue
+        self._metrics = site.metrics
         self._session = session
         self._poller = poller
-        self._metrics = metrics
-        self._timeout = aiohttp.ClientTimeout(total=load_timeout_s)
+        self._timeout = aiohttp.ClientTimeout(total=site.config.gateway.load_timeout_s)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, decision: Decision) -> asyncio.Task[None]:

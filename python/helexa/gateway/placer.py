@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from helexa.errors import CannotHost, HelexaError, InvalidParameter, ModelLoading, NoPlacement, Unavailable
-from helexa.gateway.catalogue import Catalogue
-from helexa.gateway.config import GatewayConfig
 from helexa.gateway.fleet import Claim, Fleet, Node
 from helexa.gateway.loader import Loader
-from helexa.gateway.metrics import Metrics
 from helexa.gateway.poller import Poller
 from helexa.gateway.router import Decision, choose
+from helexa.gateway.site import Site
 
 WAIT_HEADER = "x-helexa-wait"
 CLAIM_MEMORY_S = 15.0  # a client that was sent away is expected back within
@@ -54,22 +52,14 @@ def _preferred(prefer: str) -> str | None:
 class Placer:
     """Gives every request its node, after as many loads, evictions and turns of others as that takes."""
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        catalogue: Catalogue,
-        fleet: Fleet,
-        poller: Poller,
-        loader: Loader,
-        metrics: Metrics,
-    ):
-        self._catalogue = catalogue
-        self._fleet = fleet
+    def __init__(self, site: Site, poller: Poller, loader: Loader):
+        self._fleet = site.fleet
+        self._catalogue = site.catalogue
+        self._metrics = site.metrics
         self._poller = poller
         self._loader = loader
-        self._metrics = metrics
-        self._eviction = config.eviction
-        self._room_wait_s = config.gateway.placement_wait_s
+        self._eviction = site.config.eviction
+        self._room_wait_s = site.config.gateway.placement_wait_s
 
     async def place(
         self, model: str, tried: Mapping[str, HelexaError] | None = None, wait_s: float | None = None

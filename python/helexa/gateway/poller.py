@@ -9,7 +9,8 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from helexa.gateway.fleet import FAILURES_UNTIL_UNHEALTHY, Fleet, Node
+from helexa.gateway.fleet import FAILURES_UNTIL_UNHEALTHY, Node
+from helexa.gateway.site import Site
 from helexa.log import fields
 from helexa.wire.control import Discovery, Health, Limit, ModelInfo
 
@@ -58,12 +59,12 @@ def reason(error: Exception) -> str:
 class Poller:
     """One loop per neuron; `changed` wakes whoever waits for the fleet to become different."""
 
-    def __init__(self, fleet: Fleet, session: aiohttp.ClientSession, interval_s: float):
-        self._fleet = fleet
+    def __init__(self, site: Site, session: aiohttp.ClientSession):
+        self._fleet = site.fleet
         self._session = session
-        self._interval_s = interval_s
-        self._wake = {name: asyncio.Event() for name in fleet.nodes}
-        self._asked = {name: asyncio.Event() for name in fleet.nodes}
+        self._interval_s = site.config.gateway.poll_interval_s
+        self._wake = {name: asyncio.Event() for name in self._fleet.nodes}
+        self._asked = {name: asyncio.Event() for name in self._fleet.nodes}
         self._changed = asyncio.Event()
 
     async def run(self) -> None:

@@ -18,11 +18,11 @@ from helexa.errors import (
 )
 from helexa.gateway import foreign
 from helexa.gateway.breaker import Breaker
-from helexa.gateway.config import GatewayConfig
-from helexa.gateway.fleet import Fleet, Node
+from helexa.gateway.fleet import Node
 from helexa.gateway.metrics import Meter
 from helexa.gateway.placer import Placer
 from helexa.gateway.poller import Poller, reason
+from helexa.gateway.site import Site
 from helexa.wire.dialect import Translator
 from helexa.wire.errors import parse_error
 
@@ -92,25 +92,19 @@ class Upstream:
 class Dispatcher:
     """Finds and opens the upstream of every request."""
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        fleet: Fleet,
-        session: aiohttp.ClientSession,
-        poller: Poller,
-        placer: Placer,
-    ):
-        self._fleet = fleet
+    def __init__(self, site: Site, session: aiohttp.ClientSession, poller: Poller, placer: Placer):
+        self._fleet = site.fleet
         self._session = session
         self._poller = poller
         self._placer = placer
         self._breaker = Breaker()
-        connect_s = config.gateway.connect_timeout_s
+        limits = site.config.gateway
+        connect_s = limits.connect_timeout_s
         self._stream_timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_s, sock_read=config.gateway.idle_timeout_s
+            total=None, sock_connect=connect_s, sock_read=limits.idle_timeout_s
         )
         self._answer_timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_s, sock_read=config.gateway.response_timeout_s
+            total=None, sock_connect=connect_s, sock_read=limits.response_timeout_s
         )
 
     async def open(self, call: Call) -> Upstream:
