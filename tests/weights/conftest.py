@@ -125,3 +125,10 @@ class RawFile:
 def raw_file() -> RawFile:
     """A file without tensors, to be added to or broken."""
     return RawFile()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("HELEXA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
