@@ -1,9 +1,7 @@
 """Requests of the Responses API as chat requests, and their fields in errors."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from helexa.errors import BadRequest, HelexaError, InvalidParameter, MissingModel
 from helexa.wire.responses import ResponseTranslator, listed, parse_responses, renamed
 from helexa.wire.responses.reasoning import MAX_BYTES, seal, unseal
+from support.request_bodies import places
 from support.responses import TOKEN, WEATHER, Json, asked, chat, messages
 
 TRANSCRIPTS = sorted((Path(__file__).parents[1] / "transcripts").glob("codex_*.json"))
@@ -291,14 +290,6 @@ def test_there_are_transcripts() -> None:
 
 
 anything = st.sampled_from([None, True, 7, 10**30, "", "a", [], {}, [{}], ["a"], {"type": []}, {"tools": 7}])
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container within `value`, with each of its keys or indexes."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, member in inner:
-        yield value, key
-        yield from places(member)
 
 
 @settings(deadline=None)
