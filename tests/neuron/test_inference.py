@@ -10,6 +10,7 @@ import pytest
 
 from helexa.errors import DevicePoisoned
 from helexa.neuron.config import AdmissionSection
+from helexa.neuron.inference import SHORT_BYTES
 from helexa.wire import sse
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -284,8 +285,8 @@ async def test_a_client_that_leaves_stops_its_generation(client, script, eventua
 @pytest.mark.parametrize(
     ("route", "body"),
     [
-        ("/v1/chat/completions", CHAT),
-        ("/v1/completions", {"model": "m", "prompt": "x"}),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "x" * SHORT_BYTES}]}),
+        ("/v1/completions", {"model": "m", "prompt": "x" * SHORT_BYTES}),
         ("/v1/embeddings", {"model": "m", "input": "x"}),
     ],
 )

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from prometheus_client import Histogram
+
 from helexa.engine.engine import Engine
 from helexa.engine.sampling_params import SamplingParams
 from helexa.engine.sequence import GenerationProgress
@@ -102,10 +104,13 @@ async def run(engine: Engine, record: Record, metrics: Metrics) -> AsyncGenerato
     Leaving the generator cancels every choice. The first error of any choice ends all of them.
     """
     times: dict[int, float] = {}
+    first_token, inter_token = (
+        histogram.labels(record.model) for histogram in (metrics.first_token, metrics.inter_token)
+    )
     source = _one(engine, record.jobs[0]) if len(record.jobs) == 1 else _merge(engine, record.jobs)
     async with aclosing(source) as deltas:
         async for index, delta in deltas:
-            times[index] = _measure(index, delta, times.get(index), record, metrics)
+            times[index] = _measure(index, delta, times.get(index), record, first_token, inter_token)
             yield index, delta
 
 
@@ -164,15 +169,21 @@ async def _merge(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, D
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _measure(index: int, delta: Delta, last_s: float | None, record: Record, metrics: Metrics) -> float:
+def _measure(
+    index: int,
+    delta: Delta,
+    last_s: float | None,
+    record: Record,
+    first_token: Histogram,
+    inter_token: Histogram,
+) -> float:
     now_s = time.monotonic()
     if record.first_token_s is None and (delta.token_ids or delta.usage):
         record.first_token_s = now_s
-        metrics.first_token.labels(record.model).observe(now_s - record.started_s)
+        first_token.observe(now_s - record.started_s)
     if last_s is not None and delta.token_ids:
-        histogram = metrics.inter_token.labels(record.model)
         for _ in delta.token_ids:
-            histogram.observe((now_s - last_s) / len(delta.token_ids))
+            inter_token.observe((now_s - last_s) / len(delta.token_ids))
     record.num_tokens += len(delta.token_ids)
     if delta.finish_reason and delta.usage:
         record.usages[index] = delta.usage

@@ -34,6 +34,7 @@ from helexa.wire.completions import CompletionRequest, parse_completion
 from helexa.wire.generation import USAGE_HEADER, encode
 
 logger = logging.getLogger(__name__)
+SHORT_BYTES = 4096  # of a body whose texts take less time than it takes to hand them to a thread and back
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
@@ -77,16 +78,20 @@ class Inference(Endpoint, Generic[R]):
 
     @abstractmethod
     def prepare(self, model: LoadedModel, request: R, caller: Caller) -> Plan:
-        """What to generate and how to answer; runs in a thread, as long prompts take a while to tokenize."""
+        """What to generate and how to answer; of long bodies in a thread, as tokenizing takes a while."""
 
     async def _serve(self, http: Request, send: Send, record: Record) -> None:
-        request = self.parse(await read_body(http, self._config.max_body_bytes))
+        body = await read_body(http, self._config.max_body_bytes)
+        await unless_client_leaves(http.receive, self._answer(http, send, record, body))
+
+    async def _answer(self, http: Request, send: Send, record: Record, body: bytes) -> None:
+        request = self.parse(body)
         model = self._registry.get(request.model)
         assert model.engine is not None
         record.model = model.id
         caller = caller_of(http)
         model.check_admission(caller.principal, caller.priority)
-        plan = await unless_client_leaves(http.receive, self._plan(model, request, caller))
+        plan = await self._plan(model, request, caller, is_short=len(body) <= SHORT_BYTES)
         record.jobs = plan.jobs
         if request.stream:
             is_noted = USAGE_HEADER in http.headers
@@ -100,15 +105,17 @@ class Inference(Endpoint, Generic[R]):
                 prefill = record.prefill()
                 return prefill.encode() if prefill else sse.KEEP_ALIVE
 
-            stream = EventStream(events, failure, self._config.keep_alive_s, sign_of_life)
-            await stream(http.scope, http.receive, send)
+            await EventStream(events, failure, self._config.keep_alive_s, sign_of_life).send_all(send)
         else:
-            body = await unless_client_leaves(http.receive, self._whole(model, record, plan, caller))
-            await Response(body, media_type="application/json")(http.scope, http.receive, send)
+            whole = await self._whole(model, record, plan, caller)
+            await Response(whole, media_type="application/json")(http.scope, http.receive, send)
 
-    async def _plan(self, model: LoadedModel, request: R, caller: Caller) -> Plan:
+    async def _plan(self, model: LoadedModel, request: R, caller: Caller, *, is_short: bool) -> Plan:
         assert model.engine is not None
-        plan = await self._work.run(self.prepare, model, request, caller)
+        if is_short:
+            plan = self.prepare(model, request, caller)
+        else:
+            plan = await self._work.run(self.prepare, model, request, caller)
         await plan.check(model.engine)
         return plan
 

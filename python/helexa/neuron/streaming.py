@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
 from helexa.errors import HelexaError, PayloadTooLarge
 from helexa.wire import sse
@@ -78,7 +78,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream:
-    """An ASGI response of server-sent events.
+    """Server-sent events as an ASGI response.
 
     The status goes out with the first event, or with the first comment after `keep_alive_s` of silence. An
     error before that is raised and can still be an ordinary answer; a later one becomes events by `failure`.
@@ -99,10 +99,8 @@ class EventStream:
         self._is_started = False
         self._last_sent_s = time.monotonic()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_client_leaves(receive, self._serve(send))
-
-    async def _serve(self, send: Send) -> None:
+    async def send_all(self, send: Send) -> None:
+        """Answers the request. Cancelled, it stops the source of the events too."""
         ticker = asyncio.create_task(self._tick(send))
         try:
             async with aclosing(self._events):
