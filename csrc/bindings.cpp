@@ -15,6 +15,7 @@
 #include "ops/embedding.h"
 #include "ops/fault.h"
 #include "ops/gated_delta_net.h"
+#include "ops/main_memory.h"
 #include "ops/moe.h"
 #include "ops/pack.h"
 #include "ops/quant_matmul.h"
@@ -135,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
           py::keep_alive<1, 2>())
       .def("work", &WeightCarrier::work, py::call_guard<py::gil_scoped_release>())
       .def("slot", &WeightCarrier::slot);
+  m.def("reads_main_memory", &reads_main_memory);
+  m.def("pin", &pin, py::call_guard<py::gil_scoped_release>());
+  m.def("unpin", &unpin, py::call_guard<py::gil_scoped_release>());
   m.def("tiled_bytes", &tiled_bytes);
   m.def("attention_cuda", cuda(&attention_cuda));
   m.def("is_attention_tiled", &is_attention_tiled);
@@ -143,6 +147,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_cuda", cuda(&pack_cuda));
   m.def("dequantize_cuda", cuda(&dequantize_cuda));
   m.def("embedding_cuda", cuda(&embedding_cuda));
+  m.def("embedding_table_cuda", cuda(&embedding_table_cuda));
   m.def("gated_delta_net_cuda", cuda(&gated_delta_net_cuda));
   m.def("gated_delta_net_workspace", &gated_delta_net_workspace);
   m.def("moe_route_cuda", cuda(&moe_route_cuda));

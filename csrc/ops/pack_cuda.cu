@@ -4,6 +4,7 @@
 // and writes whole units.  The copy to the device before it takes ten times as long, so nothing here is worth more code.
 #include "core/cuda.cuh"
 #include "ops/pack.h"
+#include "quant/file_blocks.cuh"
 #include "quant/tiles.cuh"
 
 namespace helexa {
@@ -11,50 +12,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kGroupCols = 256;
-
-// Where the scales stand in a block of the file: those that come first in a unit, and those behind them.
-template <class F>
-struct FileScales {
-  static constexpr int kFirst = F::kScales == Scales::kSuper16        ? 192
-                                : F::kScales == Scales::kSuper16Bits6 ? 96
-                                                                      : 0;
-  static constexpr int kSecond = F::kScales == Scales::kSuper16        ? 208
-                                 : F::kScales == Scales::kSuper16Bits6 ? 108
-                                                                       : 80;
-  static constexpr int kSecondBytes = F::kScales == Scales::kSuper16 || F::kScales == Scales::kSuper16Bits6
-                                          ? 2
-                                      : F::kScales == Scales::kSuperMin16 ? 4
-                                                                          : 0;
-};
-
-// The code of one column of a block of the file, bits as they stand there.
-template <class F>
-__device__ int file_code(const uint8_t* block, int col) {
-  if constexpr (F::kBits == 8) {
-    return block[2 + col];
-  } else if constexpr (F::kBlockSize == 32) {
-    constexpr int kNibbles = F::kBlockBytes - 16;
-    const int low = block[kNibbles + col % 16] >> (4 * (col / 16)) & 15;
-    if constexpr (F::kBits == 4) return low;
-    return low | (block[kNibbles - 4 + col / 8] >> (col % 8) & 1) << 4;
-  } else if constexpr (has_levels<F>) {
-    return block[8 + col / 32 * 16 + col % 16] >> (col % 32 / 16 * 4) & 15;
-  } else if constexpr (F::kScales == Scales::kSuperMin) {
-    constexpr int kNibbles = F::kBits == 5 ? 48 : 16;
-    const int low = block[kNibbles + col / 64 * 32 + col % 32] >> (col % 64 / 32 * 4) & 15;
-    if constexpr (F::kBits == 4) return low;
-    return low | (block[16 + col % 32] >> (col / 32) & 1) << 4;
-  } else if constexpr (F::kBits == 6) {
-    const int half = col / 128, run = col % 128 / 32, l = col % 32;
-    const int low = block[64 * half + run % 2 * 32 + l] >> (run / 2 * 4) & 15;
-    return low | (block[128 + 32 * half + l] >> (2 * run) & 3) << 4;
-  } else {
-    constexpr int kPairs = F::kBits == 3 ? 32 : 16;
-    const int low = block[kPairs + col / 128 * 32 + col % 32] >> (col % 128 / 32 * 2) & 3;
-    if constexpr (F::kBits == 2) return low;
-    return low | (block[col % 32] >> (col / 32) & 1) << 2;
-  }
-}
 
 template <class F>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restrict__ raw,  // [num_rows] rows
@@ -93,8 +50,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restric
     uint32_t low = 0, high = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int code = file_code<F>(block, col % F::kBlockSize + j) ^
-                       (U::kSigned && F::kBits < 8 ? 1 << (F::kBits - 1) : 0);
+      const int code = unit_code<F>(block, col % F::kBlockSize + j);
       low |= (code & ((1u << U::kLowBits) - 1)) << (code_bit_position<F>(row, in_unit + j, 0) % 32);
       if constexpr (U::kHighBits > 0) {
         high |= static_cast<uint32_t>(code >> U::kLowBits)
@@ -108,15 +64,10 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* __restric
   }
   // Scales do not share words with codes.
   uint8_t* packed = reinterpret_cast<uint8_t*>(shared_units);
-  constexpr int kEach = U::kScaleRowBytes / U::kBlocks;  // of one block
   for (int i = threadIdx.x; i < rows * num_cols / F::kBlockSize; i += kThreads) {
     const int row = i % rows, block = i / rows;
-    const uint8_t* source = bytes + row * kRawBytes + block * F::kBlockBytes;
-    uint8_t* unit = packed + block / U::kBlocks * U::kBytes;
-    uint8_t* first = unit + U::kScaleOffset + row * U::kScaleRowBytes + block % U::kBlocks * kEach;
-    for (int k = 0; k < kEach; ++k) first[k] = source[FileScales<F>::kFirst + k];
-    uint8_t* second = unit + U::kSecondScaleOffset + row * FileScales<F>::kSecondBytes;
-    for (int k = 0; k < FileScales<F>::kSecondBytes; ++k) second[k] = source[FileScales<F>::kSecond + k];
+    place_scales<F>(bytes + row * kRawBytes + block * F::kBlockBytes, row, block % U::kBlocks,
+                    packed + block / U::kBlocks * U::kBytes);
   }
   __syncthreads();
 

@@ -20,11 +20,13 @@ struct ByteRange {
 // Weights on their way to a device, part by part; threads that have a WeightCarrier bring them.
 class WeightLoader {
  public:
-  static constexpr int kCopy = -1, kStore = -2;
+  // In the place of a part's format.  kCopy: the bytes go to `target` as they are.  kStore: from there to the range of main memory.
+  // kKeep: to `target` in main memory as they are.  kPin: the pages at `target` in main memory are pinned.
+  static constexpr int kCopy = -1, kStore = -2, kKeep = -3, kPin = -4;
   struct Part {
     int64_t number, nbytes;
     std::vector<ByteRange> ranges;  // one after the other; none if the carrier's owner has to fill the slot
-    int format;  // kCopy: the bytes go to `target` as they are; kStore: from there to the range of main memory
+    int format;
     int64_t first_row, num_rows, cols;
     uint8_t* target;
   };
@@ -57,7 +59,7 @@ class WeightLoader {
 };
 
 // Brings parts of a loader to the device that is current on its thread: a part is read into a slot of pinned memory, copied to the
-// device and packed there while the next one is read into the other slot.
+// device and packed there while the next one is read into the other slot.  What stays in main memory is read into its place.
 class WeightCarrier {
  public:
   // pinned, staged: slots of main memory and of the device, each large enough for every part.
@@ -72,6 +74,7 @@ class WeightCarrier {
   std::uintptr_t slot() const { return reinterpret_cast<std::uintptr_t>(pinned_[current_]); }
 
  private:
+  bool is_done(const WeightLoader::Part& part);
   bool fill(const WeightLoader::Part& part);
   void send(const WeightLoader::Part& part);
   void store(const WeightLoader::Part& part);

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "core/cuda.cuh"
+#include "ops/main_memory.h"
 #include "ops/pack.h"
 
 namespace helexa {
@@ -130,6 +131,7 @@ int64_t WeightCarrier::work() {
     waiting_.reset();
   }
   while (std::optional<WeightLoader::Part> part = loader_.take()) {
+    if (is_done(*part)) continue;
     wait_for_event(events_[current_]);  // the slot's last part has left
     if (part->ranges.empty()) {
       waiting_ = std::move(part);
@@ -145,8 +147,19 @@ int64_t WeightCarrier::work() {
   return -1;
 }
 
+// Does what needs no slot.
+bool WeightCarrier::is_done(const WeightLoader::Part& part) {
+  if (part.format == WeightLoader::kPin) {
+    pin(reinterpret_cast<std::uintptr_t>(part.target), part.nbytes);
+    return true;
+  }
+  if (part.format != WeightLoader::kKeep || part.ranges.empty()) return false;
+  if (fill(part)) loader_.finished(part.nbytes);
+  return true;
+}
+
 bool WeightCarrier::fill(const WeightLoader::Part& part) {
-  uint8_t* into = pinned_[current_];
+  uint8_t* into = part.format == WeightLoader::kKeep ? part.target : pinned_[current_];
   for (const ByteRange& range : part.ranges) {
     if (const int error = read_range(range, into); error != 0) {
       loader_.failed({part.number, std::max(error, 0)});
@@ -167,6 +180,11 @@ void WeightCarrier::store(const WeightLoader::Part& part) {
 }
 
 void WeightCarrier::send(const WeightLoader::Part& part) {
+  if (part.format == WeightLoader::kKeep) {
+    std::memcpy(part.target, pinned_[current_], static_cast<size_t>(part.nbytes));
+    loader_.finished(part.nbytes);
+    return;
+  }
   if (part.format == WeightLoader::kCopy) {
     copy_bytes(part.target, pinned_[current_], part.nbytes, stream_);
   } else {

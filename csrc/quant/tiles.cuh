@@ -343,15 +343,9 @@ struct RowScales {
   }
 };
 
-// The operand of one element of a unit, and its value; for decoding single rows and for what is not hot.
+// The operand that a code of a unit stands for; for decoding single rows and for what is not hot, as is what follows.
 template <class F>
-__device__ inline int unit_operand(const uint8_t* unit, int row, int col) {
-  const int low = code_bit_position<F>(row, col, 0);
-  int code = (unit[low / 8] >> (low % 8)) & ((1 << Unit<F>::kLowBits) - 1);
-  if constexpr (Unit<F>::kHighBits > 0) {
-    const int high = code_bit_position<F>(row, col, Unit<F>::kLowBits);
-    code |= ((unit[high / 8] >> (high % 8)) & ((1 << Unit<F>::kHighBits) - 1)) << Unit<F>::kLowBits;
-  }
+__device__ inline int code_operand(int code) {
   if constexpr (has_levels<F>) {
     constexpr uint32_t l0 = tiles::level_word(0), l1 = tiles::level_word(1), l2 = tiles::level_word(2),
                        l3 = tiles::level_word(3);
@@ -362,6 +356,18 @@ __device__ inline int unit_operand(const uint8_t* unit, int row, int col) {
   } else {
     return code;
   }
+}
+
+// The operand of one element of a unit, and its value.
+template <class F>
+__device__ inline int unit_operand(const uint8_t* unit, int row, int col) {
+  const int low = code_bit_position<F>(row, col, 0);
+  int code = (unit[low / 8] >> (low % 8)) & ((1 << Unit<F>::kLowBits) - 1);
+  if constexpr (Unit<F>::kHighBits > 0) {
+    const int high = code_bit_position<F>(row, col, Unit<F>::kLowBits);
+    code |= ((unit[high / 8] >> (high % 8)) & ((1 << Unit<F>::kHighBits) - 1)) << Unit<F>::kLowBits;
+  }
+  return code_operand<F>(code);
 }
 
 template <class F>

@@ -1,12 +1,14 @@
 """What a load will need, known before weights are read."""
 
+import numpy as np
 import pytest
 
-from helexa.engine import device
+from helexa import ops
+from helexa.engine import device, preflight
 from helexa.engine.device import Device
 from helexa.engine.engine import Engine
 from helexa.engine.options import EngineOptions
-from helexa.engine.preflight import check_memory, weight_nbytes
+from helexa.engine.preflight import check_memory, main_memory_tables, weight_nbytes
 from helexa.errors import InvalidParameter, OutOfMemory
 from helexa.models import config_from_gguf
 from helexa.weights.model_file import open_model
@@ -88,3 +90,49 @@ def test_a_quantized_load_needs_less(free):
 def test_an_unknown_recipe_is_refused_before_the_file_is_opened():
     with pytest.raises(InvalidParameter, match="quant is 'q4_k_x'; did you mean q4_k"):
         Engine.load("no such file", quant="q4_k_x")
+
+
+@pytest.mark.cuda
+def test_an_embedding_that_is_only_looked_up_takes_nothing_of_a_device(cuda_device):
+    path = GOLDEN / "qwen3.gguf"
+    options = {} if cuda_device == "cpu" else {"device": cuda_device}
+    with Engine.load(path, max_context=512, **options) as engine, open_model(path) as file:
+        table = file.tensors["token_embd.weight"]
+        placed = ops.packed_nbytes(table.format, *table.shape, engine.device.tensors)
+        assert engine.weight_bytes == weight_nbytes(file.tensors, engine.device) - placed
+
+
+@pytest.mark.cuda
+def test_an_embedding_goes_to_the_device_if_its_head_shares_it_or_main_memory_lacks_room(
+    cuda_device, monkeypatch
+):
+    there = Device(cuda_device)
+    with open_model(GOLDEN / "qwen3.gguf") as file, open_model(GOLDEN / "qwen35_tied.gguf") as tied:
+        config, tied_config = (config_from_gguf(one.metadata, one.tensors) for one in (file, tied))
+        assert not main_memory_tables(tied.tensors, tied_config, there)
+        assert main_memory_tables(file.tensors, config, there) == {"token_embd.weight"}
+        needed = 2 * file.tensors["token_embd.weight"].nbytes
+        monkeypatch.setattr(preflight, "available_bytes", lambda: needed)
+        assert main_memory_tables(file.tensors, config, there)
+        monkeypatch.setattr(preflight, "available_bytes", lambda: needed - 1)
+        assert not main_memory_tables(file.tensors, config, there)
+
+
+@pytest.mark.cuda
+def test_an_embedding_goes_to_a_device_that_cannot_read_main_memory(cuda_device, monkeypatch):
+    path = GOLDEN / "qwen3.gguf"
+    options = {"max_context": 512} | ({} if cuda_device == "cpu" else {"device": cuda_device})
+    with Engine.load(path, **options) as engine:
+        expected, fewer = engine.logits(range(20)), engine.weight_bytes
+    monkeypatch.setattr(ops, "reads_main_memory", lambda device: False)
+    with Engine.load(path, **options) as engine:
+        assert engine.weight_bytes > fewer
+        assert np.array_equal(engine.logits(range(20)), expected)
+
+
+def test_the_cpu_has_all_weights_packed():
+    if ops.is_tiled("cpu"):
+        pytest.skip("main memory stands for a device")
+    with open_model(GOLDEN / "qwen3.gguf") as file:
+        config = config_from_gguf(file.metadata, file.tensors)
+        assert not main_memory_tables(file.tensors, config, Device("cpu"))

@@ -34,6 +34,8 @@ class Arrays:
             array = np.concatenate([array[first:end] for first, end in blocks])
         return ops.pack_weight("f32", array.tobytes(), *array.shape, device=self.device)
 
+    table = linear
+
     def vector(self, name):
         return torch.from_numpy(self.arrays[name]).to(self.device)
 

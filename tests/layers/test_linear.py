@@ -21,6 +21,8 @@ class Arrays(dict):
     def linear(self, name):
         return ops.pack_weight("f32", self[name].tobytes(), *self[name].shape)
 
+    table = linear
+
     def vector(self, name):
         return torch.from_numpy(self[name])
 

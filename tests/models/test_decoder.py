@@ -166,6 +166,9 @@ class Without:
     def linear(self, name: str) -> ops.PackedWeight:
         return self.source.linear(name)
 
+    def table(self, name: str) -> ops.PackedWeight | ops.RowTable:
+        return self.source.table(name)
+
     def vector(self, name: str) -> Tensor:
         return self.source.vector(name)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helexa import ops
-from helexa.ops import dequantize
+from helexa.ops import dequantize, main_memory
 from helexa.quant import FORMATS
 
 from .test_pack import QUANTIZED, decoded, random_raw
@@ -98,6 +98,77 @@ def test_embedding_is_the_rows_of_the_ids(packed, poisoned, cuda_device, format)
 def test_the_embedding_of_no_tokens_is_empty(packed, cuda_device):
     weight, _ = packed("q4_k", 3, 256)
     assert ops.embedding(torch.empty(0, dtype=torch.int32, device=cuda_device), weight).shape == (0, 256)
+
+
+@pytest.fixture
+def in_main_memory(cuda_device):
+    """A table of the rows of `raw` that the device can read."""
+
+    def make(format: str, raw: np.ndarray, cols: int) -> ops.RowTable:
+        table = ops.empty_table(format, len(raw), cols, torch.device(cuda_device))
+        loader = ops.WeightLoader(cuda_device, num_readers=1)
+        loader.pin(table, "table")
+        loader.keep(table, 0, table.rows, lambda: raw, "table")
+        loader.finish(lambda nbytes: None)
+        return table
+
+    return make
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_are_looked_up_in_main_memory(in_main_memory, poisoned, cuda_device, format):
+    cols = width(format)
+    raw = random_raw(format, 37, cols, 5)
+    table, values = in_main_memory(format, raw, cols), decoded(format, raw, 37, cols)
+    ids = torch.tensor([36, 0, -1, 17, 17, 37, 1, 2**31 - 1], dtype=torch.int32, device=cuda_device)
+    out = poisoned(8, cols).to(cuda_device)
+    none = torch.zeros(1, cols)
+    expected = torch.cat([values[[36, 0]], none, values[[17, 17]], none, values[[1]], none])
+    assert ops.embedding(ids, table, out=out) is out
+    assert torch.equal(out.cpu(), expected)
+    assert torch.equal(ops.embedding_reference(ids[:2], table), values[[36, 0]])
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_rows_in_main_memory_decode_as_those_on_the_device_do(in_main_memory, packed, cuda_device, format):
+    layout = FORMATS[format]
+    cols = 3 * layout.block_size
+    raw = np.random.default_rng(4).integers(0, 256, (32, 3 * layout.block_bytes), dtype=np.uint8)
+    ids = torch.arange(32, dtype=torch.int32, device=cuda_device)
+    with np.errstate(all="ignore"):
+        expected = decoded(format, raw, 32, cols)
+    actual = ops.embedding(ids, in_main_memory(format, raw, cols)).cpu()
+    assert torch.equal(expected.isnan(), actual.isnan())
+    assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
+
+
+def test_a_captured_lookup_in_main_memory_follows_the_ids(in_main_memory, cuda_device, cuda_capture):
+    raw = random_raw("q4_k", 40, 512)
+    table = in_main_memory("q4_k", raw, 512)
+    ids = torch.tensor([3, 4], dtype=torch.int32, device=cuda_device)
+    replay, out = cuda_capture(lambda: ops.embedding(ids, table))
+    ids.copy_(torch.tensor([39, 0], dtype=torch.int32))
+    replay()
+    assert torch.equal(out.cpu(), decoded("q4_k", raw, 40, 512)[[39, 0]])
+
+
+def test_the_cpu_looks_up_packed_rows_only(in_main_memory, cuda_device):
+    if cuda_device == "cpu":
+        pytest.skip("main memory stands for a device")
+    table = in_main_memory("q8_0", random_raw("q8_0", 16, 64), 64)
+    with pytest.raises(ValueError, match="ids on cpu"):
+        ops.embedding(torch.zeros(1, dtype=torch.int32), table)
+
+
+def test_main_memory_is_given_back_with_the_last_of_its_tensors(cuda_device, monkeypatch):
+    ended = []
+    monkeypatch.setattr(main_memory, "_unpin", lambda *where: ended.append(where))
+    table = ops.empty_table("f16", 5000, 100, torch.device(cuda_device))
+    address, part = table.data.data_ptr(), table.data[100:200]
+    del table
+    assert not ended
+    del part
+    assert ended == [(address, 1003520, torch.device(cuda_device))]  # whole pages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

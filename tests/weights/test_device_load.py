@@ -87,6 +87,45 @@ def test_blocks_of_rows_are_put_one_after_the_other(write_gguf, cuda_device, rea
     assert torch.equal(weight.dequantize().cpu(), expected)
 
 
+@pytest.mark.parametrize("slot_bytes", [1, 20_000, 8 << 20])
+def test_tables_stay_in_main_memory(write_gguf, cuda_device, readers, monkeypatch, slot_bytes):
+    monkeypatch.setattr(ops, "SLOT_BYTES", slot_bytes)
+    file = open_gguf(write_gguf(TENSORS))
+    names = {"a", "c"}
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, tables=names) as weights:
+        tables = {name: weights.table(name) for name in names}
+        other = weights.table("b")
+        assert weights.table("a") is tables["a"]
+    for name, table in tables.items():
+        assert isinstance(table, ops.RowTable)
+        assert table.data.device.type == "cpu"
+        assert bytes(table.data.numpy()) == bytes(file.data(name))
+        ids = torch.tensor([table.rows - 1, 0], dtype=torch.int32, device=cuda_device)
+        assert torch.equal(ops.embedding(ids, table).cpu(), values_of(file, name)[[-1, 0]])
+    assert isinstance(other, ops.PackedWeight)
+    assert torch.equal(other.dequantize().cpu(), values_of(file, "b"))
+    assert not names & {*weights.unused()}
+
+
+def test_tables_take_nothing_of_the_device(write_gguf, cuda_device, readers):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
+        everything = weights.placed_bytes
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, tables={"a"}) as weights:
+        table = weights.table("a")
+    assert weights.placed_bytes <= everything - table.data.nbytes
+    assert weights.parked_bytes == weights.placed_bytes + table.data.nbytes
+
+
+def test_tables_whose_rows_lie_in_no_file_are_asked_for(write_gguf, cuda_device, readers, monkeypatch):
+    monkeypatch.setattr(ops, "SLOT_BYTES", 10_000)
+    source = open_gguf(write_gguf({"m": ("f32", (70, 256))}))
+    file = QuantizedFile(source, {"m": "q8_0"})
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, tables={"m"}) as weights:
+        table = weights.table("m")
+    assert torch.equal(table.dequantize(), values_of(file, "m"))
+
+
 def test_rows_that_lie_in_no_file_are_asked_for(write_gguf, cuda_device, readers, monkeypatch):
     monkeypatch.setattr(ops, "SLOT_BYTES", 10_000)
     source = open_gguf(write_gguf({"m": ("f32", (70, 256)), "kept": ("f32", (70, 256))}))
@@ -215,6 +254,31 @@ def test_parked_weights_come_back_as_they_were_without_the_file(
         assert torch.equal(matrices[name].dequantize().cpu(), values)
     assert torch.equal(cut.dequantize().cpu(), before_blocks)
     assert again.unused() == []
+
+
+def test_parked_tables_are_the_same_memory(write_gguf, cuda_device, readers, monkeypatch):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, tables={"a"}) as weights:
+        table, b = weights.table("a"), weights.linear("b")
+    parked = weights.park()
+    assert parked.nbytes == weights.parked_bytes
+    values = b.dequantize().cpu()
+    monkeypatch.setattr(file, "row_ranges", None)
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, parked=parked, tables={"a"}) as again:
+        assert again.table("a") is table
+        assert torch.equal(again.linear("b").dequantize().cpu(), values)
+
+
+@pytest.mark.parametrize(("before", "after"), [({"a"}, set()), (set(), {"a"})])
+def test_what_was_parked_elsewhere_is_read(write_gguf, cuda_device, readers, before, after):
+    file = open_gguf(write_gguf(TENSORS))
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, tables=before) as weights:
+        weights.table("a")
+    parked = weights.park()
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, parked=parked, tables=after) as weights:
+        table = weights.table("a")
+    assert isinstance(table, ops.RowTable) == bool(after)
+    assert torch.equal(table.dequantize().cpu(), values_of(file, "a"))
 
 
 def test_what_was_not_parked_is_read(write_gguf, cuda_device, readers):

@@ -15,6 +15,7 @@ from helexa.engine.device import Device
 from helexa.engine.grammar import GrammarCompiler
 from helexa.engine.options import EngineOptions
 from helexa.engine.phases import Phases
+from helexa.engine.preflight import main_memory_tables
 from helexa.engine.tokenizer import Tokenizer
 from helexa.engine.weight_keeper import WeightKeeper
 from helexa.log import fields
@@ -71,6 +72,7 @@ def read_model(
                 num_readers=ops.default_readers() if device.is_cuda else None,
                 progress=progress,
                 parked=parked,
+                tables=main_memory_tables(tensors.tensors, config, device),
             )
         with weights:
             with phases("build"):

@@ -1,18 +1,19 @@
 """What loading a model will need, checked against what there is before any weight is read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Protocol
 
 from helexa import ops
 from helexa.engine.cache import KEPT_FREE, kv_dtype, page_nbytes, state_nbytes
 from helexa.engine.device import Device, find_devices
+from helexa.engine.memory import available_bytes
 from helexa.engine.options import EngineOptions
 from helexa.engine.workspace import workspace_nbytes
 from helexa.errors import OutOfMemory
 from helexa.layers.step import PAGE_TOKENS
-from helexa.models import ModelConfig, kv_cache_shapes, state_shapes
+from helexa.models import ModelConfig, kv_cache_shapes, state_shapes, table_names
 
 
 class HasLayout(Protocol):
@@ -26,6 +27,9 @@ class HasLayout(Protocol):
 
     @property
     def num_rows(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def place(
@@ -50,7 +54,7 @@ def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options:
     context fits.
     """
     device = Device(options.device)
-    weights = weight_nbytes(tensors, device)
+    weights = weight_nbytes(tensors, device, main_memory_tables(tensors, config, device))
     states = state_nbytes(state_shapes(config, options.max_sequences + 1))
     page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype, on_cuda=device.is_cuda))
     free = device.free_bytes() - reserved_nbytes(config, options, device)
@@ -79,11 +83,26 @@ def reserved_nbytes(config: ModelConfig, options: EngineOptions, device: Device)
     return workspace_nbytes(config, options) if device.is_cuda else options.reserved_bytes
 
 
-def weight_nbytes(tensors: Mapping[str, HasLayout], device: Device) -> int:
-    """Bytes of the tensors in memory: matrices packed, vectors float32."""
+def main_memory_tables(
+    tensors: Mapping[str, HasLayout], config: ModelConfig, device: Device
+) -> frozenset[str]:
+    """The tensors that stay in main memory though the model is on a device: steps look up few of their rows.
+
+    None where devices cannot read main memory, or where there is too little of it.
+    """
+    names = table_names(config) & tensors.keys() if device.is_cuda else frozenset()
+    needed = sum(tensors[name].nbytes for name in names)
+    if not names or 2 * needed > available_bytes() or not ops.reads_main_memory(device.tensors):
+        return frozenset()
+    return names
+
+
+def weight_nbytes(tensors: Mapping[str, HasLayout], device: Device, elsewhere: Collection[str] = ()) -> int:
+    """Bytes of the tensors in memory, but for those elsewhere: matrices packed, vectors float32."""
     return sum(
         ops.packed_nbytes(info.format, info.num_rows, info.shape[-1], device.tensors)
         if len(info.shape) > 1
         else 4 * info.shape[0]
-        for info in tensors.values()
+        for name, info in tensors.items()
+        if name not in elsewhere
     )

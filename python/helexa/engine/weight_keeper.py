@@ -26,7 +26,7 @@ class WeightKeeper:
         weights, parking = self._weights, self._parking
         if weights is None or parking is None or not weights.placed_bytes:
             return
-        if not parking.make_room(self._key, weights.placed_bytes):
+        if not parking.make_room(self._key, weights.parked_bytes):
             return
         if (parked := weights.park()) is not None:
             parking.put(self._key, parked)

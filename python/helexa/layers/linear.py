@@ -25,6 +25,9 @@ class TensorSource(Protocol):
         With blocks, the rows first … end of each block, one after the other.
         """
 
+    def table(self, name: str) -> ops.PackedWeight | ops.RowTable:
+        """The matrix `name` for looking up rows."""
+
     def vector(self, name: str) -> Tensor:
         """The tensor `name` as float32."""
 
@@ -63,11 +66,18 @@ class Scope:
     def matrix(
         self, module: str, rows: int, cols: int, blocks: ops.RowBlocks | None = None
     ) -> ops.PackedWeight:
-        """The weight of a linear or embedding module, or the given blocks of its rows, `rows` in all."""
+        """The weight of a linear module, or the given blocks of its rows, `rows` in all."""
         name = self._require(f"{module}.weight", (rows, cols))
         weight = self.source.linear(name) if blocks is None else self.source.linear(name, blocks)
         _check_shape(name, (weight.rows, weight.cols), (rows, cols))
         return weight
+
+    def table(self, module: str, rows: int, cols: int) -> ops.PackedWeight | ops.RowTable:
+        """The weight of an embedding module."""
+        name = self._require(f"{module}.weight", (rows, cols))
+        table = self.source.table(name)
+        _check_shape(name, (table.rows, table.cols), (rows, cols))
+        return table
 
     def vector(self, parameter: str, *shape: int) -> Tensor:
         """A norm's weight, a bias or another small tensor of this shape, float32."""

@@ -17,6 +17,7 @@ __all__ = [
     "config_from_gguf",
     "kv_cache_shapes",
     "state_shapes",
+    "table_names",
 ]
 
 MODELS = {
@@ -70,3 +71,10 @@ def state_shapes(config: ModelConfig, num_slots: int) -> list[tuple[tuple[int, .
     conv = (num_slots, linear.conv_kernel - 1, channels)
     state = (num_slots, linear.num_value_heads, linear.key_head_dim, linear.value_head_dim)
     return [(conv, state)] * (config.num_hidden_layers - config.num_full_attention_layers)
+
+
+def table_names(config: ModelConfig) -> frozenset[str]:
+    """The tensors, by the file's names, of which the model only looks up rows."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
+    names = {f"blk.{layer}.nextn.embed_tokens.weight" for layer in layers}
+    return frozenset(names if config.tie_word_embeddings else names | {"token_embd.weight"})

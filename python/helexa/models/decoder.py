@@ -25,7 +25,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, scope: Scope):
         size = config.hidden_size
-        self.embed_tokens = Embedding(scope.matrix("embed_tokens", config.vocab_size, size))
+        self.embed_tokens = Embedding(scope.table("embed_tokens", config.vocab_size, size))
         self.rotary_emb = RotaryEmbedding.load(
             scope, config.rotary_dim, config.rope_theta, config.rope_scaling
         )
@@ -55,10 +55,9 @@ class DecoderForCausalLM:
         scope = Scope(source, names | MTP_NAMES)
         self.config = config
         self.model = Decoder(config, scope / "model")
-        if config.tie_word_embeddings:
-            self.lm_head = Linear([self.model.embed_tokens.weight])
-        else:
-            self.lm_head = Linear.load(scope, config.hidden_size, {"lm_head": config.vocab_size})
+        head = scope / "model" if config.tie_word_embeddings else scope
+        module = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self.lm_head = Linear.load(head, config.hidden_size, {module: config.vocab_size})
         self.mtp = None
         if config.num_mtp_layers:
             layer = scope / "model" / "layers" / config.num_hidden_layers

@@ -37,7 +37,7 @@ class MTPHead:
         size, eps, own = config.hidden_size, config.rms_norm_eps, scope / "mtp"
         self.embed_tokens, self.rotary_emb = model.embed_tokens, model.rotary_emb
         if "embed_tokens.weight" in own:
-            self.embed_tokens = Embedding(own.matrix("embed_tokens", config.vocab_size, size))
+            self.embed_tokens = Embedding(own.table("embed_tokens", config.vocab_size, size))
         self.pre_fc_norm_embedding = RMSNorm.load(own / "pre_fc_norm_embedding", size, eps)
         self.pre_fc_norm_hidden = RMSNorm.load(own / "pre_fc_norm_hidden", size, eps)
         self.fc = Linear.load(own, 2 * size, {"fc": size})

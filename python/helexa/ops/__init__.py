@@ -30,6 +30,7 @@ from helexa.ops.device_memory import captured, free_unused
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
+from helexa.ops.main_memory import RowTable, empty_table, reads_main_memory
 from helexa.ops.moe import (
     FLOAT_FORMATS,
     SharedExpert,
@@ -104,6 +105,7 @@ __all__ = [
     "DeviceArena",
     "PackedWeight",
     "RowBlocks",
+    "RowTable",
     "Rows",
     "SharedExpert",
     "WeightArena",
@@ -121,6 +123,7 @@ __all__ = [
     "embedding_reference",
     "empty_activation",
     "empty_packed",
+    "empty_table",
     "free_unused",
     "gated_delta_net",
     "gated_delta_net_reference",
@@ -141,6 +144,7 @@ __all__ = [
     "quant_matmul_reference",
     "quantize",
     "quantize_rows",
+    "reads_main_memory",
     "rms_norm",
     "rms_norm_reference",
     "rope_append",

@@ -138,7 +138,7 @@ class WeightArena:
         """nbytes uninitialised bytes, [nbytes] uint8; OSError or MemoryError if the system refuses them."""
         spaced = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if spaced > self._free.numel():
-            self._free = _anonymous_memory(max(spaced, _MAPPING_BYTES))
+            self._free, _ = anonymous_memory(max(spaced, _MAPPING_BYTES))
         taken, self._free = self._free[:nbytes], self._free[spaced:]
         return taken
 
@@ -194,8 +194,9 @@ def _on_device(view: NDArray[np.uint8], device: torch.device) -> Tensor:
     return copy.to(device)
 
 
-def _anonymous_memory(nbytes: int) -> Tensor:
+def anonymous_memory(nbytes: int) -> tuple[Tensor, mmap.mmap]:
+    """Zeroed main memory of its own, [nbytes] uint8, in huge pages where they fit; and what it lives with."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8), memory

@@ -20,6 +20,7 @@ from torch import Tensor
 from helexa import _C
 from helexa._C import set_num_threads
 from helexa.ops.device_memory import free_unused
+from helexa.ops.main_memory import RowTable, pinned_pieces
 from helexa.ops.pack import FORMAT_IDS, PackedWeight
 from helexa.ops.tensor import EMULATED, check
 from helexa.quant import FORMATS
@@ -29,7 +30,8 @@ MOST_READERS = 8  # more do not get more of memory's bandwidth
 _NUM_SLOTS = 2  # of each reader
 _ALIGNMENT = 256
 _PROGRESS_S = 0.02
-_COPY, _STORE = (-1, 0, 0, 0), (-2, 0, 0, 0)  # in the place of a format, rows and columns
+# In the place of a format, rows and columns; csrc/ops/weight_loader.h.
+_COPY, _STORE, _KEEP, _PIN = ((kind, 0, 0, 0) for kind in (-1, -2, -3, -4))
 
 Range = tuple[int, int, int]  # descriptor of a file, offset, bytes
 Source = Sequence[Range] | Callable[[], object]  # what lies in files, or is given as a buffer
@@ -81,6 +83,18 @@ class WeightLoader:
         nbytes = num_rows * (weight.cols // layout.block_size) * layout.block_bytes
         place = (FORMAT_IDS[weight.format], first_row, num_rows, weight.cols)
         self._put(name, source, nbytes, place, weight.data)
+
+    def keep(self, table: RowTable, first_row: int, num_rows: int, source: Source, name: str) -> None:
+        """Has rows brought to a table in main memory, from where `pack` takes them; `pin` is needed too."""
+        row_bytes = table.data.nbytes // table.rows
+        target = table.data[first_row * row_bytes : (first_row + num_rows) * row_bytes]
+        self._put(name, source, target.nbytes, _KEEP, target)
+
+    def pin(self, table: RowTable, name: str) -> None:
+        """Has devices reach the table's memory."""
+        for address, nbytes in pinned_pieces(table.data):
+            self._parts.append(_Part(name, 0, None, table))
+            self._loader.add([], nbytes, *_PIN, address)
 
     def copy(self, target: Tensor, source: Tensor, name: str) -> None:
         """Has bytes of main memory copied to the device; neither tensor may be changed meanwhile."""

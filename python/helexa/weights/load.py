@@ -7,7 +7,7 @@ device a matrix gets its place when it is asked for, and its content by and by u
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -77,9 +77,11 @@ class GGUFWeights:
         num_readers: int | None = None,
         progress: Callable[[LoadProgress], None] | None = None,
         parked: ParkedWeights | None = None,
+        tables: Collection[str] = (),
     ):
         """num_readers: threads that bring weights to a CUDA device; None: by the number of processors.
         parked: what `park` gave for the same tensors; these are copied back then, and the file is not read.
+        tables: matrices of which a CUDA device only looks up rows, which leaves them in main memory.
 
         Raises OutOfMemory if the device has no room for the file's tensors.
         """
@@ -88,6 +90,8 @@ class GGUFWeights:
         self._progress = progress or (lambda progress: None)
         self._matrices: dict[tuple[str, ops.RowBlocks | None], ops.PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
+        self._table_names = frozenset(tables)
+        self._tables: dict[str, ops.RowTable] = {}
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
         self._parked = parked
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
@@ -121,6 +125,7 @@ class GGUFWeights:
     def finish(self) -> None:
         """Waits until all tensors that were asked for are in their places. Raises InvalidFile."""
         if self._loader is not None:
+            self._send_tables()
             loader, self._loader = self._loader, None
             before = self._done_bytes
             try:
@@ -161,6 +166,21 @@ class GGUFWeights:
             self._matrices[key] = self._pack(self._find(name, "a matrix", 1, 2, 3), blocks)
         return self._matrices[key]
 
+    def table(self, name: str) -> ops.PackedWeight | ops.RowTable:
+        """The matrix `name` for looking up rows, in main memory if it may stay there; raises as `linear`."""
+        if name not in self._table_names or self._loader is None:
+            return self.linear(name)
+        if name not in self._tables and self._parked is not None and name in self._parked.tables:
+            self._tables[name] = self._parked.tables[name]
+        elif name not in self._tables:
+            info = self._find(name, "a matrix", 2)
+            try:
+                table = ops.empty_table(info.format, info.num_rows, info.shape[-1], self.device)
+            except (OSError, MemoryError) as error:
+                raise _no_memory(info.nbytes, name, error) from error
+            self._tables[name] = table
+        return self._tables[name]
+
     def vector(self, name: str) -> torch.Tensor:
         """The small tensor `name`, float32; InvalidFile if missing, too deep or not of a float format."""
         if name not in self._vectors and self._parked is not None and name in self._parked.vectors:
@@ -181,6 +201,11 @@ class GGUFWeights:
     def placed_bytes(self) -> int:
         """Of the one allocation on a device that has the weights; 0 for weights in main memory."""
         return self._arena.memory.nbytes if isinstance(self._arena, ops.DeviceArena) else 0
+
+    @property
+    def parked_bytes(self) -> int:
+        """That `park` would take, or keep, of main memory."""
+        return self.placed_bytes + sum(table.data.nbytes for table in self._tables.values())
 
     def park(self) -> ParkedWeights | None:
         """A copy of all weights in main memory, for another load; None if there is no room for it.
@@ -206,11 +231,11 @@ class GGUFWeights:
         for place in _slices(memory.nbytes):
             loader.store(place.of(copy), place.of(memory), "the weights")
         loader.finish(lambda nbytes: None)
-        return ParkedWeights(copy, matrices, vectors)
+        return ParkedWeights(copy, matrices, vectors, dict(self._tables))
 
     def unused(self) -> list[str]:
         """The tensors that nobody asked for, in file order."""
-        used = {name for name, _ in self._matrices} | self._vectors.keys()
+        used = {name for name, _ in self._matrices} | self._vectors.keys() | self._tables.keys()
         return [name for name in self.file.tensors if name not in used]
 
     def _find(self, name: str, expected: str, *num_dimensions: int) -> TensorInfo:
@@ -236,7 +261,7 @@ class GGUFWeights:
             weight = ops.empty_packed(info.format, rows, cols, self._arena)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             needed = ops.packed_nbytes(info.format, rows, cols, self.device)
-            raise OutOfMemory(f"no {needed} bytes of memory for tensor {info.name!r}: {error}") from error
+            raise _no_memory(needed, info.name, error) from error
         if self._loader is not None:
             self._send(info, parts, weight)
         else:
@@ -251,6 +276,19 @@ class GGUFWeights:
             count = min(step, weight.rows - place)
             pieces = _cut(parts, place, count)
             self._loader.pack(weight, place, count, self._source(info.name, pieces), info.name)
+
+    def _send_tables(self) -> None:
+        """Has the tables' rows brought where they stay: last, since the device has no part in it."""
+        assert self._loader is not None
+        for name, table in self._tables.items():
+            if self._parked is not None and name in self._parked.tables:
+                continue
+            self._loader.pin(table, name)
+            step = max(ops.SLOT_BYTES * table.rows // table.data.nbytes, 1)
+            for first in range(0, table.rows, step):
+                count = min(step, table.rows - first)
+                source = self._source(name, [(first, first + count)])
+                self._loader.keep(table, first, count, source, name)
 
     def _source(self, name: str, pieces: list[tuple[int, int]]) -> ops.WeightSource:
         """Where rows of the file come from."""
@@ -299,7 +337,9 @@ class GGUFWeights:
         """Room for all tensors of the file."""
         # With room for matrices that are asked for in two parts, each of which begins on an aligned address.
         placed = (
-            ops.DeviceArena.spaced(self._placed_nbytes(info) + 1) for info in self.file.tensors.values()
+            ops.DeviceArena.spaced(self._placed_nbytes(info) + 1)
+            for name, info in self.file.tensors.items()
+            if name not in self._table_names
         )
         nbytes = sum(placed) if self._parked is None else self._parked.memory.nbytes
         try:
@@ -334,6 +374,10 @@ class GGUFWeights:
     def _advance(self, nbytes: int) -> None:
         self._done_bytes += nbytes
         self._progress(LoadProgress("weights", min(100 * self._done_bytes / self._all_bytes, 100.0)))
+
+
+def _no_memory(nbytes: int, name: str, error: Exception) -> OutOfMemory:
+    return OutOfMemory(f"no {nbytes} bytes of memory for tensor {name!r}: {error}")
 
 
 def _cut(parts: ops.RowBlocks, place: int, count: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,12 +44,19 @@ class ParkedMatrix:
 class ParkedWeights:
     """What was the memory of a model's weights, and what lies where in it.
 
-    matrices: by name and blocks of rows.   vectors: by name, with their shapes.
+    matrices: by name and blocks of rows.   vectors: by name, with their shapes.   tables: by name, what
+    was in main memory all the time.
     """
 
     memory: Tensor  # [nbytes] uint8
     matrices: Mapping[tuple[str, ops.RowBlocks | None], ParkedMatrix]
     vectors: Mapping[str, tuple[torch.Size, Place]]
+    tables: Mapping[str, ops.RowTable] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of main memory."""
+        return self.memory.nbytes + sum(table.data.nbytes for table in self.tables.values())
 
 
 class Parking:
@@ -64,7 +71,7 @@ class Parking:
     def held_bytes(self) -> int:
         """In main memory."""
         with self._lock:
-            return sum(parked.memory.nbytes for parked in self._parked.values())
+            return sum(parked.nbytes for parked in self._parked.values())
 
     def find(self, key: str) -> ParkedWeights | None:
         """The weights, which stay parked as long as there is room."""
@@ -86,10 +93,10 @@ class Parking:
         with self._lock:
             self._parked[key] = parked
             self._drop(self.budget_bytes)
-        logger.info("weights_parked", extra=fields(bytes=parked.memory.nbytes, held_bytes=self.held_bytes))
+        logger.info("weights_parked", extra=fields(bytes=parked.nbytes, held_bytes=self.held_bytes))
 
     def _drop(self, most_bytes: int) -> None:
-        held = sum(parked.memory.nbytes for parked in self._parked.values())
+        held = sum(parked.nbytes for parked in self._parked.values())
         while held > most_bytes:
             _, oldest = self._parked.popitem(last=False)
-            held -= oldest.memory.nbytes
+            held -= oldest.nbytes
