@@ -9,7 +9,7 @@ import torch
 
 from helexa.engine import Engine, SamplingParams
 from helexa.engine.pages import SCRATCH_PAGE
-from helexa.engine.prompt_steps import FEWEST_TOKENS, MOST_TOKENS, SIZE_STEP, PromptSteps
+from helexa.engine.prompt_steps import FEWEST_TOKENS, MOST_TOKENS, PromptSteps, size_of
 from helexa.engine.sequence import Sequence
 from helexa.ops.tensor import EMULATED
 
@@ -50,9 +50,7 @@ def caches(engine):
     return pages, [layer.clone() for layer in (*runner.states.conv, *runner.states.recurrent)]
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "start"), [(FEWEST_TOKENS, 0), (SIZE_STEP, OFFSET), (2 * SIZE_STEP + 1, OFFSET)]
-)
+@pytest.mark.parametrize(("num_tokens", "start"), [(FEWEST_TOKENS, 0), (32, OFFSET), (65, OFFSET), (258, 0)])
 def test_a_padded_chunk_gives_what_it_gives_alone(engine, num_tokens, start):
     def both():
         runner = engine._core.runner
@@ -69,7 +67,7 @@ def test_a_padded_chunk_gives_what_it_gives_alone(engine, num_tokens, start):
     assert float((padded - wrong).std() / alone.std()) > 0.5
 
 
-@pytest.mark.parametrize("num_tokens", [FEWEST_TOKENS, SIZE_STEP])
+@pytest.mark.parametrize("num_tokens", [FEWEST_TOKENS, 32])
 def test_padding_leaves_what_belongs_to_others(engine, num_tokens):
     def run():
         runner = engine._core.runner
@@ -83,7 +81,7 @@ def test_padding_leaves_what_belongs_to_others(engine, num_tokens):
     (pages, states), (pages_after, states_after) = on_device(engine, run)
     for old, new in zip(pages, pages_after, strict=True):
         written = {5}  # where the tokens from OFFSET on lie
-        if num_tokens % SIZE_STEP:
+        if size_of(num_tokens) > num_tokens:
             written.add(SCRATCH_PAGE)
         changed = {page for page in range(len(old)) if not torch.equal(old[page], new[page])}
         assert changed == written
@@ -108,6 +106,13 @@ async def test_a_prompt_gives_the_same_when_it_comes_again(engine):
         steps = engine._core.runner._prompts
         await asyncio.to_thread(on_device, engine, lambda: None)
         assert list(steps._graphs) == [64]
+
+
+def test_sizes_are_few_and_little_larger_than_chunks():
+    sizes = {size_of(num_tokens) for num_tokens in range(FEWEST_TOKENS, MOST_TOKENS + 1)}
+    assert len(sizes) == 12
+    assert max(sizes) == MOST_TOKENS
+    assert [size_of(count) for count in (17, 32, 33, 256, 257, 320, 321)] == [32, 32, 64, 256, 320, 320, 384]
 
 
 def test_chunks_whose_rows_are_read_and_few_or_many_tokens_are_computed_elsewhere():

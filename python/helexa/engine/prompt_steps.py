@@ -22,9 +22,14 @@ from helexa.models import Model
 logger = logging.getLogger(__name__)
 
 FEWEST_TOKENS = ops.MAX_MATVEC_ROWS + 1  # fewer give what they give alone, in any company
-MOST_TOKENS = ops.MAX_MIDDLE_ROWS  # more keep the device busy for longer than the host
-SIZE_STEP = 32  # sizes are multiples of it: kernels multiply so many rows at a time
+MOST_TOKENS = 512  # more keep the device busy for longer than the host
 FREE_BYTES = 256 << 20  # of the device, without which nothing is captured
+
+
+def size_of(num_tokens: int) -> int:
+    """How many rows a chunk is padded to: those that kernels multiply at a time, or little more."""
+    step = 32 if num_tokens <= ops.MAX_MIDDLE_ROWS else 64
+    return -(-num_tokens // step) * step
 
 
 class PromptSteps:
@@ -67,7 +72,7 @@ class PromptSteps:
 
         What is queued until the next call reads them.
         """
-        size = -(-num_tokens // SIZE_STEP) * SIZE_STEP
+        size = size_of(num_tokens)
         inputs = self._inputs
         inputs.fill(sequence, num_tokens, size)
         if size in self._waiting:
