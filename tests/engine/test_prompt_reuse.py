@@ -120,7 +120,7 @@ async def test_two_alternating_conversations_both_find_their_own(agent):
 
 
 async def test_a_long_prompt_can_be_left_anywhere_at_regular_places(agent):
-    agent.engine._core.scheduler.snapshot_interval = 256
+    agent.engine._core.scheduler.holdings.snapshot_interval = 256
     prompt = text(600, 3)
     await agent.ask(prompt, ())
     _, reused = await agent.ask([*prompt[:550], *text(30, 4)], ())

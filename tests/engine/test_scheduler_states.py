@@ -161,7 +161,7 @@ def test_no_prompt_is_continued_from_a_state_that_made_nonsense(device):
     while first.num_pending > 1 or not machine.plans:
         machine.step()
     assert machine.snapshots.num_kept > 0
-    machine.scheduler.distrust(first)
+    machine.scheduler.holdings.distrust(first)
     machine.scheduler.remove(first)
     assert machine.snapshots.num_kept == 0
     again = machine.add(prompt_of(30), 5)

@@ -246,7 +246,7 @@ class EngineCore:
             sampled = flight.sampled(index)
         except HelexaError as error:
             if isinstance(error, DeviceError):
-                self.scheduler.distrust(sequence)
+                self.scheduler.holdings.distrust(sequence)
             self._finish(sequence, Finished("error", error))
             return None
         sequence.token_ids.append(sampled.token_id)
