@@ -29,6 +29,18 @@ __device__ __forceinline__ void allow_consumers() {
 #endif
 }
 
+// --- counters --------------------------------------------------------------------------------------------------------------------
+// Counts one more at a counter that starts anew after `last`, and says whether this is the last.  Then the others' writes are visible:
+// those of threads that met the counting one (__syncwarp, __syncthreads) before it counted, to threads that meet this one now.
+__device__ __forceinline__ bool is_last_arrival(uint32_t* counter, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(last)
+               : "memory");
+  return before == last;
+}
+
 // --- loads ---------------------------------------------------------------------------------------------------------------------
 // 16 bytes that are read once and by nobody else soon, such as weights: past the first-level cache.  `p` is a multiple of 16.
 // Only for memory that no kernel writes while this one may run.

@@ -12,6 +12,8 @@ namespace helexa::ptx {
 inline void wait_for_producers() {}
 inline void allow_consumers() {}
 
+inline bool is_last_arrival(uint32_t* counter, uint32_t last) { return atomicInc(counter, last) == last; }
+
 template <class T>
 T load_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulation::trap("a misaligned load");

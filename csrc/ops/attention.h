@@ -26,15 +26,15 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
 // it is there.  They leave as q8 (ops/activation.cuh) or as bf16 [rows, num_heads * head_dim], whichever is not null, where
 // is_attention_tiled; else as float32 x.
 // The keys of sequences with at most split_queries queries, or of all sequences if it is 0, are split into at most max_splits
-// ranges.  That takes counters, which are 0 before and after, num_kv_heads for each 8 rows (queries times heads that share a kv head)
-// of a sequence, and partial, room for [queries, num_heads, max_splits, head_dim + 2] float32 of num_tokens queries, or of
-// split_queries of each sequence.
+// ranges, 24 at most.  That takes counters [queries, num_heads], which are 0 before and after, and partial, room for
+// [queries, num_heads, max_splits] times head_dim bfloat16 and two float32, of num_tokens queries, or of split_queries of each
+// sequence.
 void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int cache_dtype,
                     const int32_t* page_table, const int32_t* query_start, const int32_t* kv_lengths,
                     int64_t num_tokens, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
                     int64_t num_kv_heads, int64_t head_dim, float scale, int64_t first_row, int64_t end_row,
                     const void* gate, int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
-                    int64_t split_queries, uint32_t* counters, float* partial, int64_t max_splits,
+                    int64_t split_queries, uint32_t* counters, void* partial, int64_t max_splits,
                     void* stream);
 // Whether heads of that size in such caches have a kernel on tensor cores; other shapes are served slowly.
 bool is_attention_tiled(int64_t head_dim, int cache_dtype);

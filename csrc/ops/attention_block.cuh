@@ -35,9 +35,10 @@ struct AttentionCall {
   float* x;
   int64_t split_queries;
   uint32_t* counters;
-  float* partial;
+  void* partial;
   int64_t max_splits;
-  int group;       // heads that share a kv head
+  int group;               // heads that share a kv head
+  uint32_t group_inverse;  // 2^32 / group, rounded up
   bool is_prompt;  // of one sequence with more rows than decode_kernel is for, which is not launched then
 };
 
@@ -119,12 +120,17 @@ __device__ inline uint4 widen(uint2 bytes, float scale, int8_t) {
 // The queries of one sequence and kv head, and the part of its keys that a block sees.
 struct Part {
   int sequence, kv_head, group;
+  uint32_t group_inverse;
   int first_query, num_rows;
   int first_position;  // of the first query
   int first_key, end_key;
 
-  __device__ int token(int row) const { return first_query + row / group; }
-  __device__ int head(int row) const { return kv_head * group + row % group; }
+  // row / group, which is exact as long as row * group is below 2^32.
+  __device__ int query(int row) const {
+    return group == 1 ? row : static_cast<int>(__umulhi(static_cast<unsigned>(row), group_inverse));
+  }
+  __device__ int token(int row) const { return first_query + query(row); }
+  __device__ int head(int row) const { return kv_head * group + row - query(row) * group; }
 };
 
 __device__ inline Part part_of(const AttentionCall& call, int sequence, int kv_head) {
@@ -132,6 +138,7 @@ __device__ inline Part part_of(const AttentionCall& call, int sequence, int kv_h
   part.sequence = sequence;
   part.kv_head = kv_head;
   part.group = call.group;
+  part.group_inverse = call.group_inverse;
   part.first_query = call.query_start[sequence];
   const int num_queries = call.query_start[sequence + 1] - part.first_query;
   const int num_keys = call.kv_lengths[sequence];
@@ -144,6 +151,19 @@ __device__ inline Part part_of(const AttentionCall& call, int sequence, int kv_h
 
 __device__ inline bool is_wanted(const AttentionCall& call, int token) {
   return token >= call.first_row && token < call.end_row;
+}
+
+__device__ __forceinline__ float4 scaled(const float4& x, float factor) {
+  return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+}
+
+// Four values as bfloat16.
+__device__ __forceinline__ uint2 pack(const float4& x) {
+  return make_uint2(pair(x.x, x.y, __nv_bfloat16()), pair(x.z, x.w, __nv_bfloat16()));
+}
+__device__ __forceinline__ float4 unpack(const uint2& x) {
+  return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u),
+                     __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
 }
 
 // Four neighbouring values of a row's result, those of each lane beside those of the next; a lane whose column is not below kDim
@@ -173,9 +193,7 @@ __device__ void store(const AttentionCall& call, int token, int head, int column
     const int64_t block = is_there ? index / 32 : width;  // beyond the row: nothing is written
     quantize_quads(value, call.q8 + row * activation_row_bytes(width), width, block);
   } else if (is_there) {
-    uint2 packed =
-        make_uint2(pair(value.x, value.y, __nv_bfloat16()), pair(value.z, value.w, __nv_bfloat16()));
-    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(call.bf16) + row * width + index) = packed;
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(call.bf16) + row * width + index) = pack(value);
   }
 }
 
@@ -285,7 +303,7 @@ struct Block {
     const float scale = call.scale * 1.44269504f;  // of exponents to base 2
 
     const int last_row = min(first_row + kRows, part.num_rows) - 1;
-    part.end_key = min(part.end_key, part.first_position + last_row / part.group + 1);
+    part.end_key = min(part.end_key, part.first_position + part.query(last_row) + 1);
     // The first key that a row does not see.
     int limit[kRowTiles][2];
     float max[kRowTiles][2], weights[kRowTiles][2];
@@ -295,14 +313,14 @@ struct Block {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + warp_row + 16 * r + 8 * i + quad;
-        limit[r][i] = min(part.end_key, part.first_position + row / part.group + 1);
+        limit[r][i] = min(part.end_key, part.first_position + part.query(row) + 1);
         max[r][i] = kLowest;
         weights[r][i] = 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
     }
-    const int least_limit = min(part.end_key, part.first_position + (first_row + warp_row) / part.group + 1);
+    const int least_limit = min(part.end_key, part.first_position + part.query(first_row + warp_row) + 1);
 
     constexpr int kTilesAhead = kBothAhead ? 2 : 1;
     int num_early = 0;

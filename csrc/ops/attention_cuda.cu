@@ -143,37 +143,17 @@ void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int
                     int64_t num_tokens, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
                     int64_t num_kv_heads, int64_t head_dim, float scale, int64_t first_row, int64_t end_row,
                     const void* gate, int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
-                    int64_t split_queries, uint32_t* counters, float* partial, int64_t max_splits,
+                    int64_t split_queries, uint32_t* counters, void* partial, int64_t max_splits,
                     void* stream) {
   if (first_row >= end_row || num_sequences == 0) return;
-  const AttentionCall call{q,
-                           k_cache,
-                           v_cache,
-                           cache_dtype,
-                           page_table,
-                           query_start,
-                           kv_lengths,
-                           num_tokens,
-                           num_sequences,
-                           max_pages,
-                           num_heads,
-                           num_kv_heads,
-                           head_dim,
-                           scale,
-                           first_row,
-                           end_row,
-                           gate,
-                           gate_dtype,
-                           gate_stride,
-                           q8,
-                           bf16,
-                           x,
-                           split_queries,
-                           counters,
-                           partial,
-                           max_splits,
-                           static_cast<int>(num_heads / num_kv_heads),
-                           false};
+  const int group = static_cast<int>(num_heads / num_kv_heads);
+  const auto group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + group - 1) / group);
+  const AttentionCall call{
+      q,          k_cache,       v_cache,   cache_dtype, page_table,   query_start, kv_lengths,
+      num_tokens, num_sequences, max_pages, num_heads,   num_kv_heads, head_dim,    scale,
+      first_row,  end_row,       gate,      gate_dtype,  gate_stride,  q8,          bf16,
+      x,          split_queries, counters,  partial,     max_splits,   group,       group_inverse,
+      false};
   if (!is_attention_tiled(head_dim, cache_dtype)) return attention_plain(call, stream);
   switch (head_dim) {
     case 64: return attention_64_cuda(call, stream);

@@ -25,9 +25,8 @@ __device__ void store_rows(const AttentionCall& call, const Part& part, int firs
     const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
     for (int column = 4 * lane; column < (kDim < 128 ? 128 : kDim); column += 128) {
-      float4 value = results.values<kDim>(i, column);
-      value = make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
-      store<kDim>(call, part.token(row), part.head(row), column, value);
+      store<kDim>(call, part.token(row), part.head(row), column,
+                  scaled(results.values<kDim>(i, column), inverse));
     }
   }
 }
@@ -71,7 +70,7 @@ __device__ void store_partial(const AttentionCall& call, const Part& part, int f
   for (int i = threadIdx.x / 32; i < results.rows && first_row + i < part.num_rows; i += kWarps) {
     const int64_t to = partial.at(first_row + i) + split;
     for (int column = 4 * lane; column < kDim; column += 128)
-      partial.values(to)[column / 4] = results.values<kDim>(i, column);
+      partial.values(to)[column / 4] = pack(results.values<kDim>(i, column));
     const float2 softmax = results.softmax(i);
     if (lane == 0) *partial.softmax(to) = softmax;
   }
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
   using Rows = Block<C, kDim, 1>;
   auto cut_of = [&](int sequence) {
     const Part part = part_of(call, sequence, 0);
-    if (is_decoding(call, part.num_rows / part.group, part.group)) return Cut{0, 1, 0};
+    if (is_decoding(call, part.query(part.num_rows), part.group)) return Cut{0, 1, 0};
     constexpr int kMinKeys = 128;  // fewer would cost more in joining than their reading takes
     return cut_keys(call, part, Rows::kRows, kMinKeys, kMinKeys);
   };
@@ -100,8 +99,15 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const AttentionCall cal
       store_rows<kDim>(call, part, first_row, results);
     } else {
       store_partial<kDim>(call, part, first_row, piece.split, results);
-      if (is_last_split(call, part, first_row, num_splits))
-        join<kDim>(call, part, first_row, min(first_row + Rows::kRows, part.num_rows), num_splits);
+      __syncthreads();
+      const Partial<kDim> partial{call, part};
+      const int is_last = threadIdx.x == 0 && partial.is_last(first_row, num_splits) ? 1 : 0;
+      if (__syncthreads_or(is_last)) {
+        const int end_row = min(first_row + Rows::kRows, part.num_rows);
+        for (int row = first_row + threadIdx.x / 32; row < end_row; row += kWarps) {
+          if (is_wanted(call, part.token(row))) join(partial, row, num_splits).store(call, part, row);
+        }
+      }
     }
     __syncthreads();  // the results' memory takes the next tiles
   }

@@ -127,11 +127,11 @@ struct Decoder {
     int limit[2];  // the first key that a row does not see
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      limit[n] = part.first_position + (first_row + lane % 4 * 2 + n) / part.group + 1;
+      limit[n] = part.first_position + part.query(first_row + lane % 4 * 2 + n) + 1;
       max[n] = kLowest;
       weights[n] = 0.0f;
     }
-    const int least_limit = min(part.end_key, part.first_position + first_row / part.group + 1);
+    const int least_limit = min(part.end_key, part.first_position + part.query(first_row) + 1);
     float sums[kDim / 64][4][4];  // [i][j][n] of dim 64 i + 8 quad + 2j + n / 2 and row 2t + n % 2
 #pragma unroll
     for (auto& of_columns : sums) {
@@ -203,7 +203,6 @@ struct Decoder {
         shared.max[warp][row] = max[n];
         shared.weights[warp][row] = weights[n];
       }
-      if (first_key >= part.end_key) continue;
 #pragma unroll
       for (int i = 0; i < kDim / 64; ++i) {
         float* const to = &shared.sums[warp][row][64 * i + lane / 4 * 8];
@@ -214,53 +213,62 @@ struct Decoder {
     }
   }
 
-  // Adds the warps' results: final ones if there is but one split.
+  // Adds the warps' results of a row, each warp those of one: final ones if there is but one split, or if it is the last to be there.
   __device__ void finish(int first_row, int split, int num_splits, const Shared& shared) const {
-    constexpr int kChunks = (kDim + 127) / 128;
+    static_assert(kDecodeRows == kDecodeWarps);
+    constexpr int kChunks = RowResult<kDim>::kChunks;
     const Partial<kDim> partial{call, part};
-    const int lane = threadIdx.x % 32, num_rows = min(kDecodeRows, part.num_rows - first_row);
-    for (int unit = threadIdx.x / 32; unit < num_rows * kChunks; unit += kDecodeWarps) {
-      const int i = unit / kChunks, row = first_row + i, column = unit % kChunks * 128 + 4 * lane;
-      if (!is_wanted(call, part.token(row))) continue;
-      float best = kLowest, sum = 0.0f;
+    const int lane = threadIdx.x % 32, i = threadIdx.x / 32, row = first_row + i;
+    if (row >= part.num_rows || !is_wanted(call, part.token(row))) return;
+    RowResult<kDim> result;
+    float best = kLowest;
 #pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) best = fmaxf(best, shared.max[w][i]);
-      float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int w = 0; w < kDecodeWarps; ++w) best = fmaxf(best, shared.max[w][i]);
 #pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        const float weight = shared.weights[w][i];
-        if (weight == 0.0f) continue;  // it may have had no keys, and has then left no sums
-        const float factor = ptx::exp2_fast(shared.max[w][i] - best);
-        sum += factor * weight;
-        if (kDim >= 128 || column < kDim)
-          add(value, factor, *reinterpret_cast<const float4*>(&shared.sums[w][i][column]));
-      }
-      if (num_splits == 1) {
-        const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
-        store<kDim>(call, part.token(row), part.head(row), column,
-                    make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse));
-      } else {
-        const int64_t to = partial.at(row) + split;
-        if (kDim >= 128 || column < kDim) partial.values(to)[column / 4] = value;
-        if (unit % kChunks == 0 && lane == 0) *partial.softmax(to) = make_float2(best, sum);
-      }
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const float factor = ptx::exp2_fast(shared.max[w][i] - best);
+      result.sum += factor * shared.weights[w][i];
+      if (kDim < 128 && 4 * lane >= kDim) continue;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        add(result.value[c], factor,
+            *reinterpret_cast<const float4*>(&shared.sums[w][i][128 * c + 4 * lane]));
     }
+    if (num_splits > 1) {
+      const int64_t to = partial.at(row) + split;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        if (kDim >= 128 || 4 * lane < kDim) partial.values(to)[32 * c + lane] = pack(result.value[c]);
+      }
+      if (lane == 0) *partial.softmax(to) = make_float2(best, result.sum);
+      __syncwarp();
+      int is_last = 0;
+      if (lane == 0) is_last = partial.is_last(row, num_splits);
+      __syncwarp();
+      if (__shfl_sync(0xffffffffu, is_last, 0) == 0) return;
+      result = join(partial, row, num_splits);
+    }
+    result.store(call, part, row);
   }
 };
 
 // Blocks that a multiprocessor holds.
 template <int kDim>
 constexpr int kDecodeBlocks = kDim < 128 ? 2 : 1;
+// Threads of a block that the registers are to be enough for.  More than there are, which leaves room for a block of the matmul before
+// or after, so that it stays busy or gets its weights meanwhile; for heads of 256 that would be too few registers.
+template <int kDim>
+constexpr int kDecodeThreads = kDim == 128 ? 384 : 32 * kDecodeWarps;
 
 template <class C, int kDim>
-__global__ void __launch_bounds__(32 * kDecodeWarps, kDecodeBlocks<kDim>)
+__global__ void __launch_bounds__(kDecodeThreads<kDim>, kDecodeBlocks<kDim>)
     decode_kernel(const AttentionCall call) {
   using Decoder = attention_tiled::Decoder<C, kDim>;
   using T = typename Decoder::T;
   auto& shared = *dynamic_shared<typename Decoder::Shared>();
   auto cut_of = [&](int sequence) {
     const Part part = part_of(call, sequence, 0);
-    if (!is_decoding(call, part.num_rows / part.group, part.group)) return Cut{0, 1, 0};
+    if (!is_decoding(call, part.query(part.num_rows), part.group)) return Cut{0, 1, 0};
     return cut_keys(call, part, kDecodeRows, kWholeKeys<kDim>, kMinDecodeKeys);
   };
   for (int index = blockIdx.x;; index += gridDim.x) {
@@ -271,7 +279,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kDecodeBlocks<kDim>)
     const int end_row = min(first_row + kDecodeRows, part.num_rows);
     part.first_key = piece.split * piece.cut.split_keys;
     part.end_key = min(part.end_key, part.first_key + piece.cut.split_keys);
-    part.end_key = min(part.end_key, part.first_position + (end_row - 1) / part.group + 1);
+    part.end_key = min(part.end_key, part.first_position + part.query(end_row - 1) + 1);
 
     Decoder decoder(call, part);
     const int first_key = part.first_key + static_cast<int>(threadIdx.x / 32) * kWarpKeys;
@@ -298,8 +306,6 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, kDecodeBlocks<kDim>)
     decoder.attend(first_row, first_key, shared);
     __syncthreads();
     decoder.finish(first_row, piece.split, piece.cut.num_splits, shared);
-    if (piece.cut.num_splits > 1 && is_last_split(call, part, first_row, piece.cut.num_splits))
-      join<kDim>(call, part, first_row, end_row, piece.cut.num_splits);
     __syncthreads();  // shared memory takes the next piece
   }
   ptx::wait_for_producers();  // also without work, so that this kernel does not end before them

@@ -13,6 +13,8 @@ namespace attention_tiled {
 
 // Sequences with at most so many rows for each kv head are decode_kernel's.
 constexpr int kMaxDecodeRows = 64;
+// Ranges of a sequence's keys at most: whoever joins them reads them all.
+constexpr int kMaxSplits = 24;
 
 __device__ inline bool is_decoding(const AttentionCall& call, int num_queries, int group) {
   return !call.is_prompt && num_queries * group <= kMaxDecodeRows &&
@@ -29,12 +31,12 @@ struct Cut {
 // Of a sequence whose keys are split if there are more than whole_keys of them, into ranges of at least min_keys.
 __device__ inline Cut cut_keys(const AttentionCall& call, const Part& part, int block_rows, int whole_keys,
                                int min_keys) {
-  const int num_queries = part.num_rows / part.group;
+  const int num_queries = part.query(part.num_rows);
   const bool is_wanted = part.first_query < call.end_row && part.first_query + num_queries > call.first_row;
   const int row_blocks = is_wanted ? (part.num_rows + block_rows - 1) / block_rows : 0;
   if (part.end_key <= whole_keys) return {row_blocks, 1, whole_keys};
   const int max_splits = static_cast<int>(call.max_splits);
-  const int share = ((part.end_key + max_splits - 1) / max_splits + 63) / 64 * 64;
+  const int share = ((part.end_key + max_splits - 1) / max_splits + 15) / 16 * 16;
   const int split_keys = share > min_keys ? share : min_keys;
   return {row_blocks, (part.end_key + split_keys - 1) / split_keys, split_keys};
 }
@@ -77,94 +79,91 @@ __device__ Piece piece_at(const AttentionCall& call, int index, CutOf cut_of) {
   return {-1, 0, 0, 0, {0, 1, 0}};
 }
 
-// Partial results of the splits.
+// Partial results of the splits, in bfloat16: the values and weights that they come from are no more exact.
 template <int kDim>
 struct Partial {
   const AttentionCall& call;
   const Part& part;
 
-  // Of a row's first split; those of the other splits follow.
-  __device__ int64_t at(int row) const {
+  // A number of the row that no other row has.
+  __device__ int64_t place(int row) const {
     const int64_t query =
-        call.split_queries == 0 ? part.token(row) : part.sequence * call.split_queries + row / part.group;
-    return (query * call.num_heads + part.head(row)) * call.max_splits;
+        call.split_queries == 0 ? part.token(row) : part.sequence * call.split_queries + part.query(row);
+    return query * call.num_heads + part.head(row);
   }
-  __device__ float4* values(int64_t split) const {
-    return reinterpret_cast<float4*>(call.partial + split * kDim);
+  // Of a row's first split; those of the other splits follow.
+  __device__ int64_t at(int row) const { return place(row) * call.max_splits; }
+  // Its weighted values, four in each.
+  __device__ uint2* values(int64_t split) const {
+    return static_cast<uint2*>(call.partial) + split * (kDim / 4);
   }
   // {max, sum of the weights}
   __device__ float2* softmax(int64_t split) const {
     const int64_t num_queries =
         call.split_queries == 0 ? call.num_tokens : call.num_sequences * call.split_queries;
-    float* const first = call.partial + num_queries * call.num_heads * call.max_splits * kDim;
-    return reinterpret_cast<float2*>(first) + split;
+    return reinterpret_cast<float2*>(values(num_queries * call.num_heads * call.max_splits)) + split;
+  }
+  // Counts one thread's arrival for the row (a block of rows has its first row's counter), and says whether it is the last of the
+  // splits, which then sees what all have written.
+  __device__ bool is_last(int row, int num_splits) const {
+    return ptx::is_last_arrival(call.counters + place(row), static_cast<uint32_t>(num_splits - 1));
   }
 };
 
-// Whether this block is the last of the splits of the rows from first_row on to have written its partial results, which it then sees
-// all of.  All of the block's threads call it.
-__device__ inline bool is_last_split(const AttentionCall& call, const Part& part, int first_row,
-                                     int num_splits) {
-  __shared__ bool is_last;
-  constexpr int kRows = 8;  // that have a counter
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // for the whole block, whose writes are before the barrier
-    const int64_t before = call.split_queries == 0
-                               ? part.first_query * part.group / kRows + part.sequence
-                               : part.sequence * ((call.split_queries * part.group + kRows - 1) / kRows);
-    const unsigned last = static_cast<unsigned>(num_splits - 1);
-    const int64_t counter = (before + first_row / kRows) * call.num_kv_heads + part.kv_head;
-    is_last = atomicInc(call.counters + counter, last) == last;
-    __threadfence();
-  }
-  __syncthreads();
-  return is_last;
-}
-
-// Joins all splits of the rows first_row .. end_row and writes their final results.  Each warp takes 128 columns of a row at a time.
+// A row's result before it is divided by the sum of its weights; each lane has four values of each 128.
 template <int kDim>
-__device__ void join(const AttentionCall& call, const Part& part, int first_row, int end_row,
-                     int num_splits) {
-  constexpr int kChunks = (kDim + 127) / 128, kBatch = 16;
-  const Partial<kDim> partial{call, part};
-  const int lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-  for (int unit = threadIdx.x / 32; unit < (end_row - first_row) * kChunks; unit += num_warps) {
-    const int row = first_row + unit / kChunks, column = unit % kChunks * 128 + 4 * lane;
-    if (!is_wanted(call, part.token(row))) continue;
-    const int64_t from = partial.at(row);
-    float best = kLowest, sum = 0.0f;
-    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int first = 0; first < num_splits; first += kBatch) {
-      const int count = min(kBatch, num_splits - first);
-      float2 softmax = make_float2(kLowest, 0.0f);
-      if (lane < count) softmax = __ldcg(partial.softmax(from + first + lane));
-      float4 values[kBatch];
+struct RowResult {
+  static constexpr int kChunks = (kDim + 127) / 128;
+  float4 value[kChunks];
+  float sum;
+
+  __device__ RowResult() : sum(0.0f) {
 #pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        values[s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (s < count && (kDim >= 128 || column < kDim))
-          values[s] = __ldcg(partial.values(from + first + s) + column / 4);
-      }
-      float most = softmax.x;
-#pragma unroll
-      for (int bit = 16; bit > 0; bit /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
-      most = fmaxf(most, best);
-      const float former = ptx::exp2_fast(best - most), factor = ptx::exp2_fast(softmax.x - most);
-      best = most;
-      sum = sum * former + factor * softmax.y;
-      value = make_float4(value.x * former, value.y * former, value.z * former, value.w * former);
-#pragma unroll
-      for (int s = 0; s < kBatch; ++s) {
-        const float split_factor = __shfl_sync(0xffffffffu, factor, s);
-        if (s < count) add(value, split_factor, values[s]);
-      }
-    }
-    sum = warp_sum(sum);
-    const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
-    store<kDim>(call, part.token(row), part.head(row), column,
-                make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse));
+    for (float4& of_chunk : value) of_chunk = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
+
+  __device__ void store(const AttentionCall& call, const Part& part, int row) const {
+    const int lane = threadIdx.x % 32;
+    const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      attention_tiled::store<kDim>(call, part.token(row), part.head(row), 128 * c + 4 * lane,
+                                   scaled(value[c], inverse));
+    }
+  }
+};
+
+// Joins all splits of a row; a warp does it.
+template <int kDim>
+__device__ RowResult<kDim> join(const Partial<kDim>& partial, int row, int num_splits) {
+  RowResult<kDim> result;
+  constexpr int kChunks = RowResult<kDim>::kChunks;
+  const int lane = threadIdx.x % 32;
+  const int64_t from = partial.at(row);
+  float2 softmax = make_float2(kLowest, 0.0f);
+  if (lane < num_splits) softmax = __ldcg(partial.softmax(from + lane));
+  uint2 values[kMaxSplits][kChunks];
+#pragma unroll
+  for (int s = 0; s < kMaxSplits; ++s) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      values[s][c] = make_uint2(0, 0);
+      if (s < num_splits && (kDim >= 128 || 4 * lane < kDim))
+        values[s][c] = __ldcg(partial.values(from + s) + 32 * c + lane);
+    }
+  }
+  float best = softmax.x;
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, bit));
+  const float factor = ptx::exp2_fast(softmax.x - best);  // of this lane's split
+  result.sum = warp_sum(factor * softmax.y);
+#pragma unroll
+  for (int s = 0; s < kMaxSplits; ++s) {
+    const float of_split = __shfl_sync(0xffffffffu, factor, s);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) add(result.value[c], of_split, unpack(values[s][c]));
+  }
+  return result;
 }
 
 }  // namespace attention_tiled

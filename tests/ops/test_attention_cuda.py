@@ -137,7 +137,7 @@ def test_a_long_context_is_joined_from_many_splits(check, monkeypatch):
 
 
 def test_splits_keep_to_their_memory(check, monkeypatch):
-    monkeypatch.setattr(attention_module, "MAX_SPLIT_BYTES", 3 * 4 * 130 * 4 * 3)
+    monkeypatch.setattr(attention_module, "MAX_SPLIT_BYTES", 3 * 4 * (2 * 128 + 8) * 3)
     check((1, 1, 1), (1500, 700, 300), group=4, num_kv_heads=1, head_dim=128)
 
 

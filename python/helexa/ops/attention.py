@@ -27,6 +27,7 @@ PAGE_TOKENS = 256  # csrc/ops/attention.h
 SPLIT_QUERIES = 16
 MAX_SPLIT_BYTES = 32 << 20  # of partial results on CUDA; steps of many sequences get fewer splits each
 _MIN_SPLIT_KEYS = 64  # csrc/ops/attention_decode.cuh
+_MAX_SPLITS = 24  # csrc/ops/attention_split.cuh
 CACHE_DTYPE_IDS = {**DTYPE_IDS, torch.float8_e4m3fn: 3, torch.int8: 4}  # csrc/ops/attention.h
 
 
@@ -154,16 +155,17 @@ def _on_cuda(
     if is_tiled:
         split_queries = 0 if num_tokens <= MAX_MATVEC_ROWS else SPLIT_QUERIES
         num_queries = split_queries * num_sequences or num_tokens
-        row_bytes = num_queries * num_heads * (head_dim + 2) * 4
+        split_bytes = num_queries * num_heads * (2 * head_dim + 8)
         # A block for each multiprocessor, if that leaves them _MIN_SPLIT_KEYS keys.
-        max_splits = num_multiprocessors(q.device) // num_kv_heads
         max_splits = min(
-            max_splits, max_pages * PAGE_TOKENS // _MIN_SPLIT_KEYS, MAX_SPLIT_BYTES // max(row_bytes, 1)
+            num_multiprocessors(q.device) // num_kv_heads,
+            max_pages * PAGE_TOKENS // _MIN_SPLIT_KEYS,
+            MAX_SPLIT_BYTES // max(split_bytes, 1),
+            _MAX_SPLITS,
         )
         max_splits = max(max_splits, 1)
-        partial = torch.empty(row_bytes // 4 * max_splits, dtype=torch.float32, device=q.device)
-        num_blocks = num_queries * num_heads // num_kv_heads // 8 + num_sequences
-        counters = _counters(q.device, num_kv_heads * num_blocks)
+        partial = torch.empty(split_bytes * max_splits, dtype=torch.uint8, device=q.device)
+        counters = _counters(q.device, num_queries * num_heads)
     q8, bf16, x = (out.q8, out.bf16, None) if isinstance(out, Activation) else (None, None, out)
     _C.attention_cuda(
         q.data_ptr(),
@@ -231,13 +233,11 @@ def num_multiprocessors(device: torch.device) -> int:
 
 # Counters of finished splits, which kernels leave at 0.  A thread uses one stream at a time.
 _thread = threading.local()
-_NUM_COUNTERS = 1 << 16
+_NUM_COUNTERS = 1 << 18
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
-    check(
-        count <= _NUM_COUNTERS, lambda: f"attention: {count} blocks of rows, expected at most {_NUM_COUNTERS}"
-    )
+    check(count <= _NUM_COUNTERS, lambda: f"attention: {count} rows, expected at most {_NUM_COUNTERS}")
     by_device: dict[torch.device, Tensor] = vars(_thread).setdefault("counters", {})
     if device not in by_device:
         by_device[device] = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
