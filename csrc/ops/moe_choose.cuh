@@ -29,50 +29,87 @@ struct Choice {
   float weight;
 };
 
-// The top_k largest of a token's logits in falling order, the lower id first where equal, and their softmax.
-template <int kPerLane>
+// Four neighbouring logits in falling order, the lower id first where equal.
+struct Quad {
+  uint32_t keys[4];
+  uint32_t places;  // of the keys among the four, in bytes
+
+  // Of the logits from `first` on; those at and beyond `count` are none.
+  __device__ __forceinline__ void load(const float* logits, int first, int count) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keys[i] = first + i < count ? __float_as_uint(fresh(logits + first + i)) : 0;
+  }
+  __device__ __forceinline__ void sort(int first, int count) {
+    places = 0x03020100;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keys[i] = first + i < count ? order_key(__uint_as_float(keys[i])) : 0;
+    order<0>(), order<2>(), order<1>();
+    order<0>(), order<2>(), order<1>();
+  }
+  __device__ __forceinline__ void pop() {
+    keys[0] = keys[1], keys[1] = keys[2], keys[2] = keys[3], keys[3] = 0;
+    places >>= 8;
+  }
+
+ private:
+  template <int i>
+  __device__ __forceinline__ void order() {
+    const uint32_t a = keys[i], b = keys[i + 1];
+    const uint32_t swapped = __byte_perm(places, 0, i == 0 ? 0x3201 : i == 1 ? 0x3120 : 0x2310);
+    keys[i] = max(a, b), keys[i + 1] = min(a, b);
+    if (a < b) places = swapped;
+  }
+};
+
+// The top_k largest of a token's logits in falling order, the lower id first where equal, and their softmax.  Each lane sorts those
+// it has, so that a turn looks at one of each lane.
+template <int kQuads>  // of a lane
 __device__ Choice choose(const float* logits, int num_experts, int top_k, bool normalize) {
   constexpr uint32_t kAll = 0xffffffffu;
-  const int lane = threadIdx.x % 32;
-  float values[kPerLane];  // all on their way before any is looked at
+  const int lane = threadIdx.x % 32, first = 4 * kQuads * lane;
+  Quad quads[kQuads];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) values[i] = fresh(logits + min(lane + 32 * i, num_experts - 1));
-  uint32_t keys[kPerLane];
+  for (int q = 0; q < kQuads; ++q) quads[q].load(logits, first + 4 * q, num_experts);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) keys[i] = lane + 32 * i < num_experts ? order_key(values[i]) : 0;
+  for (int q = 0; q < kQuads; ++q) quads[q].sort(first + 4 * q, num_experts);
   float all = 0.0f, most = 0.0f, mine = 0.0f;
-  uint32_t chosen = 0;
+  int chosen = 0;
   for (int j = 0; j < top_k; ++j) {
-    uint32_t best = 0, id = kAll;
+    uint32_t head = quads[0].keys[0];
+    int quad = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) best = max(best, keys[i]);
-    best = __reduce_max_sync(kAll, best);
-#pragma unroll
-    for (int i = kPerLane - 1; i >= 0; --i)
-      if (keys[i] == best) id = lane + 32 * i;
-    id = __reduce_min_sync(kAll, id);
+    for (int q = 1; q < kQuads; ++q)
+      if (quads[q].keys[0] > head) head = quads[q].keys[0], quad = q;
+    const uint32_t best = __reduce_max_sync(kAll, head);
     if (j == 0) {
       most = key_value(best);
       if (!normalize) {
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i)
-          if (keys[i] != 0) all += expf(key_value(keys[i]) - most);
+        for (int i = 0; i < 4 * kQuads; ++i) {
+          const uint32_t key = quads[i / 4].keys[i % 4];
+          if (key != 0) all += expf(key_value(key) - most);
+        }
       }
     }
+    const int owner = __ffs(static_cast<int>(__ballot_sync(kAll, head == best))) - 1;
+    uint32_t places = quads[0].places;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (id == static_cast<uint32_t>(lane + 32 * i)) keys[i] = 0;
+    for (int q = 1; q < kQuads; ++q) places = quad == q ? quads[q].places : places;
+    const int id = __shfl_sync(kAll, first + 4 * quad + static_cast<int>(places & 255), owner);
     if (lane == j) mine = key_value(best), chosen = id;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      if (lane == owner && quad == q) quads[q].pop();
   }
   const float share = lane < top_k ? expf(mine - most) : 0.0f;
-  return {static_cast<int>(chosen), share / warp_sum(normalize ? share : all)};
+  return {chosen, share / warp_sum(normalize ? share : all)};
 }
 
 __device__ inline Choice choose(const float* logits, int num_experts, int top_k, bool normalize) {
-  if (num_experts <= 128) return choose<4>(logits, num_experts, top_k, normalize);
-  if (num_experts <= 256) return choose<8>(logits, num_experts, top_k, normalize);
-  if (num_experts <= 512) return choose<16>(logits, num_experts, top_k, normalize);
-  return choose<32>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 128) return choose<1>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 256) return choose<2>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 512) return choose<4>(logits, num_experts, top_k, normalize);
+  return choose<8>(logits, num_experts, top_k, normalize);
 }
 
 // The weight of the shared expert; one without a logit.

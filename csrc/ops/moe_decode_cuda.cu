@@ -9,233 +9,27 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "ops/matvec.cuh"
 #include "ops/moe.h"
 #include "ops/moe_choose.cuh"
 #include "ops/moe_cuda.cuh"
 #include "ops/moe_route_cuda.cuh"
+#include "ops/moe_stream.cuh"
 
 namespace helexa::moe {
 namespace {
 
-constexpr int kTileRows = kDeviceTileRows;
 constexpr int kGateUpTiles = 4;  // of a block: gate and up of 32 columns of the hidden rows
 constexpr int kGateUpSplits = 2;
 constexpr int kGateUpWarps = kGateUpTiles * kGateUpSplits;
 constexpr int kDownWarps = 12;
-constexpr int kMaxStages = 4;
 template <bool kIsOne>
 constexpr int kTokens = kIsOne ? 1 : kBatch;  // of a batch
 template <bool kIsOne>
 constexpr int kGateUpBlocks =
     kIsOne ? 3 : 2;  // on a multiprocessor: they have as many registers as there are
-constexpr int kGateUpStaticBytes = 4 * kGateUpTiles * kGateUpSplits * kBatch * kTileRows;
-
-// One matrix of each expert, or of the shared one.
-struct Matrix {
-  const uint8_t* data;
-  int64_t expert_bytes;
-  int tile_bytes, chunk_bytes;  // 0 for chunks of float formats, which are read where they are
-  int format, rows, cols;
-};
-
-// Rows that are multiplied: as int8, and as floats where a matrix is of a float format.
-struct Rows {
-  uint8_t* q8;
-  float* x;
-  int64_t row_bytes;
-  int cols;
-};
-
-// Some rows, side by side or gathered, from row `first` on.
-struct Tokens {
-  const Rows& rows;
-  const int* order;  // null for rows side by side
-  int64_t first;
-  int per_row;  // entries of `order` that stand for one row
-  int count;
-
-  // The n-th, counted from `first`; the last one beyond it.
-  __device__ int row(int n) const {
-    n = min(n, count - 1);
-    return order == nullptr ? n : order[n] / per_row;
-  }
-};
-
-// The row that a lane has of up to eight tokens, as a column of the operand.
-template <int kSplit>
-struct LaneRow {
-  const uint8_t* row;
-
-  __device__ explicit LaneRow(const Tokens& tokens)
-      : row(tokens.rows.q8 + (tokens.first + tokens.row(LaneColumns<kSplit>::operand_row(
-                                                 static_cast<int>(threadIdx.x) % 32 / 4))) *
-                                 tokens.rows.row_bytes) {}
-
-  // Of one chunk of `cols` columns.
-  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int cols, int first_pair,
-                                       int num_pairs) const {
-    x.template load<false>(row, static_cast<int>(activation_padded_cols(cols)),
-                           static_cast<int>(threadIdx.x) % 32, first_pair, num_pairs);
-  }
-};
-
-// The rings of a block's warps, at the beginning of its dynamic shared memory.
-struct Rings {
-  int num_stages, stage_bytes;
-
-  __host__ __device__ int bytes() const { return num_stages * stage_bytes; }  // of a warp
-};
-
-// A tile of a matrix, in chunks.
-struct Source {
-  const uint8_t* tile;
-  int tile_bytes, chunk_bytes, num_chunks;
-
-  __device__ Source(const Matrix& matrix, int64_t expert, int row_tile)
-      : tile(matrix.data + expert * matrix.expert_bytes + static_cast<int64_t>(row_tile) * matrix.tile_bytes),
-        tile_bytes(matrix.tile_bytes),
-        chunk_bytes(matrix.chunk_bytes),
-        num_chunks(chunk_bytes == 0 ? 0 : (tile_bytes + chunk_bytes - 1) / chunk_bytes) {}
-};
-
-// Every num_splits-th chunk from `split` on of the tiles that one warp takes, on their way through its ring.
-struct Stream {
-  uint8_t* ring;
-  Rings rings;
-  int stage, num_splits;
-
-  __device__ Stream(const Rings& rings, int num_splits)
-      : ring(dynamic_shared<uint8_t>() + static_cast<int>(threadIdx.x) / 32 * rings.bytes()),
-        rings(rings),
-        stage(0),
-        num_splits(num_splits) {}
-
-  // Sends the first chunks on their way; `next` fetches one with `copy`, or nothing at the end.
-  template <class Next>
-  __device__ __forceinline__ void begin(Next&& next) {
-    for (int i = 0; i < rings.num_stages; ++i) {
-      next(ring + i * rings.stage_bytes);
-      ptx::commit_copies();  // also of nothing: the groups are counted
-    }
-  }
-
-  static __device__ __forceinline__ void copy(uint8_t* to, const Source& source, int chunk) {
-    const int begin = chunk * source.chunk_bytes, bytes = min(source.chunk_bytes, source.tile_bytes - begin);
-    for (int at = 16 * static_cast<int>(threadIdx.x % 32); at < bytes; at += 512) {
-      ptx::copy_async(to + at, source.tile + begin + at);
-    }
-  }
-
-  __device__ __forceinline__ const uint8_t* wait() const {
-    switch (rings.num_stages) {
-      case 1: ptx::wait_for_copies<0>(); break;
-      case 2: ptx::wait_for_copies<1>(); break;
-      case 3: ptx::wait_for_copies<2>(); break;
-      default: ptx::wait_for_copies<kMaxStages - 1>(); break;
-    }
-    __syncwarp();
-    return ring + stage * rings.stage_bytes;
-  }
-  template <class Next>
-  __device__ __forceinline__ void release(Next&& next) {
-    __syncwarp();
-    next(ring + stage * rings.stage_bytes);
-    ptx::commit_copies();
-    stage = stage + 1 == rings.num_stages ? 0 : stage + 1;
-  }
-};
-
-// Products of a tile of a float format: rows in turn, each lane with columns of its own.
-template <class T, class Store>
-__device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int split, int num_splits,
-                                Store&& store) {
-  const int cols = tokens.rows.cols, lane = threadIdx.x % 32;
-  for (int i = 0; i < kTileRows * tokens.count; ++i) {
-    const T* weights = reinterpret_cast<const T*>(tile) + static_cast<int64_t>(i % kTileRows) * cols;
-    const float* x = tokens.rows.x + (tokens.first + tokens.row(i / kTileRows)) * cols;
-    float sum = 0.0f;
-    for (int col = 32 * split + lane; col < cols; col += 32 * num_splits)
-      sum = fmaf(to_float(weights[col]), x[col], sum);
-    sum = warp_sum(sum);
-    if (lane == 0) store(i / kTileRows, i % kTileRows, sum);
-  }
-}
-
-// sums += a chunk of the stream · activations.
-template <int kSplit>
-__device__ __forceinline__ void multiply_chunk(int format, LaneSums<kSplit, 1>& sums, const uint8_t* chunk,
-                                               int num_pairs, const LaneActivations<kSplit> (&x)[1]) {
-  auto multiply = [&](auto f) {
-    using F = decltype(f);
-    if constexpr (F::kScales != Scales::kPlain) {
-      helexa::multiply_chunk<F>(sums, chunk, threadIdx.x % 32, num_pairs, x);
-    }
-  };
-  switch (static_cast<Format>(format)) {
-#define HELEXA_FORMAT(type, name) \
-  case Format::k##type: return multiply(type());
-#include "quant/formats.def"
-#undef HELEXA_FORMAT
-  }
-}
-
-// Calls store(token, row, sum) for the tokens and the 16 rows of a tile, the sums being those of this warp's chunks.
-template <int kSplit, class Next, class Store>
-__device__ __forceinline__ void multiply_chunks(int format, Stream& stream, const Source& source, int split,
-                                                const Tokens& tokens, Next&& next, Store&& store) {
-  using Columns = LaneColumns<kSplit>;
-  constexpr int kAhead = kSplit == 8 ? 2 : 1;  // chunks whose activations are on their way at once
-  const int num_splits = stream.num_splits, cols = tokens.rows.cols;
-  const int num_pairs = static_cast<int>(activation_padded_cols(cols) / 64);
-  const LaneRow<kSplit> row(tokens);
-  LaneActivations<kSplit> x[kAhead][1];
-  auto load = [&](LaneActivations<kSplit>& to, int chunk) {
-    const int first_pair = chunk * kChunkPairs;
-    if (chunk < source.num_chunks) row.load(to, cols, first_pair, min(kChunkPairs, num_pairs - first_pair));
-  };
-#pragma unroll
-  for (int i = 0; i + 1 < kAhead; ++i) load(x[i][0], split + i * num_splits);
-  LaneSums<kSplit, 1> sums;
-  sums.clear();
-  for (int chunk = split; chunk < source.num_chunks; chunk += num_splits) {
-    const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, num_pairs - first_pair);
-    load(x[kAhead - 1][0], chunk + (kAhead - 1) * num_splits);
-    multiply_chunk<kSplit>(format, sums, stream.wait(), pairs, x[0]);
-    stream.release(next);
-#pragma unroll
-    for (int i = 0; i + 1 < kAhead; ++i) x[i][0] = x[i + 1][0];
-  }
-  float total[4];
-  sums.total(0, total);
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  if (kSplit == 8 && t > 0) return;
-#pragma unroll
-  for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-    const int token = Columns::result_row(t, i);
-    if (token >= tokens.count) continue;
-    store(token, lane / 4, total[i]);
-    store(token, lane / 4 + 8, total[2 + i]);
-  }
-}
-
-// The same of a tile of any format.
-template <bool kIsOne, class Next, class Store>
-__device__ __forceinline__ void multiply_tile(int format, Stream& stream, const Source& source, int split,
-                                              const Tokens& tokens, Next&& next, Store&& store) {
-  switch (static_cast<Format>(format)) {
-    case Format::kF32: return multiply_floats<float>(source.tile, tokens, split, stream.num_splits, store);
-    case Format::kF16: return multiply_floats<__half>(source.tile, tokens, split, stream.num_splits, store);
-    case Format::kBF16:
-      return multiply_floats<__nv_bfloat16>(source.tile, tokens, split, stream.num_splits, store);
-    default: break;
-  }
-  if (kIsOne || tokens.count == 1) {
-    multiply_chunks<8>(format, stream, source, split, tokens, next, store);
-  } else {
-    multiply_chunks<1>(format, stream, source, split, tokens, next, store);
-  }
-}
+// Of shared memory beside the rings: parts of sums, barriers, and a bit.
+constexpr int kGateUpStaticBytes =
+    4 * kGateUpTiles * kGateUpSplits * kBatch * kTileRows + 8 * kGateUpWarps * kMaxStages + 64;
 
 // What both kernels have of the call.
 struct Call {
@@ -273,60 +67,60 @@ __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, 
   }
 }
 
-// The routed item of a block of gate_up; no tokens if there are fewer items than blocks.
-template <bool kIsOne>
-__device__ Item routed_item(const Call& call, const Plan& plan, int index) {
-  if constexpr (kIsOne) {
-    const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
-    return {false, __shfl_sync(0xffffffffu, choice.expert, index), index, 1};
-  } else {
-    const Group group = plan.groups[index];
-    return {false, group.expert, group.first, index < *plan.num_groups ? group.count : 0};
-  }
-}
-
 // hidden = silu(gate) * up, quantized.  One block to 32 columns of one item.
 template <bool kIsOne>  // token
 __global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<kIsOne>)
     gate_up_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
-  __shared__ float parts[kGateUpTiles][kGateUpSplits][kBatch][kTileRows];
+  __shared__ float parts[kGateUpTiles][kGateUpSplits][kTokens<kIsOne>][kTileRows];
+  __shared__ uint64_t barriers[kGateUpWarps * kMaxStages];
+  __shared__ int chosen;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tile = warp / kGateUpSplits, split = warp % kGateUpSplits;
   const int first_token = blockIdx.z * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   const bool is_shared = call.has_shared && blockIdx.y == 0;
-  const Plan plan = call.plan.of_batch(blockIdx.z);
-  Item item = {true, 0, 0, batch_tokens};
-  if (!is_shared) {  // the weights of the shared expert are known before the routes are
-    ptx::wait_for_producers();
-    item = routed_item<kIsOne>(call, plan, blockIdx.y - (call.has_shared ? 1 : 0));
-    if (item.count == 0) return;
-  }
+  const int index = blockIdx.y - (call.has_shared ? 1 : 0);
   const Matrix& matrix = layer.matrices[is_shared][tile % 2];
   const int width = matrix.rows, num_blocks = (width + 31) / 32;
-  if (static_cast<int>(blockIdx.x) < num_blocks) {
-    const int row_tile = min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1);
-    const Source source(matrix, item.expert, row_tile);
-    Stream stream(layer.rings, kGateUpSplits);
-    int fetched = split;
-    auto next = [&](uint8_t* to) {
-      if (fetched < source.num_chunks) Stream::copy(to, source, fetched);
-      fetched += kGateUpSplits;
-    };
-    stream.begin(next);
-    if (layer.prefetches_down) {
-      prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
-    }
-    if (is_shared) ptx::wait_for_producers();
-    ptx::allow_consumers();
-    const Tokens tokens{layer.x, kIsOne || is_shared ? nullptr : plan.order + item.first, first_token,
-                        call.top_k, item.count};
-    multiply_tile<kIsOne>(matrix.format, stream, source, split, tokens, next,
-                          [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
+  if (static_cast<int>(blockIdx.x) >= num_blocks) return;
+  const uint8_t* weights =
+      matrix.tile(0, min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1));
+  Stream stream(layer.rings, dynamic_shared<uint8_t>() + warp * layer.rings.bytes(),
+                barriers + warp * kMaxStages);
+  TileWalk walk(matrix, weights, split, kGateUpSplits);
+  if (is_shared) stream.begin(walk);  // its weights are known before the routes are
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+
+  const Plan plan = call.plan.of_batch(blockIdx.z);
+  Item item = {true, 0, 0, batch_tokens};
+  if (!kIsOne && !is_shared) {
+    const Group group = plan.groups[index];
+    if (index >= *plan.num_groups) return;
+    item = {false, group.expert, group.first, group.count};
   }
+  const Tokens tokens{layer.x, kIsOne || is_shared ? nullptr : plan.order + item.first, first_token,
+                      call.top_k, item.count};
+  Multiplier<kIsOne> multiplier(matrix, tokens, split, kGateUpSplits);
+  if (kIsOne && !is_shared) {
+    if (warp == 0) {
+      const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
+      if (lane == index) chosen = choice.expert;
+    }
+    __syncthreads();
+    item = {false, chosen, index, 1};
+  }
+  if (!is_shared) {
+    const int64_t offset = item.expert * matrix.expert_bytes;
+    weights += offset, walk.from += offset;
+    stream.begin(walk);
+  }
+  if (layer.prefetches_down) prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
+  multiplier.run(matrix.format, weights, stream, walk,
+                 [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
   __syncthreads();
 
   // A warp to a token, a lane to a column.
-  if (static_cast<int>(blockIdx.x) >= num_blocks || warp >= item.count) return;
+  if (warp >= item.count) return;
   float both[2] = {};
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -349,7 +143,7 @@ struct Down {
   Matrix matrices[2];
   const float* weights;  // [num_tokens, slots], of several tokens
   float* out;            // [num_tokens, cols]
-  int num_splits;
+  int split_shift;       // as many splits of an item are powers of two
 };
 
 // The routes of a batch in shared memory.
@@ -398,57 +192,88 @@ struct LocalRoutes {
   }
 };
 
+// The parts of a tile of every item that a warp takes: every num_warps-th, of each its chunks.
+template <bool kIsOne>
+struct ItemWalk {
+  const Call& call;
+  const Down& layer;
+  const LocalRoutes<kIsOne>& routes;
+  int batch_tokens, num_parts, num_warps;
+  int part;
+  TileWalk tile;
+
+  __device__ __forceinline__ ItemWalk(const Call& call, const Down& layer, const LocalRoutes<kIsOne>& routes,
+                                      int batch_tokens, int num_parts, int warp, int num_warps)
+      : call(call),
+        layer(layer),
+        routes(routes),
+        batch_tokens(batch_tokens),
+        num_parts(num_parts),
+        num_warps(num_warps),
+        part(warp),
+        tile(tile_of(warp)) {}
+
+  __device__ __forceinline__ Item item(int part) const {
+    int index = part >> layer.split_shift;
+    if (call.has_shared && index-- == 0) return {true, 0, 0, batch_tokens};
+    return {false, routes.experts[index], routes.firsts[index], routes.counts[index]};
+  }
+  __device__ __forceinline__ const Matrix& matrix(const Item& item) const {
+    return layer.matrices[item.is_shared];
+  }
+  __device__ __forceinline__ TileWalk tile_of(int part) const {
+    if (part >= num_parts) return {};
+    const Item of = item(part);
+    const int num_splits = 1 << layer.split_shift;
+    return {matrix(of), matrix(of).tile(of.expert, blockIdx.x), part & (num_splits - 1), num_splits};
+  }
+
+  // What is fetched runs ahead of what is multiplied, from one item to the next.
+  __device__ __forceinline__ Piece next() {
+    while (tile.left == 0) {
+      part += num_warps;
+      if (part >= num_parts) return {nullptr, 0};
+      tile = tile_of(part);
+    }
+    return tile.next();
+  }
+};
+
 // out = the sum of the experts' results by their weights.  One block to 16 columns of a batch.
 template <bool kIsOne>
 __global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
     down_kernel(const __grid_constant__ Call call, const __grid_constant__ Down layer) {
   __shared__ LocalRoutes<kIsOne> routes;
-  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_splits = layer.num_splits;
+  __shared__ uint64_t barriers[kDownWarps * kMaxStages];
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_splits = 1 << layer.split_shift;
   const int num_slots = call.top_k + (call.has_shared ? 1 : 0);
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
-  // [num_splits, tokens, slots, 16]
-  float* parts = reinterpret_cast<float*>(dynamic_shared<uint8_t>() + num_warps * layer.rings.bytes());
+  uint8_t* rings = dynamic_shared<uint8_t>();
+  float* parts = reinterpret_cast<float*>(rings + num_warps * layer.rings.bytes());  // [splits, tokens, slots, 16]
   const Plan plan = call.plan.of_batch(blockIdx.y);
+  Stream stream(layer.rings, rings + warp * layer.rings.bytes(), barriers + warp * kMaxStages);
   routes.load(call, plan, layer.weights, first_token, batch_tokens);
 
-  const int num_items = (routes.num_groups + (call.has_shared ? 1 : 0)) * num_splits;
-  auto item_at = [&](int i) -> Item {
-    int index = i / num_splits;
-    if (call.has_shared && index-- == 0) return {true, 0, 0, batch_tokens};
-    return {false, routes.experts[index], routes.firsts[index], routes.counts[index]};
-  };
-  auto source_of = [&](const Item& item) {
-    return Source(layer.matrices[item.is_shared], item.expert, blockIdx.x);
-  };
-  // What is fetched runs ahead of what is multiplied, from one item to the next.
-  int fetched = warp, chunk = warp % num_splits;
-  Source ahead = source_of(item_at(min(warp, num_items - 1)));
-  auto next = [&](uint8_t* to) {
-    while (fetched < num_items && chunk >= ahead.num_chunks) {
-      fetched += num_warps;
-      chunk = fetched % num_splits;
-      if (fetched < num_items) ahead = source_of(item_at(fetched));
-    }
-    if (fetched < num_items) Stream::copy(to, ahead, chunk);
-    chunk += num_splits;
-  };
-  Stream stream(layer.rings, num_splits);
-  stream.begin(next);
+  const int num_parts = (routes.num_groups + (call.has_shared ? 1 : 0)) << layer.split_shift;
+  ItemWalk<kIsOne> walk(call, layer, routes, batch_tokens, num_parts, warp, num_warps);
+  stream.begin(walk);
   ptx::wait_for_producers();
   ptx::allow_consumers();
 
-  for (int i = warp; i < num_items; i += num_warps) {
-    const int split = i % num_splits;
-    const Item item = item_at(i);
+  for (int part = warp; part < num_parts; part += num_warps) {
+    const int split = part & (num_splits - 1);
+    const Item item = walk.item(part);
+    const Matrix& matrix = walk.matrix(item);
     const int64_t first_row =
         item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
     const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
-    multiply_tile<kIsOne>(layer.matrices[item.is_shared].format, stream, source_of(item), split, tokens, next,
-                          [&](int token, int row, float sum) {
-                            const int slot = item.is_shared ? token * num_slots + call.top_k
-                                                            : routes.slots[item.first + token];
-                            parts[(split * kTokens<kIsOne> * num_slots + slot) * kTileRows + row] = sum;
-                          });
+    Multiplier<kIsOne> multiplier(matrix, tokens, split, num_splits);
+    multiplier.run(matrix.format, matrix.tile(item.expert, blockIdx.x), stream, walk,
+                   [&](int token, int row, float sum) {
+                     const int slot =
+                         item.is_shared ? token * num_slots + call.top_k : routes.slots[item.first + token];
+                     parts[(split * kTokens<kIsOne> * num_slots + slot) * kTileRows + row] = sum;
+                   });
   }
   __syncthreads();
 
@@ -466,8 +291,6 @@ __global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
             row] = sum;
 }
 
-bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
-
 // The matrix of `rows` rows that starts at row first_row of each expert's rows in a stack.
 Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, int64_t rows) {
   return with_format(static_cast<Format>(stack.format), [&](auto f) -> Matrix {
@@ -479,6 +302,7 @@ Matrix part_of(const WeightView& stack, int64_t num_experts, int64_t first_row, 
             stack.rows / num_experts / kTileRows * tile,
             static_cast<int>(tile),
             chunk,
+            chunk == 0 ? 0 : static_cast<int>((tile + chunk - 1) / chunk),
             stack.format,
             static_cast<int>(rows),
             static_cast<int>(stack.cols)};
@@ -520,11 +344,11 @@ struct Buffers {
   }
 };
 
-// Splits of an expert's columns that keep the warps of a block busy with one token.
-int down_splits(int64_t slots, int64_t width) {
-  int splits = 1;
-  while (2 * splits * slots <= kDownWarps && kChunkCols * splits < width) splits *= 2;
-  return splits;
+// Splits of an expert's columns, as a power of two, that keep the warps of a block busy with one token.
+int down_split_shift(int64_t slots, int64_t width) {
+  int shift = 0;
+  while ((2 * slots << shift) <= kDownWarps && (kChunkCols << shift) < width) ++shift;
+  return shift;
 }
 
 Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_t top_k) {
@@ -573,13 +397,15 @@ struct Kernels {
                   {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps),
                    stream, static_cast<size_t>(kGateUpWarps) * gate_up.rings.bytes(), true},
                   call, gate_up);
-    down.num_splits = down_splits(slots, widest);
-    const int num_warps = kIsOne ? std::min(kDownWarps, slots * down.num_splits) : kDownWarps;
+    down.split_shift = down_split_shift(slots, widest);
+    const int num_splits = 1 << down.split_shift;
+    const int num_warps = kIsOne ? std::min(kDownWarps, slots * num_splits) : kDownWarps;
     const int64_t parts =
-        static_cast<int64_t>(sizeof(float)) * down.num_splits * kTokens<kIsOne> * slots * kTileRows;
-    // A usual model has a block per multiprocessor, which finds room beside those of gate_up.
-    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, num_warps, down.num_splits, 2,
-                            parts + static_cast<int64_t>(sizeof(LocalRoutes<kIsOne>)));
+        static_cast<int64_t>(sizeof(float)) * num_splits * kTokens<kIsOne> * slots * kTileRows;
+    // A usual model has a block per multiprocessor, which finds room beside those of gate_up: of one token there are two of these.
+    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, num_warps, num_splits, kIsOne ? 3 : 2,
+                            parts + static_cast<int64_t>(sizeof(LocalRoutes<kIsOne>)) +
+                                8 * kDownWarps * kMaxStages);
     launch_kernel(
         down_kernel<kIsOne>,
         {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * num_warps),

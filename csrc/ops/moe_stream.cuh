@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+// What a warp does with a part of an expert: it streams chunks of weights through a ring of its own in shared memory and multiplies them
+// with the rows of some tokens.
+#pragma once
+
+#include "ops/matvec.cuh"
+
+namespace helexa::moe {
+
+constexpr int kTileRows = kDeviceTileRows;
+constexpr int kMaxStages = 4;
+
+// One matrix of each expert, or of the shared one.
+struct Matrix {
+  const uint8_t* data;
+  int64_t expert_bytes;
+  int tile_bytes, chunk_bytes, num_chunks;  // no chunks of float formats, which are read where they are
+  int format, rows, cols;
+
+  __device__ const uint8_t* tile(int64_t expert, int row_tile) const {
+    return data + expert * expert_bytes + static_cast<int64_t>(row_tile) * tile_bytes;
+  }
+};
+
+// Rows that are multiplied: as int8, and as floats where a matrix is of a float format.
+struct Rows {
+  uint8_t* q8;
+  float* x;
+  int64_t row_bytes;
+  int cols;
+};
+
+// Some rows, side by side or gathered, from row `first` on.
+struct Tokens {
+  const Rows& rows;
+  const int* order;  // null for rows side by side
+  int64_t first;
+  int per_row;  // entries of `order` that stand for one row
+  int count;
+
+  // The n-th, counted from `first`; the last one beyond it.
+  __device__ int row(int n) const {
+    n = min(n, count - 1);
+    return order == nullptr ? n : order[n] / per_row;
+  }
+};
+
+// The rows that a lane has of up to eight tokens: as one column of the operand and as two columns of the result.
+template <int kSplit>
+struct LaneRows {
+  const uint8_t* first;
+  int operand, results[2];  // bytes behind `first`
+  int cols;
+
+  __device__ explicit LaneRows(const Tokens& tokens)
+      : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes), cols(tokens.rows.cols) {
+    using Columns = LaneColumns<kSplit>;
+    const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(tokens.rows.row_bytes);
+    operand = tokens.row(Columns::operand_row(lane / 4)) * row_bytes;
+    results[0] = tokens.row(Columns::result_row(lane % 4, 0)) * row_bytes;
+    results[1] = tokens.row(Columns::result_row(lane % 4, 1)) * row_bytes;
+  }
+
+  __device__ __forceinline__ int num_pairs() const {
+    return static_cast<int>(activation_padded_cols(cols) / 64);
+  }
+
+  // Of one chunk, with all its pairs if kWhole.
+  template <bool kWhole>
+  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int chunk, int lane) const {
+    using Columns = LaneColumns<kSplit>;
+    const int g = lane / 4, t = lane % 4, first_pair = chunk * kChunkPairs;
+    auto existing = [&](int pair) {
+      return first_pair + (kWhole ? pair : min(pair, num_pairs() - first_pair - 1));
+    };
+    const uint8_t* scales = first + activation_padded_cols(cols);
+#pragma unroll
+    for (int j = 0; j < Columns::kOwnPairs; ++j) {
+      const uint8_t* codes = first + operand + 64 * existing(Columns::operand_pair(g, j)) + 16 * t;
+      if constexpr (kSplit == 8) {  // the column stands for one step
+        const uint2 v = *reinterpret_cast<const uint2*>(codes + 8 * (g % 2));
+        x.code[j][0][0] = x.code[j][1][0] = v.x, x.code[j][0][1] = x.code[j][1][1] = v.y;
+      } else {
+        const uint4 v = *reinterpret_cast<const uint4*>(codes);
+        x.code[j][0][0] = v.x, x.code[j][0][1] = v.y, x.code[j][1][0] = v.z, x.code[j][1][1] = v.w;
+      }
+      const int pair = existing(Columns::result_pair(t, j));
+#pragma unroll
+      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+        x.scale[j][i] = *reinterpret_cast<const float4*>(scales + results[i] + 16 * pair);
+      }
+    }
+  }
+};
+
+// The rings of a block's warps.
+struct Rings {
+  int num_stages, stage_bytes;
+
+  __host__ __device__ int bytes() const { return num_stages * stage_bytes; }  // of a warp
+};
+
+// A chunk to be fetched; nothing more if it has no bytes.
+struct Piece {
+  const uint8_t* from;
+  int bytes;
+};
+
+// Every num_splits-th chunk of a tile.
+struct TileWalk {
+  const uint8_t* from = nullptr;
+  int stride = 0, left = 0, bytes = 0, last_bytes = 0;
+
+  TileWalk() = default;
+  __device__ TileWalk(const Matrix& matrix, const uint8_t* tile, int split, int num_splits)
+      : from(tile + split * matrix.chunk_bytes),
+        stride(num_splits * matrix.chunk_bytes),
+        left(0),
+        bytes(matrix.chunk_bytes),
+        last_bytes(bytes) {
+    const int rest = matrix.num_chunks - 1 - split;
+    if (rest < 0) return;
+    left = rest / num_splits + 1;
+    // Only the last chunk of a tile may be a short one.
+    if (rest % num_splits == 0) last_bytes = matrix.tile_bytes - (matrix.num_chunks - 1) * bytes;
+  }
+
+  __device__ __forceinline__ Piece next() {
+    if (left == 0) return {from, 0};
+    const Piece piece{from, --left == 0 ? last_bytes : bytes};
+    from += stride;
+    return piece;
+  }
+};
+
+// The ring of a warp: stages that are filled anew once they were used, by bulk copies where there are any (a lane starts one for a
+// whole chunk), else by all lanes.
+class Stream {
+ public:
+  // memory: rings.bytes(); barriers: kMaxStages.  Both of this warp alone.
+  __device__ __forceinline__ Stream(const Rings& rings, uint8_t* memory, uint64_t* barriers)
+      : memory_(memory), barriers_(barriers), stage_bytes_(rings.stage_bytes), num_stages_(rings.num_stages) {
+    if (!ptx::has_bulk_copies()) return;
+    const int lane = threadIdx.x % 32;
+    if (lane < kMaxStages) ptx::make_copy_barrier(barriers_ + lane);
+    __syncwarp();
+  }
+
+  // Sends the first chunks of a walk on their way.
+  template <class Walk>
+  __device__ __forceinline__ void begin(Walk& walk) {
+    for (int i = 0; i < num_stages_; ++i) fetch(walk, i);
+  }
+
+  // The next chunk, once it is there.
+  __device__ __forceinline__ const uint8_t* wait() const {
+    if (ptx::has_bulk_copies()) {
+      ptx::wait_for_bulk(barriers_ + stage_, parity_);
+    } else {
+      switch (num_stages_) {
+        case 1: ptx::wait_for_copies<0>(); break;
+        case 2: ptx::wait_for_copies<1>(); break;
+        case 3: ptx::wait_for_copies<2>(); break;
+        default: ptx::wait_for_copies<kMaxStages - 1>(); break;
+      }
+      __syncwarp();
+    }
+    return memory_ + stage_ * stage_bytes_;
+  }
+
+  // All lanes are done with that chunk: the walk's next one takes its place.
+  template <class Walk>
+  __device__ __forceinline__ void release(Walk& walk) {
+    __syncwarp();
+    fetch(walk, stage_);
+    if (++stage_ == num_stages_) stage_ = 0, parity_ ^= 1;
+  }
+
+ private:
+  uint8_t* memory_;
+  uint64_t* barriers_;
+  int stage_bytes_, num_stages_;
+  int stage_ = 0;  // that is used next
+  uint32_t parity_ = 0;
+
+  template <class Walk>
+  __device__ __forceinline__ void fetch(Walk& walk, int stage) {
+    const int lane = threadIdx.x % 32;
+    const Piece piece = walk.next();
+    uint8_t* to = memory_ + stage * stage_bytes_;
+    if (ptx::has_bulk_copies()) {
+      if (lane == 0 && piece.bytes > 0) ptx::copy_bulk(to, piece.from, piece.bytes, barriers_ + stage);
+      __syncwarp();
+    } else {
+      for (int at = 16 * lane; at < piece.bytes; at += 512) ptx::copy_async(to + at, piece.from + at);
+      ptx::commit_copies();  // also of nothing: the groups are counted
+    }
+  }
+};
+static_assert(kMaxStages == 4, "Stream::wait");
+
+// Products of a tile of a float format: rows in turn, each lane with columns of its own.
+template <class T, class Store>
+__device__ void multiply_floats(const uint8_t* tile, const Tokens& tokens, int split, int num_splits,
+                                Store&& store) {
+  const int cols = tokens.rows.cols, lane = threadIdx.x % 32;
+  for (int i = 0; i < kTileRows * tokens.count; ++i) {
+    const T* weights = reinterpret_cast<const T*>(tile) + static_cast<int64_t>(i % kTileRows) * cols;
+    const float* x = tokens.rows.x + (tokens.first + tokens.row(i / kTileRows)) * cols;
+    float sum = 0.0f;
+    for (int col = 32 * split + lane; col < cols; col += 32 * num_splits)
+      sum = fmaf(to_float(weights[col]), x[col], sum);
+    sum = warp_sum(sum);
+    if (lane == 0) store(i / kTileRows, i % kTileRows, sum);
+  }
+}
+
+template <class Store>
+__device__ __forceinline__ void multiply_any_floats(int format, const uint8_t* tile, const Tokens& tokens,
+                                                    int split, int num_splits, Store&& store) {
+  switch (static_cast<Format>(format)) {
+    case Format::kF32: return multiply_floats<float>(tile, tokens, split, num_splits, store);
+    case Format::kF16: return multiply_floats<__half>(tile, tokens, split, num_splits, store);
+    default: return multiply_floats<__nv_bfloat16>(tile, tokens, split, num_splits, store);
+  }
+}
+
+__host__ __device__ inline bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
+
+// What a warp has of a tile: the chunks split, split + num_splits, …
+template <int kSplit>
+struct TileProduct {
+  static constexpr int kAhead = kSplit == 8 ? 2 : 1;  // chunks whose activations are on their way at once
+  LaneRows<kSplit> rows;
+  int split, num_splits, num_chunks;
+  LaneActivations<kSplit> x[kAhead];
+
+  // Asks for the first activations, which do not depend on the weights.
+  __device__ __forceinline__ TileProduct(const Tokens& tokens, int num_chunks, int split, int num_splits)
+      : rows(tokens), split(split), num_splits(num_splits), num_chunks(num_chunks) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load<false>(x[i], split + i * num_splits, threadIdx.x % 32);
+  }
+
+  // sums += the chunks of the stream · activations.
+  template <class F, class Walk>
+  __device__ __forceinline__ void run(LaneSums<kSplit, 1>& sums, Stream& stream, Walk& walk, int lane) {
+    constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;  // such tiles have no short chunks
+    for (int chunk = split; chunk < num_chunks; chunk += num_splits) {
+      const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, rows.num_pairs() - first_pair);
+      const LaneActivations<kSplit> now = x[0];
+#pragma unroll
+      for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
+      if constexpr (kAhead > 1) load<kWhole>(x[kAhead - 1], chunk + kAhead * num_splits, lane);
+      multiply_chunk<F>(sums, stream.wait(), InputRows(nullptr, 0, rows.cols), lane, first_pair, pairs, now);
+      stream.release(walk);
+      if constexpr (kAhead == 1) load<kWhole>(x[0], chunk + num_splits, lane);
+    }
+  }
+
+ private:
+  template <bool kWhole>
+  __device__ __forceinline__ void load(LaneActivations<kSplit>& to, int chunk, int lane) const {
+    if (chunk < num_chunks) rows.template load<kWhole>(to, chunk, lane);
+  }
+};
+
+// Calls store(token, row, sum) for the tokens and the 16 rows of a tile of a quantized format, the sums being those of this warp's chunks.
+template <int kSplit, class Walk, class Store>
+__device__ __forceinline__ void multiply_quantized(int format, TileProduct<kSplit>& product, int num_tokens,
+                                                   Stream& stream, Walk& walk, Store&& store) {
+  using Columns = LaneColumns<kSplit>;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  LaneSums<kSplit, 1> sums;
+  sums.clear();
+  switch (static_cast<Format>(format)) {
+#define HELEXA_FORMAT(type, name)                                                \
+  case Format::k##type:                                                          \
+    if constexpr (type::kScales != Scales::kPlain) {                             \
+      product.template run<type>(sums, stream, walk, ptx::opaque(lane));         \
+    }                                                                            \
+    break;
+#include "quant/formats.def"
+#undef HELEXA_FORMAT
+  }
+  float total[4];
+  sums.total(0, total);
+  if (kSplit == 8 && t > 0) return;
+#pragma unroll
+  for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
+    const int token = Columns::result_row(t, i);
+    if (token >= num_tokens) continue;
+    store(token, lane / 4, total[i]);
+    store(token, lane / 4 + 8, total[2 + i]);
+  }
+}
+
+// A tile of any format with the tokens of one item: of a single one where kIsOne.
+template <bool kIsOne>
+class Multiplier;
+
+template <>
+class Multiplier<true> {
+ public:
+  // Asks for the first rows.
+  __device__ __forceinline__ Multiplier(const Matrix& matrix, const Tokens& tokens, int split, int num_splits)
+      : tokens_(tokens), product_(tokens, matrix.num_chunks, split, num_splits) {}
+
+  // Calls store(token, row, sum) with the sums of this warp's chunks.
+  template <class Walk, class Store>
+  __device__ __forceinline__ void run(int format, const uint8_t* tile, Stream& stream, Walk& walk,
+                                      Store&& store) {
+    if (is_float(format)) {
+      multiply_any_floats(format, tile, tokens_, product_.split, product_.num_splits, store);
+    } else {
+      multiply_quantized(format, product_, 1, stream, walk, store);
+    }
+  }
+
+ private:
+  Tokens tokens_;
+  TileProduct<8> product_;
+};
+
+template <>
+class Multiplier<false> {
+ public:
+  __device__ __forceinline__ Multiplier(const Matrix& matrix, const Tokens& tokens, int split, int num_splits)
+      : tokens_(tokens), num_chunks_(matrix.num_chunks), split_(split), num_splits_(num_splits) {}
+
+  template <class Walk, class Store>
+  __device__ __forceinline__ void run(int format, const uint8_t* tile, Stream& stream, Walk& walk,
+                                      Store&& store) {
+    if (is_float(format)) {
+      multiply_any_floats(format, tile, tokens_, split_, num_splits_, store);
+    } else if (tokens_.count == 1) {
+      TileProduct<8> product(tokens_, num_chunks_, split_, num_splits_);
+      multiply_quantized(format, product, 1, stream, walk, store);
+    } else {
+      TileProduct<1> product(tokens_, num_chunks_, split_, num_splits_);
+      multiply_quantized(format, product, tokens_.count, stream, walk, store);
+    }
+  }
+
+ private:
+  Tokens tokens_;
+  int num_chunks_, split_, num_splits_;
+};
+
+}  // namespace helexa::moe
