@@ -45,51 +45,23 @@ struct Tokens {
   }
 };
 
-// The rows that a lane has of up to eight tokens: as one column of the operand and as two columns of the result.
-template <int kSplit>
-struct LaneRows {
-  const uint8_t* first;
-  int operand, results[2];  // bytes behind `first`
+// The row that a lane has of up to eight tokens, as a column of the operand.
+struct LaneRow {
+  const uint8_t* row;
   int cols;
 
-  __device__ explicit LaneRows(const Tokens& tokens)
-      : first(tokens.rows.q8 + tokens.first * tokens.rows.row_bytes), cols(tokens.rows.cols) {
-    using Columns = LaneColumns<kSplit>;
-    const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(tokens.rows.row_bytes);
-    operand = tokens.row(Columns::operand_row(lane / 4)) * row_bytes;
-    results[0] = tokens.row(Columns::result_row(lane % 4, 0)) * row_bytes;
-    results[1] = tokens.row(Columns::result_row(lane % 4, 1)) * row_bytes;
-  }
+  __device__ LaneRow(const Tokens& tokens, int column)
+      : row(tokens.rows.q8 + (tokens.first + tokens.row(column)) * tokens.rows.row_bytes),
+        cols(tokens.rows.cols) {}
 
-  __device__ __forceinline__ int num_pairs() const {
-    return static_cast<int>(activation_padded_cols(cols) / 64);
+  // The pairs of a chunk, of which a row may have fewer than follow.
+  __device__ __forceinline__ int num_pairs(int chunk) const {
+    return static_cast<int>(activation_padded_cols(cols) / 64) - chunk * kChunkPairs;
   }
-
-  // Of one chunk, with all its pairs if kWhole.
-  template <bool kWhole>
+  template <bool kWhole, int kSplit>
   __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int chunk, int lane) const {
-    using Columns = LaneColumns<kSplit>;
-    const int g = lane / 4, t = lane % 4, first_pair = chunk * kChunkPairs;
-    auto existing = [&](int pair) {
-      return first_pair + (kWhole ? pair : min(pair, num_pairs() - first_pair - 1));
-    };
-    const uint8_t* scales = first + activation_padded_cols(cols);
-#pragma unroll
-    for (int j = 0; j < Columns::kOwnPairs; ++j) {
-      const uint8_t* codes = first + operand + 64 * existing(Columns::operand_pair(g, j)) + 16 * t;
-      if constexpr (kSplit == 8) {  // the column stands for one step
-        const uint2 v = *reinterpret_cast<const uint2*>(codes + 8 * (g % 2));
-        x.code[j][0][0] = x.code[j][1][0] = v.x, x.code[j][0][1] = x.code[j][1][1] = v.y;
-      } else {
-        const uint4 v = *reinterpret_cast<const uint4*>(codes);
-        x.code[j][0][0] = v.x, x.code[j][0][1] = v.y, x.code[j][1][0] = v.z, x.code[j][1][1] = v.w;
-      }
-      const int pair = existing(Columns::result_pair(t, j));
-#pragma unroll
-      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-        x.scale[j][i] = *reinterpret_cast<const float4*>(scales + results[i] + 16 * pair);
-      }
-    }
+    x.template load<kWhole>(row, static_cast<int>(activation_padded_cols(cols)), lane, chunk * kChunkPairs,
+                            num_pairs(chunk));
   }
 };
 
@@ -230,16 +202,19 @@ __host__ __device__ inline bool is_float(int format) { return format <= static_c
 // What a warp has of a tile: the chunks split, split + num_splits, …
 template <int kSplit>
 struct TileProduct {
-  static constexpr int kAhead = kSplit == 8 ? 2 : 1;  // chunks whose activations are on their way at once
-  LaneRows<kSplit> rows;
+  static constexpr int kAhead = 2;  // chunks whose activations are on their way at once
+  LaneRow row;
   int split, num_splits, num_chunks;
-  LaneActivations<kSplit> x[kAhead];
+  LaneActivations<kSplit> x[kAhead][1];
 
   // Asks for the first activations, which do not depend on the weights.
   __device__ __forceinline__ TileProduct(const Tokens& tokens, int num_chunks, int split, int num_splits)
-      : rows(tokens), split(split), num_splits(num_splits), num_chunks(num_chunks) {
+      : row(tokens, LaneColumns<kSplit>::operand_row(static_cast<int>(threadIdx.x) % 32 / 4)),
+        split(split),
+        num_splits(num_splits),
+        num_chunks(num_chunks) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load<false>(x[i], split + i * num_splits, threadIdx.x % 32);
+    for (int i = 0; i < kAhead; ++i) load<false>(x[i][0], split + i * num_splits, threadIdx.x % 32);
   }
 
   // sums += the chunks of the stream · activations.
@@ -247,21 +222,18 @@ struct TileProduct {
   __device__ __forceinline__ void run(LaneSums<kSplit, 1>& sums, Stream& stream, Walk& walk, int lane) {
     constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;  // such tiles have no short chunks
     for (int chunk = split; chunk < num_chunks; chunk += num_splits) {
-      const int first_pair = chunk * kChunkPairs, pairs = min(kChunkPairs, rows.num_pairs() - first_pair);
-      const LaneActivations<kSplit> now = x[0];
-#pragma unroll
-      for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
-      if constexpr (kAhead > 1) load<kWhole>(x[kAhead - 1], chunk + kAhead * num_splits, lane);
-      multiply_chunk<F>(sums, stream.wait(), InputRows(nullptr, 0, rows.cols), lane, first_pair, pairs, now);
+      multiply_chunk<F>(sums, stream.wait(), lane, min(kChunkPairs, row.num_pairs(chunk)), x[0]);
       stream.release(walk);
-      if constexpr (kAhead == 1) load<kWhole>(x[0], chunk + num_splits, lane);
+#pragma unroll
+      for (int i = 0; i + 1 < kAhead; ++i) x[i][0] = x[i + 1][0];
+      load<kWhole>(x[kAhead - 1][0], chunk + kAhead * num_splits, lane);
     }
   }
 
  private:
   template <bool kWhole>
   __device__ __forceinline__ void load(LaneActivations<kSplit>& to, int chunk, int lane) const {
-    if (chunk < num_chunks) rows.template load<kWhole>(to, chunk, lane);
+    if (chunk < num_chunks) row.template load<kWhole>(to, chunk, lane);
   }
 };
 
