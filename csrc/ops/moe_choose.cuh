@@ -64,7 +64,7 @@ struct Quad {
 // The top_k largest of a token's logits in falling order, the lower id first where equal, and their softmax.  Each lane sorts those
 // it has, so that a turn looks at one of each lane.
 template <int kQuads>  // of a lane
-__device__ Choice choose(const float* logits, int num_experts, int top_k, bool normalize) {
+__device__ __forceinline__ Choice choose_of(const float* logits, int num_experts, int top_k, bool normalize) {
   constexpr uint32_t kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32, first = 4 * kQuads * lane;
   Quad quads[kQuads];
@@ -72,44 +72,56 @@ __device__ Choice choose(const float* logits, int num_experts, int top_k, bool n
   for (int q = 0; q < kQuads; ++q) quads[q].load(logits, first + 4 * q, num_experts);
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) quads[q].sort(first + 4 * q, num_experts);
-  float all = 0.0f, most = 0.0f, mine = 0.0f;
-  int chosen = 0;
-  for (int j = 0; j < top_k; ++j) {
-    uint32_t head = quads[0].keys[0];
-    int quad = 0;
+  // The largest of those that the lane still has, and which quad it is of.
+  uint32_t head;
+  int quad;
+  auto find_head = [&] {
+    head = quads[0].keys[0], quad = 0;
 #pragma unroll
     for (int q = 1; q < kQuads; ++q)
       if (quads[q].keys[0] > head) head = quads[q].keys[0], quad = q;
-    const uint32_t best = __reduce_max_sync(kAll, head);
-    if (j == 0) {
-      most = key_value(best);
-      if (!normalize) {
+  };
+  find_head();
+  uint32_t best = __reduce_max_sync(kAll, head);
+  const float most = key_value(best);
+  float all = 0.0f, mine = 0.0f;
+  if (!normalize) {
 #pragma unroll
-        for (int i = 0; i < 4 * kQuads; ++i) {
-          const uint32_t key = quads[i / 4].keys[i % 4];
-          if (key != 0) all += expf(key_value(key) - most);
-        }
-      }
+    for (int i = 0; i < 4 * kQuads; ++i) {
+      const uint32_t key = quads[i / 4].keys[i % 4];
+      if (key != 0) all += expf(key_value(key) - most);
     }
+  }
+  int chosen = 0;
+  for (int j = 0;;) {
     const int owner = __ffs(static_cast<int>(__ballot_sync(kAll, head == best))) - 1;
     uint32_t places = quads[0].places;
 #pragma unroll
     for (int q = 1; q < kQuads; ++q) places = quad == q ? quads[q].places : places;
     const int id = __shfl_sync(kAll, first + 4 * quad + static_cast<int>(places & 255), owner);
     if (lane == j) mine = key_value(best), chosen = id;
+    if (++j == top_k) break;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
       if (lane == owner && quad == q) quads[q].pop();
+    find_head();
+    best = __reduce_max_sync(kAll, head);
   }
   const float share = lane < top_k ? expf(mine - most) : 0.0f;
   return {chosen, share / warp_sum(normalize ? share : all)};
 }
 
+// Larger ones are functions of their own, out of the way of usual models' code.
+template <int kQuads>
+__device__ __noinline__ Choice choose_of_many(const float* logits, int num_experts, int top_k, bool normalize) {
+  return choose_of<kQuads>(logits, num_experts, top_k, normalize);
+}
+
 __device__ inline Choice choose(const float* logits, int num_experts, int top_k, bool normalize) {
-  if (num_experts <= 128) return choose<1>(logits, num_experts, top_k, normalize);
-  if (num_experts <= 256) return choose<2>(logits, num_experts, top_k, normalize);
-  if (num_experts <= 512) return choose<4>(logits, num_experts, top_k, normalize);
-  return choose<8>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 128) return choose_of<1>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 256) return choose_of<2>(logits, num_experts, top_k, normalize);
+  if (num_experts <= 512) return choose_of_many<4>(logits, num_experts, top_k, normalize);
+  return choose_of_many<8>(logits, num_experts, top_k, normalize);
 }
 
 // The weight of the shared expert; one without a logit.

@@ -3,7 +3,6 @@
 //
 // A pair is one token's choice of one expert: pair t * top_k + j.  Pairs are sorted by expert, and the pairs of an expert are cut
 // into groups, since one reading of an expert's weights serves as many tokens as one matrix instruction takes.
-// Few rows are taken in batches of kBatch tokens, each with a plan of its own; many rows are one batch.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -39,6 +38,9 @@ struct Plan {
             order + static_cast<int64_t>(batch) * max_pairs, max_groups, max_pairs};
   }
 };
+
+// Floats of a token's logits: of the experts, of the shared one's gate, and a bit.
+__host__ __device__ constexpr int logits_stride(int num_experts) { return num_experts + 2; }
 
 // Cuts a workspace into arrays.
 class Workspace {

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// Experts for few rows, in three launches: routes; gate and up of the chosen experts and of the shared one; down and the weighted sum.
+// Experts for few rows, in three launches: logits; gate and up of the chosen experts and of the shared one; down and the weighted sum.
 // Weights are read once per batch of eight tokens whatever the tokens choose.  Each warp streams its part of tiles of 16 rows
 // through a ring of its own in shared memory, so that memory stays busy while it multiplies.  matvec.cuh has the products and says why
 // no result depends on the number of tokens.
 //
-// The last launch begins while the one before it still runs, and fills its rings meanwhile: gate_up does not let it start before the
-// routes are complete.  Gate_up also asks for those weights to come to the second-level cache, if they leave room in it.
+// Which experts the logits choose every block finds out for itself (moe_choose.cuh).  The last launch begins while the one before it
+// still runs, and fills its rings meanwhile: gate_up does not let it start before the logits are complete.  Gate_up also asks for those
+// weights to come to the second-level cache, if they leave room in it.
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "ops/moe.h"
 #include "ops/moe_choose.cuh"
 #include "ops/moe_cuda.cuh"
 #include "ops/moe_route_cuda.cuh"
 #include "ops/moe_stream.cuh"
+#include "quant/formats.h"
 
 namespace helexa::moe {
 namespace {
@@ -22,21 +25,29 @@ constexpr int kGateUpTiles = 4;  // of a block: gate and up of 32 columns of the
 constexpr int kGateUpSplits = 2;
 constexpr int kGateUpWarps = kGateUpTiles * kGateUpSplits;
 constexpr int kDownWarps = 12;
+constexpr int kMaxPairs = kBatch * kMaxTopK;  // of a batch
 template <bool kIsOne>
 constexpr int kTokens = kIsOne ? 1 : kBatch;  // of a batch
 template <bool kIsOne>
 constexpr int kGateUpBlocks =
     kIsOne ? 3 : 2;  // on a multiprocessor: they have as many registers as there are
-// Of shared memory beside the rings: parts of sums, barriers, and a bit.
-constexpr int kGateUpStaticBytes =
-    4 * kGateUpTiles * kGateUpSplits * kBatch * kTileRows + 8 * kGateUpWarps * kMaxStages + 64;
 
 // What both kernels have of the call.
 struct Call {
-  Plan plan;            // of several tokens
-  const float* logits;  // [num_tokens, num_experts + 1]
+  const float* logits;  // [num_tokens, logits_stride(num_experts)]
   int num_tokens, num_experts, top_k;
   bool normalize, has_shared, has_shared_gate;  // a shared expert is the first item of a batch
+
+  __device__ const float* logits_of(int token) const {
+    return logits + static_cast<int64_t>(token) * logits_stride(num_experts);
+  }
+  __device__ int num_slots() const { return top_k + (has_shared ? 1 : 0); }
+  __device__ Choice choice(int token) const {
+    return choose(logits_of(token), num_experts, top_k, normalize);
+  }
+  __device__ float shared_share(int token) const {
+    return shared_weight(has_shared_gate ? logits_of(token) + num_experts : nullptr);
+  }
 };
 
 // An expert with some tokens of a batch.
@@ -45,14 +56,102 @@ struct Item {
   int expert, first, count;
 };
 
+// Who goes where in a batch, in shared memory.  Pairs of a token and an expert are in the order of the experts, and those of an expert are
+// a group: an item.
+template <bool kIsOne>
+struct LocalRoutes {
+  static constexpr int kPairs = kIsOne ? kMaxTopK : kMaxPairs;
+  int experts[kPairs], firsts[kPairs], counts[kPairs];  // of the groups
+  int tokens[kPairs], slots[kPairs];                    // of the positions; a slot counts those of all tokens
+  float shares[kPairs + kTokens<kIsOne>];               // of the slots
+  int num_groups;
+  int4 keys[kIsOne ? 1 : kPairs / 4];  // expert * 256 + pair
+  int sorted[kIsOne ? 1 : kPairs];
+  uint32_t heads[8];  // for each position of a warp whether a group begins there
+
+  // Once the logits are complete.  All threads of the block take part, no fewer than kPairs.
+  __device__ void load(const Call& call, int first_token, int batch_tokens) {
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, num_slots = call.num_slots();
+    if constexpr (kIsOne) {
+      if (warp == 0) {
+        const Choice choice = call.choice(first_token);
+        if (lane < call.top_k) {
+          experts[lane] = choice.expert, firsts[lane] = lane, counts[lane] = 1;
+          tokens[lane] = 0, slots[lane] = lane, shares[lane] = choice.weight;
+        }
+        if (lane == 0) num_groups = call.top_k;
+        if (lane == 0 && call.has_shared) shares[call.top_k] = call.shared_share(first_token);
+      }
+      __syncthreads();
+    } else {
+      const int num_pairs = batch_tokens * call.top_k;
+      int* key_of = reinterpret_cast<int*>(keys);
+      for (int token = warp; token < batch_tokens; token += blockDim.x / 32) {
+        const Choice choice = call.choice(first_token + token);
+        if (lane < call.top_k) {
+          const int pair = token * call.top_k + lane;
+          key_of[pair] = choice.expert << 8 | pair;
+          shares[token * num_slots + lane] = choice.weight;
+        }
+        if (lane == 0 && call.has_shared) {
+          shares[token * num_slots + call.top_k] = call.shared_share(first_token + token);
+        }
+      }
+      if (thread < 4 && num_pairs + thread < kPairs) key_of[num_pairs + thread] = 0x7fffffff;
+      __syncthreads();
+      sort(num_pairs);
+      __syncthreads();
+      const int key = thread < num_pairs ? sorted[thread] : 0, expert = key >> 8;
+      const bool is_head = thread < num_pairs && (thread == 0 || sorted[thread - 1] >> 8 != expert);
+      const uint32_t mine = __ballot_sync(0xffffffffu, is_head);
+      if (lane == 0 && warp < 8) heads[warp] = mine;
+      if (thread < num_pairs) {
+        const int token = (key & 255) / call.top_k;
+        tokens[thread] = token, slots[thread] = (key & 255) + token * (num_slots - call.top_k);
+      }
+      __syncthreads();
+      if (warp < 8) {
+        int group = __popc(mine & ((1u << lane) - 1));
+        for (int w = 0; w < warp; ++w) group += __popc(heads[w]);
+        if (is_head) {
+          int count = 1;
+          while (thread + count < num_pairs && sorted[thread + count] >> 8 == expert) ++count;
+          experts[group] = expert, firsts[group] = thread, counts[group] = count;
+        }
+        if (thread == num_pairs - 1) num_groups = group + (is_head ? 1 : 0);
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ Item item(int group) const { return {false, experts[group], firsts[group], counts[group]}; }
+
+ private:
+  // Where a key belongs is how many are smaller.
+  __device__ void sort(int num_pairs) {
+    const int thread = threadIdx.x;
+    if (thread >= num_pairs) return;
+    const int key = reinterpret_cast<const int*>(keys)[thread];
+    int rank = 0;
+    for (int i = 0; 4 * i < num_pairs; ++i) {
+      const int4 four = keys[i];
+      rank += (four.x < key) + (four.y < key) + (four.z < key) + (four.w < key);
+    }
+    sorted[rank] = key;
+  }
+};
+
 // Of the experts, then of the shared one.
 struct GateUp {
   Rings rings;
   Rows x;
   Matrix matrices[2][2];  // gate and up
-  Rows hidden[2];  // [batches * max_pairs, width] in the order of the plans; [num_tokens, shared width]
+  Rows hidden[2];         // [batches, kBatch * top_k, width] in the order of the routes; [num_tokens, shared width]
   Matrix down[2];
   bool prefetches_down;
+
+  __device__ int width(bool is_shared) const { return matrices[is_shared][0].rows; }
+  __device__ int num_blocks(bool is_shared) const { return (width(is_shared) + 31) / 32; }
 };
 
 __device__ float silu(float x) { return x / (1.0f + __expf(-x)); }
@@ -67,73 +166,161 @@ __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, 
   }
 }
 
-// hidden = silu(gate) * up, quantized.  One block to 32 columns of one item.
-template <bool kIsOne>  // token
-__global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<kIsOne>)
-    gate_up_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
-  __shared__ float parts[kGateUpTiles][kGateUpSplits][kTokens<kIsOne>][kTileRows];
-  __shared__ uint64_t barriers[kGateUpWarps * kMaxStages];
-  __shared__ int chosen;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tile = warp / kGateUpSplits, split = warp % kGateUpSplits;
-  const int first_token = blockIdx.z * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
-  const bool is_shared = call.has_shared && blockIdx.y == 0;
-  const int index = blockIdx.y - (call.has_shared ? 1 : 0);
-  const Matrix& matrix = layer.matrices[is_shared][tile % 2];
-  const int width = matrix.rows, num_blocks = (width + 31) / 32;
-  if (static_cast<int>(blockIdx.x) >= num_blocks) return;
-  const uint8_t* weights =
-      matrix.tile(0, min(static_cast<int>(blockIdx.x) * 2 + tile / 2, width / kTileRows - 1));
-  Stream stream(layer.rings, dynamic_shared<uint8_t>() + warp * layer.rings.bytes(),
-                barriers + warp * kMaxStages);
-  TileWalk walk(matrix, weights, split, kGateUpSplits);
-  if (is_shared) stream.begin(walk);  // its weights are known before the routes are
-  ptx::wait_for_producers();
-  ptx::allow_consumers();
+// The tile of a warp in a block of 32 columns: gate and up by turns.
+struct GateUpTile {
+  int tile, split;
 
-  const Plan plan = call.plan.of_batch(blockIdx.z);
-  Item item = {true, 0, 0, batch_tokens};
-  if (!kIsOne && !is_shared) {
-    const Group group = plan.groups[index];
-    if (index >= *plan.num_groups) return;
-    item = {false, group.expert, group.first, group.count};
+  __device__ GateUpTile()
+      : tile(threadIdx.x / 32 / kGateUpSplits), split(threadIdx.x / 32 % kGateUpSplits) {}
+  __device__ const Matrix& matrix(const GateUp& layer, bool is_shared) const {
+    return layer.matrices[is_shared][tile % 2];
   }
-  const Tokens tokens{layer.x, kIsOne || is_shared ? nullptr : plan.order + item.first, first_token,
-                      call.top_k, item.count};
-  Multiplier<kIsOne> multiplier(matrix, tokens, split, kGateUpSplits);
-  if (kIsOne && !is_shared) {
-    if (warp == 0) {
-      const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
-      if (lane == index) chosen = choice.expert;
-    }
-    __syncthreads();
-    item = {false, chosen, index, 1};
+  __device__ const uint8_t* weights(const GateUp& layer, bool is_shared, int64_t expert, int block) const {
+    const Matrix& m = matrix(layer, is_shared);
+    return m.tile(expert, min(2 * block + tile / 2, m.rows / kTileRows - 1));
   }
-  if (!is_shared) {
-    const int64_t offset = item.expert * matrix.expert_bytes;
-    weights += offset, walk.from += offset;
-    stream.begin(walk);
-  }
-  if (layer.prefetches_down) prefetch_share(layer.down[is_shared], item.expert, blockIdx.x, num_blocks);
-  multiplier.run(matrix.format, weights, stream, walk,
-                 [&](int token, int row, float sum) { parts[tile][split][token][row] = sum; });
-  __syncthreads();
+};
 
-  // A warp to a token, a lane to a column.
-  if (warp >= item.count) return;
+// What the warps of a block of 32 columns have of them.
+template <int kRows>  // tokens
+using GateUpParts = float[kGateUpTiles][kGateUpSplits][kRows][kTileRows];
+
+// hidden = silu(gate) * up of the token whose sums are `token`, quantized.  By one warp, a lane to a column.
+template <int kRows>
+__device__ void finish_hidden(const GateUpParts<kRows>& parts, int token, const Rows& hidden, int64_t row,
+                              int block) {
+  const int lane = threadIdx.x % 32;
   float both[2] = {};
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int s = 0; s < kGateUpSplits; ++s) both[m] += parts[lane / 16 * 2 + m][s][warp][lane % 16];
+    for (int s = 0; s < kGateUpSplits; ++s) both[m] += parts[lane / 16 * 2 + m][s][token][lane % 16];
   }
-  const int column = blockIdx.x * 32 + lane;
-  const float value = column < width ? silu(both[0]) * both[1] : 0.0f;
-  const Rows& out = layer.hidden[is_shared];
-  const int64_t row =
-      warp + (is_shared ? first_token : static_cast<int64_t>(blockIdx.z) * plan.max_pairs + item.first);
-  quantize_lanes(value, out.q8 + row * out.row_bytes, width, blockIdx.x);
-  if (out.x != nullptr && column < width) out.x[row * width + column] = value;
+  const int column = block * 32 + lane;
+  const float value = column < hidden.cols ? silu(both[0]) * both[1] : 0.0f;
+  quantize_lanes(value, hidden.q8 + row * hidden.row_bytes, hidden.cols, block);
+  if (hidden.x != nullptr && column < hidden.cols) hidden.x[row * hidden.cols + column] = value;
+}
+
+// One token: a block to 32 columns of one item.
+template <class F>  // format of all weights; void if there are several
+__global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<true>)
+    gate_up_one_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
+  __shared__ GateUpParts<1> parts;
+  __shared__ uint64_t barriers[kGateUpWarps * kMaxStages];
+  __shared__ int chosen;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
+  const bool is_shared = call.has_shared && blockIdx.y == 0;
+  const int index = blockIdx.y - (call.has_shared ? 1 : 0);
+  if (block >= layer.num_blocks(is_shared)) return;
+  const GateUpTile mine;
+  const Matrix& matrix = mine.matrix(layer, is_shared);
+  const uint8_t* weights = mine.weights(layer, is_shared, 0, block);
+  const Tokens tokens{layer.x, nullptr, 0, 1};
+  Stream stream(layer.rings, dynamic_shared<uint8_t>() + warp * layer.rings.bytes(),
+                barriers + warp * kMaxStages);
+  TileWalk walk(matrix, weights, mine.split, kGateUpSplits);
+  if (is_shared) stream.begin(walk);  // its weights are known before the logits are
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+
+  Multiplier<F, true> multiplier(matrix, tokens, mine.split, kGateUpSplits);
+  int expert = 0;
+  if (!is_shared) {
+    if (warp == 0) {
+      const Choice choice = call.choice(0);
+      if (lane == index) chosen = choice.expert;
+    }
+    __syncthreads();
+    expert = chosen;
+    const int64_t offset = expert * matrix.expert_bytes;
+    weights += offset, walk.from += offset;
+    stream.begin(walk);
+  }
+  if (layer.prefetches_down) {
+    prefetch_share(layer.down[is_shared], expert, block, layer.num_blocks(is_shared));
+  }
+  multiplier.run(matrix.format, weights, stream, walk, [&](int token, int row, float sum) {
+    parts[mine.tile][mine.split][token][row] = sum;
+  });
+  __syncthreads();
+  if (warp == 0) finish_hidden<1>(parts, 0, layer.hidden[is_shared], is_shared ? 0 : index, block);
+}
+
+// The tiles of one warp in the units of its block: every gridDim.x-th pair of an item and 32 columns, the shared expert's first.
+template <class Routes>
+struct GateUpUnits {
+  const Call& call;
+  const GateUp& layer;
+  const Routes& routes;
+  const GateUpTile& mine;
+  int batch_tokens, num_shared, count;
+
+  struct Unit {
+    Item item;
+    int block;
+  };
+
+  __device__ GateUpUnits(const Call& call, const GateUp& layer, const Routes& routes, const GateUpTile& mine,
+                         int batch_tokens)
+      : call(call),
+        layer(layer),
+        routes(routes),
+        mine(mine),
+        batch_tokens(batch_tokens),
+        num_shared(call.has_shared ? layer.num_blocks(true) : 0),
+        count(num_shared + routes.num_groups * layer.num_blocks(false)) {}
+  __device__ __forceinline__ Unit operator[](int i) const {
+    if (i < num_shared) return {{true, 0, 0, batch_tokens}, i};
+    i -= num_shared;
+    const int group = i / layer.num_blocks(false);
+    return {routes.item(group), i - group * layer.num_blocks(false)};
+  }
+  __device__ __forceinline__ TileWalk tile(int i) const {
+    const Unit unit = (*this)[i];
+    const bool is_shared = unit.item.is_shared;
+    return {mine.matrix(layer, is_shared), mine.weights(layer, is_shared, unit.item.expert, unit.block),
+            mine.split, kGateUpSplits};
+  }
+};
+
+// Several tokens: as many blocks as run at once, which take the units by turns, their rings running on from one to the next.
+template <class F>
+__global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<false>)
+    gate_up_many_kernel(const __grid_constant__ Call call, const __grid_constant__ GateUp layer) {
+  using Routes = LocalRoutes<false>;
+  __shared__ Routes routes;
+  __shared__ GateUpParts<kBatch> parts[2];  // by turns, so that one barrier is enough for a unit
+  __shared__ uint64_t barriers[kGateUpWarps * kMaxStages];
+  const int warp = threadIdx.x / 32;
+  const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
+  const int stride = gridDim.x;
+  const GateUpTile mine;
+  Stream stream(layer.rings, dynamic_shared<uint8_t>() + warp * layer.rings.bytes(),
+                barriers + warp * kMaxStages);
+  ptx::wait_for_producers();
+  ptx::allow_consumers();
+  routes.load(call, first_token, batch_tokens);
+
+  const GateUpUnits<Routes> units(call, layer, routes, mine, batch_tokens);
+  PartWalk walk(units, blockIdx.x, stride);
+  stream.begin(walk);
+  int turn = 0;
+  for (int i = blockIdx.x; i < units.count; i += stride, turn ^= 1) {
+    const auto [item, block] = units[i];
+    const bool is_shared = item.is_shared;
+    const Matrix& matrix = mine.matrix(layer, is_shared);
+    const Tokens tokens{layer.x, is_shared ? nullptr : routes.tokens + item.first, first_token, item.count};
+    Multiplier<F, false> multiplier(matrix, tokens, mine.split, kGateUpSplits);
+    GateUpParts<kBatch>& sums = parts[turn];
+    multiplier.run(matrix.format, mine.weights(layer, is_shared, item.expert, block), stream, walk,
+                   [&](int token, int row, float sum) { sums[mine.tile][mine.split][token][row] = sum; });
+    __syncthreads();
+    if (warp < item.count) {
+      const int64_t first = is_shared ? first_token : first_token * call.top_k + item.first;
+      finish_hidden<kBatch>(sums, warp, layer.hidden[is_shared], first + warp, block);
+    }
+  }
 }
 
 // Of the experts, then of the shared one.
@@ -141,138 +328,71 @@ struct Down {
   Rings rings;
   Rows hidden[2];
   Matrix matrices[2];
-  const float* weights;  // [num_tokens, slots], of several tokens
-  float* out;            // [num_tokens, cols]
-  int split_shift;       // as many splits of an item are powers of two
+  float* out;       // [num_tokens, cols]
+  int split_shift;  // the splits of an item are a power of two
 };
 
-// The routes of a batch in shared memory.
-template <bool kIsOne>
-struct LocalRoutes {
-  static constexpr int kPairs = kTokens<kIsOne> * kMaxTopK;
-  int experts[kPairs], firsts[kPairs], counts[kPairs];  // of the groups
-  int slots[kPairs];                                    // of the positions: [token, slot]
-  float shares[kPairs + kTokens<kIsOne>];               // [token, slot]
-  int num_groups;
-
-  // Once the routes are complete; the launch that waits for them may still be running.  All threads take part.
-  __device__ void load(const Call& call, const Plan& plan, const float* weights, int first_token,
-                       int batch_tokens) {
-    const int num_slots = call.top_k + (call.has_shared ? 1 : 0), thread = threadIdx.x;
-    if constexpr (kIsOne) {
-      if (thread < 32) {
-        const Choice choice = choose(call.logits, call.num_experts, call.top_k, call.normalize);
-        if (thread < call.top_k) {
-          experts[thread] = choice.expert, firsts[thread] = thread, counts[thread] = 1;
-          slots[thread] = thread;
-          shares[thread] = choice.weight;
-        }
-        if (thread == 0) num_groups = call.top_k;
-        if (thread == 0 && call.has_shared) {
-          shares[call.top_k] = shared_weight(call.has_shared_gate ? call.logits + call.num_experts : nullptr);
-        }
-      }
-    } else {
-      const int threads = blockDim.x;
-      for (int i = thread; i < plan.max_groups; i += threads) {  // what is not there is not looked at
-        const Group* group = plan.groups + i;
-        experts[i] = fresh(&group->expert), firsts[i] = fresh(&group->first),
-        counts[i] = fresh(&group->count);
-      }
-      for (int i = thread; i < batch_tokens * call.top_k; i += threads) {
-        const int pair = fresh(plan.order + i);
-        slots[i] = pair / call.top_k * num_slots + pair % call.top_k;
-      }
-      for (int i = thread; i < batch_tokens * num_slots; i += threads) {
-        shares[i] = fresh(weights + static_cast<int64_t>(first_token) * num_slots + i);
-      }
-      if (thread == 0) num_groups = fresh(plan.num_groups);
-    }
-    __syncthreads();
-  }
-};
-
-// The parts of a tile of every item that a warp takes: every num_warps-th, of each its chunks.
-template <bool kIsOne>
-struct ItemWalk {
+// The parts of a block's tile of every item, a split of each.
+template <class Routes>
+struct DownParts {
   const Call& call;
   const Down& layer;
-  const LocalRoutes<kIsOne>& routes;
-  int batch_tokens, num_parts, num_warps;
-  int part;
-  TileWalk tile;
+  const Routes& routes;
+  int batch_tokens, count;
 
-  __device__ __forceinline__ ItemWalk(const Call& call, const Down& layer, const LocalRoutes<kIsOne>& routes,
-                                      int batch_tokens, int num_parts, int warp, int num_warps)
+  __device__ DownParts(const Call& call, const Down& layer, const Routes& routes, int batch_tokens)
       : call(call),
         layer(layer),
         routes(routes),
         batch_tokens(batch_tokens),
-        num_parts(num_parts),
-        num_warps(num_warps),
-        part(warp),
-        tile(tile_of(warp)) {}
+        count((routes.num_groups + (call.has_shared ? 1 : 0)) << layer.split_shift) {}
 
-  __device__ __forceinline__ Item item(int part) const {
-    int index = part >> layer.split_shift;
+  __device__ __forceinline__ Item item(int i) const {
+    int index = i >> layer.split_shift;
     if (call.has_shared && index-- == 0) return {true, 0, 0, batch_tokens};
-    return {false, routes.experts[index], routes.firsts[index], routes.counts[index]};
+    return routes.item(index);
   }
-  __device__ __forceinline__ const Matrix& matrix(const Item& item) const {
-    return layer.matrices[item.is_shared];
-  }
-  __device__ __forceinline__ TileWalk tile_of(int part) const {
-    if (part >= num_parts) return {};
-    const Item of = item(part);
-    const int num_splits = 1 << layer.split_shift;
-    return {matrix(of), matrix(of).tile(of.expert, blockIdx.x), part & (num_splits - 1), num_splits};
-  }
-
-  // What is fetched runs ahead of what is multiplied, from one item to the next.
-  __device__ __forceinline__ Piece next() {
-    while (tile.left == 0) {
-      part += num_warps;
-      if (part >= num_parts) return {nullptr, 0};
-      tile = tile_of(part);
-    }
-    return tile.next();
+  __device__ __forceinline__ int num_splits() const { return 1 << layer.split_shift; }
+  __device__ __forceinline__ int split(int i) const { return i & (num_splits() - 1); }
+  __device__ __forceinline__ TileWalk tile(int i) const {
+    const Item of = item(i);
+    const Matrix& matrix = layer.matrices[of.is_shared];
+    return {matrix, matrix.tile(of.expert, blockIdx.x), split(i), num_splits()};
   }
 };
 
 // out = the sum of the experts' results by their weights.  One block to 16 columns of a batch.
-template <bool kIsOne>
+template <class F, bool kIsOne>
 __global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
     down_kernel(const __grid_constant__ Call call, const __grid_constant__ Down layer) {
-  __shared__ LocalRoutes<kIsOne> routes;
+  using Routes = LocalRoutes<kIsOne>;
+  __shared__ Routes routes;
   __shared__ uint64_t barriers[kDownWarps * kMaxStages];
-  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_splits = 1 << layer.split_shift;
-  const int num_slots = call.top_k + (call.has_shared ? 1 : 0);
+  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_slots = call.num_slots();
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   uint8_t* rings = dynamic_shared<uint8_t>();
-  float* parts = reinterpret_cast<float*>(rings + num_warps * layer.rings.bytes());  // [splits, tokens, slots, 16]
-  const Plan plan = call.plan.of_batch(blockIdx.y);
+  float* sums = reinterpret_cast<float*>(rings + num_warps * layer.rings.bytes());  // [splits, tokens, slots, 16]
   Stream stream(layer.rings, rings + warp * layer.rings.bytes(), barriers + warp * kMaxStages);
-  routes.load(call, plan, layer.weights, first_token, batch_tokens);
+  routes.load(call, first_token, batch_tokens);
 
-  const int num_parts = (routes.num_groups + (call.has_shared ? 1 : 0)) << layer.split_shift;
-  ItemWalk<kIsOne> walk(call, layer, routes, batch_tokens, num_parts, warp, num_warps);
+  const DownParts<Routes> parts(call, layer, routes, batch_tokens);
+  PartWalk walk(parts, warp, num_warps);
   stream.begin(walk);
   ptx::wait_for_producers();
   ptx::allow_consumers();
 
-  for (int part = warp; part < num_parts; part += num_warps) {
-    const int split = part & (num_splits - 1);
-    const Item item = walk.item(part);
-    const Matrix& matrix = walk.matrix(item);
-    const int64_t first_row =
-        item.is_shared ? first_token : static_cast<int64_t>(blockIdx.y) * plan.max_pairs + item.first;
-    const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, 1, item.count};
-    Multiplier<kIsOne> multiplier(matrix, tokens, split, num_splits);
+  const int split_floats = kTokens<kIsOne> * num_slots * kTileRows;
+  for (int part = warp; part < parts.count; part += num_warps) {
+    const Item item = parts.item(part);
+    const Matrix& matrix = layer.matrices[item.is_shared];
+    const int64_t first_row = item.is_shared ? first_token : first_token * call.top_k + item.first;
+    const Tokens tokens{layer.hidden[item.is_shared], nullptr, first_row, item.count};
+    Multiplier<F, kIsOne> multiplier(matrix, tokens, parts.split(part), parts.num_splits());
     multiplier.run(matrix.format, matrix.tile(item.expert, blockIdx.x), stream, walk,
                    [&](int token, int row, float sum) {
                      const int slot =
                          item.is_shared ? token * num_slots + call.top_k : routes.slots[item.first + token];
-                     parts[(split * kTokens<kIsOne> * num_slots + slot) * kTileRows + row] = sum;
+                     sums[parts.split(part) * split_floats + slot * kTileRows + row] = sum;
                    });
   }
   __syncthreads();
@@ -282,8 +402,8 @@ __global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
   float sum = 0.0f;
   for (int i = token * num_slots; i < (token + 1) * num_slots; ++i) {
     float result = 0.0f;
-    for (int split = 0; split < num_splits; ++split) {
-      result += parts[(split * kTokens<kIsOne> * num_slots + i) * kTileRows + row];
+    for (int split = 0; split < parts.num_splits(); ++split) {
+      result += sums[split * split_floats + i * kTileRows + row];
     }
     sum = fmaf(routes.shares[i], result, sum);
   }
@@ -320,26 +440,20 @@ void set_gate_and_up(Matrix (&matrices)[2], const std::vector<WeightView>& stack
 // Everything between the launches.
 struct Buffers {
   float* logits;
-  Routes routes;
   Rows hidden, shared_hidden;
   int64_t bytes;
 
-  Buffers(uint8_t* base, int64_t num_tokens, int64_t num_experts, int64_t top_k, int64_t width,
-          bool float_hidden, int64_t shared_width, bool float_shared) {
+  Buffers(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_t top_k) {
     Workspace space(base);
-    const int slots = static_cast<int>(top_k) + (shared_width > 0 ? 1 : 0);
-    logits = space.take<float>(num_tokens * (num_experts + 1));
-    int* ids = space.take<int>(num_tokens * top_k);
-    float* weights = space.take<float>(num_tokens * slots);
-    const int64_t batches = (num_tokens + kBatch - 1) / kBatch;
-    routes = {ids, weights, slots, space.take_plan(batches, kBatch * top_k, num_experts, kBatch)};
-    auto rows = [&](int64_t count, int64_t cols, bool as_float) -> Rows {
-      const int64_t row_bytes = activation_row_bytes(cols);
+    logits = space.take<float>(num_tokens * logits_stride(static_cast<int>(weights.router.rows)));
+    auto rows = [&](int64_t count, const WeightView& next) -> Rows {
+      const int64_t row_bytes = activation_row_bytes(next.cols);
       uint8_t* q8 = space.take<uint8_t>(count * row_bytes);
-      return {q8, as_float ? space.take<float>(count * cols) : nullptr, row_bytes, static_cast<int>(cols)};
+      return {q8, is_float(next.format) ? space.take<float>(count * next.cols) : nullptr, row_bytes,
+              static_cast<int>(next.cols)};
     };
-    hidden = rows(batches * kBatch * top_k, width, float_hidden);
-    shared_hidden = rows(num_tokens, shared_width, float_shared);
+    hidden = rows(num_tokens * top_k, weights.down);
+    shared_hidden = weights.shared_down.empty() ? Rows{} : rows(num_tokens, weights.shared_down[0]);
     bytes = space.bytes();
   }
 };
@@ -349,13 +463,6 @@ int down_split_shift(int64_t slots, int64_t width) {
   int shift = 0;
   while ((2 * slots << shift) <= kDownWarps && (kChunkCols << shift) < width) ++shift;
   return shift;
-}
-
-Buffers cut(uint8_t* base, const MoeWeights& weights, int64_t num_tokens, int64_t top_k) {
-  const bool has_shared = !weights.shared_down.empty();
-  return Buffers(base, num_tokens, weights.router.rows, top_k, weights.down.cols,
-                 is_float(weights.down.format), has_shared ? weights.shared_down[0].cols : 0,
-                 has_shared && is_float(weights.shared_down[0].format));
 }
 
 // As deep as `blocks` of some warps on a multiprocessor allow, and as a warp's part of `cols` columns asks for; one stage where even a
@@ -376,6 +483,28 @@ Rings make_rings(std::initializer_list<const Matrix*> matrices, int num_warps, i
   return rings;
 }
 
+// Calls f with the format that some matrices have in common, if it is a usual one, else with void.
+template <class T>
+struct Tag {
+  using type = T;
+};
+template <class Function>
+void with_common_format(std::initializer_list<const Matrix*> matrices, Function&& f) {
+  int common = -1;
+  for (const Matrix* m : matrices) {
+    if (m->data == nullptr) continue;
+    if (common >= 0 && common != m->format) return f(Tag<void>());
+    common = m->format;
+  }
+  switch (static_cast<Format>(common)) {
+    case Format::kQ4_K: return f(Tag<Q4_K>());
+    case Format::kQ5_K: return f(Tag<Q5_K>());
+    case Format::kQ6_K: return f(Tag<Q6_K>());
+    case Format::kQ8_0: return f(Tag<Q8_0>());
+    default: return f(Tag<void>());
+  }
+}
+
 struct Kernels {
   Call call;
   GateUp gate_up;
@@ -384,40 +513,65 @@ struct Kernels {
 
   template <bool kIsOne>
   void launch(void* stream) {
-    const int slots = call.top_k + (call.has_shared ? 1 : 0);
-    const unsigned batches = static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch);
-    const unsigned items =
-        max_groups(std::min(call.num_tokens, kBatch) * call.top_k, call.num_experts, kBatch) +
-        (call.has_shared ? 1 : 0);
-    const auto& m = gate_up.matrices;
-    gate_up.rings = make_rings({&m[0][0], &m[0][1], &m[1][0], &m[1][1]}, kGateUpWarps, kGateUpSplits,
-                               kGateUpBlocks<kIsOne>, kGateUpStaticBytes);
-    gate_up.prefetches_down = 4 * down_bytes() <= second_level_cache();
-    launch_kernel(gate_up_kernel<kIsOne>,
-                  {dim3(static_cast<unsigned>((widest + 31) / 32), items, batches), dim3(32 * kGateUpWarps),
-                   stream, static_cast<size_t>(kGateUpWarps) * gate_up.rings.bytes(), true},
-                  call, gate_up);
-    down.split_shift = down_split_shift(slots, widest);
-    const int num_splits = 1 << down.split_shift;
-    const int num_warps = kIsOne ? std::min(kDownWarps, slots * num_splits) : kDownWarps;
-    const int64_t parts =
-        static_cast<int64_t>(sizeof(float)) * num_splits * kTokens<kIsOne> * slots * kTileRows;
-    // A usual model has a block per multiprocessor, which finds room beside those of gate_up: of one token there are two of these.
-    down.rings = make_rings({&down.matrices[0], &down.matrices[1]}, num_warps, num_splits, kIsOne ? 3 : 2,
-                            parts + static_cast<int64_t>(sizeof(LocalRoutes<kIsOne>)) +
-                                8 * kDownWarps * kMaxStages);
-    launch_kernel(
-        down_kernel<kIsOne>,
-        {dim3(static_cast<unsigned>(down.matrices[0].rows / kTileRows), batches), dim3(32 * num_warps),
-         stream, static_cast<size_t>(num_warps * down.rings.bytes() + parts), true},
-        call, down);
+    launch_gate_up<kIsOne>(stream);
+    launch_down<kIsOne>(stream);
   }
 
-  // Of the experts that the tokens may choose, and of the shared one.
+ private:
+  unsigned num_slots() const { return call.top_k + (call.has_shared ? 1 : 0); }
+  unsigned num_batches() const { return static_cast<unsigned>((call.num_tokens + kBatch - 1) / kBatch); }
+
+  template <bool kIsOne>
+  void launch_gate_up(void* stream) {
+    const auto& m = gate_up.matrices;
+    const std::initializer_list<const Matrix*> matrices = {&m[0][0], &m[0][1], &m[1][0], &m[1][1]};
+    const int64_t static_bytes = 8 * kGateUpWarps * kMaxStages + 64 +
+                                 (kIsOne ? sizeof(GateUpParts<1>)
+                                         : 2 * sizeof(GateUpParts<kBatch>) + sizeof(LocalRoutes<false>));
+    constexpr int kBlocks = kGateUpBlocks<kIsOne>;
+    gate_up.rings = make_rings(matrices, kGateUpWarps, kGateUpSplits, kBlocks, static_bytes);
+    gate_up.prefetches_down = kIsOne && 4 * down_bytes() <= second_level_cache();
+    const unsigned columns = static_cast<unsigned>((widest + 31) / 32);
+    // Of several tokens, no more blocks than run at once.
+    const unsigned units = columns * (std::min(call.num_tokens, kBatch) * call.top_k + 1);
+    const unsigned at_once = std::max(1u, kBlocks * num_multiprocessors() / num_batches());
+    const dim3 grid = kIsOne ? dim3(columns, num_slots()) : dim3(std::min(units, at_once), num_batches());
+    with_common_format(matrices, [&](auto tag) {
+      using F = typename decltype(tag)::type;
+      launch_kernel(kIsOne ? gate_up_one_kernel<F> : gate_up_many_kernel<F>,
+                    {grid, dim3(32 * kGateUpWarps), stream,
+                     static_cast<size_t>(kGateUpWarps) * gate_up.rings.bytes(), true},
+                    call, gate_up);
+    });
+  }
+
+  template <bool kIsOne>
+  void launch_down(void* stream) {
+    const std::initializer_list<const Matrix*> matrices = {&down.matrices[0], &down.matrices[1]};
+    down.split_shift = down_split_shift(num_slots(), widest);
+    const int num_splits = 1 << down.split_shift;
+    const int num_warps =
+        kIsOne ? std::min<int>(kDownWarps, static_cast<int>(num_slots()) * num_splits) : kDownWarps;
+    const int64_t sums =
+        static_cast<int64_t>(sizeof(float)) * num_splits * kTokens<kIsOne> * num_slots() * kTileRows;
+    // A usual model has a block per multiprocessor, which finds room beside those of gate_up: of one token there are two of these.
+    down.rings = make_rings(
+        matrices, num_warps, num_splits, kIsOne ? 3 : 2,
+        sums + static_cast<int64_t>(sizeof(LocalRoutes<kIsOne>)) + 8 * kDownWarps * kMaxStages + 64);
+    const dim3 grid(static_cast<unsigned>(down.matrices[0].rows / kTileRows), num_batches());
+    with_common_format(matrices, [&](auto tag) {
+      using F = typename decltype(tag)::type;
+      launch_kernel(down_kernel<F, kIsOne>,
+                    {grid, dim3(32 * num_warps), stream,
+                     static_cast<size_t>(num_warps * down.rings.bytes() + sums), true},
+                    call, down);
+    });
+  }
+
+  // Of the experts that a token chooses, and of the shared one.
   int64_t down_bytes() const {
-    const int64_t experts = std::min(call.num_tokens * call.top_k, call.num_experts);
-    const Matrix& shared = down.matrices[1];
-    return experts * down.matrices[0].expert_bytes + (call.has_shared ? shared.expert_bytes : 0);
+    return call.top_k * down.matrices[0].expert_bytes +
+           (call.has_shared ? down.matrices[1].expert_bytes : 0);
   }
 };
 
@@ -427,27 +581,26 @@ struct Kernels {
 namespace helexa {
 
 int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, int64_t top_k) {
-  return moe::cut(nullptr, weights, num_tokens, top_k).bytes;
+  return moe::Buffers(nullptr, weights, num_tokens, top_k).bytes;
 }
 
 void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
-                  int32_t* counters, uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream) {
+                  uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream) {
   using namespace moe;
   if (num_tokens == 0) return;
-  const Buffers buffers = cut(workspace, weights, num_tokens, top_k);
+  const Buffers buffers(workspace, weights, num_tokens, top_k);
   const WeightView* shared_router = weights.shared_router.empty() ? nullptr : weights.shared_router.data();
-  route_few(x, weights.router, shared_router, buffers.logits, counters, buffers.routes, num_tokens, top_k,
-            normalize, stream);
+  route_few(x, weights.router, shared_router, buffers.logits, num_tokens, stream);
 
   const int64_t num_experts = weights.router.rows, cols = weights.router.cols, width = weights.down.cols;
   const bool has_shared = !weights.shared_down.empty();
   const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols),
                    static_cast<int>(cols)};
   Kernels kernels{
-      {buffers.routes.plan, buffers.logits, static_cast<int>(num_tokens), static_cast<int>(num_experts),
-       static_cast<int>(top_k), normalize, has_shared, shared_router != nullptr},
+      {buffers.logits, static_cast<int>(num_tokens), static_cast<int>(num_experts), static_cast<int>(top_k),
+       normalize, has_shared, shared_router != nullptr},
       {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}, false},
-      {{}, {buffers.hidden, buffers.shared_hidden}, {}, buffers.routes.weights, out, 0},
+      {{}, {buffers.hidden, buffers.shared_hidden}, {}, out, 0},
       width};
   auto& [call, gate_up, down, widest] = kernels;
   set_gate_and_up(gate_up.matrices[0], weights.gate_up, num_experts, width);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// Which experts each token goes to, and which tokens each expert gets.  For few rows one launch does all of it: a block computes the
-// logits of one or two experts for a batch of tokens, and the last block to finish for a batch chooses their experts and sorts the
-// pairs.  A single token's logits are all that its consumers need.
+// Which experts each token goes to.  For few rows only logits are computed, a block those of one or two experts for a batch of tokens, since
+// their consumers choose by themselves; for many rows which tokens each expert gets as well.
 #include "ops/moe_route_cuda.cuh"
 
 #include "ops/moe_choose.cuh"
@@ -74,23 +73,6 @@ __device__ void sort_pairs(const int* ids, int num_pairs, int num_experts, int g
   }
 }
 
-// Whether this block is the last of `count` whose first warp comes here after it has written; if so, the counter is zero again.
-// All of the block's warps are told.
-__device__ bool is_last(int* counter, int count) {
-  __shared__ int arrived;
-  if (threadIdx.x < 32) {
-    __threadfence();
-    __syncwarp();
-    if (threadIdx.x == 0) {
-      arrived = atomicAdd(counter, 1) + 1;
-      if (arrived == count) *counter = 0;
-    }
-  }
-  __syncthreads();
-  if (arrived == count) __threadfence();
-  return arrived == count;
-}
-
 // A row of floats of some type.
 struct FloatRow {
   const void* data;
@@ -124,30 +106,15 @@ __device__ void load_runs(const FloatRow& row, int first, int cols, float4 (&run
   }
 }
 
-// The routes of a batch: its choices, and its pairs sorted.
-__device__ void route_batch(const float* logits, bool has_shared, int first, int count, int num_experts,
-                            int top_k, bool normalize, const Routes& routes) {
-  const int stride = num_experts + 1;
-  for (int n = threadIdx.x / 32; n < count; n += kRouterWarps) {
-    const float* mine = logits + static_cast<int64_t>(first + n) * stride;
-    route_token(mine, has_shared ? mine + num_experts : nullptr, first + n, num_experts, top_k, normalize,
-                routes);
-  }
-  __syncthreads();
-  sort_pairs(routes.ids + static_cast<int64_t>(first) * top_k, count * top_k, num_experts, kBatch,
-             routes.plan.of_batch(blockIdx.y));
-}
-
-// Logits; of more than one token the routes as well, by the last block to finish.  A block has kRows rows of the router, of whose
-// columns each thread has its own, and the order of their sum is the same for any number of tokens.
+// A block has kRows rows of the router, of whose columns each thread has its own, and the order of their sum is the same for any number
+// of tokens.
 template <int kTokens, int kRows>  // of a batch, of a block
 __global__ void __launch_bounds__(kRouterWarps * 32)
     router_kernel(const float* x,   // [num_tokens, cols]
                   FloatRow router,  // [num_experts, cols]
                   FloatRow shared,  // [cols], or null
-                  float* logits,    // [num_tokens, num_experts + 1]
-                  int* counters,    // [batches], zeros
-                  Routes routes, int num_tokens, int cols, int num_experts, int top_k, bool normalize) {
+                  float* logits,    // [num_tokens, logits_stride(num_experts)]
+                  int num_tokens, int cols, int num_experts) {
   constexpr int kSums = kTokens * kRows;
   static_assert(kSums <= 32, "one warp adds up what the warps have");
   __shared__ float parts[kRouterWarps][kSums];
@@ -202,12 +169,8 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
 #pragma unroll
     for (int w = 0; w < kRouterWarps; ++w) sum += parts[w][threadIdx.x];
     if (token < count && row < num_rows) {
-      logits[static_cast<int64_t>(first + token) * (num_experts + 1) + row] = sum;
+      logits[static_cast<int64_t>(first + token) * logits_stride(num_experts) + row] = sum;
     }
-  }
-  if constexpr (kTokens > 1) {
-    if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-    route_batch(logits, shared.data != nullptr, first, count, num_experts, top_k, normalize, routes);
   }
 }
 
@@ -235,8 +198,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 }  // namespace
 
 void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
-               int* counters, const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize,
-               void* stream) {
+               int64_t num_tokens, void* stream) {
   const int num_experts = static_cast<int>(router.rows), cols = static_cast<int>(router.cols);
   // The numbers of the float formats are those of their types.
   auto row = [](const WeightView* w) -> FloatRow {
@@ -248,7 +210,7 @@ void route_few(const float* x, const WeightView& router, const WeightView* share
   const dim3 grid(is_one ? rows : (rows + 1) / 2, static_cast<unsigned>((num_tokens + kBatch - 1) / kBatch));
   launch_kernel(is_one ? router_kernel<1, 1> : router_kernel<kBatch, 2>,
                 {grid, dim3(kRouterWarps * 32), stream, 0, true}, x, row(&router), row(shared_gate), logits,
-                counters, routes, num_tokens, cols, num_experts, top_k, normalize);
+                num_tokens, cols, num_experts);
 }
 
 void route_many(const float* logits, const float* shared_logits, const Routes& routes, int64_t num_tokens,

@@ -6,12 +6,11 @@
 
 namespace helexa::moe {
 
-// Routes of few rows, in one launch; of one row only its logits, from which whoever needs its experts chooses them (moe_choose.cuh).
-// router and shared_gate (or null) are of float formats, row by row.
-// logits: [num_tokens, num_experts + 1], scratch.  counters: a zero for each batch, zeros again when the launch has ended.
+// Logits of few rows, from which whoever needs a token's experts chooses them (moe_choose.cuh).
+// router and shared_gate (or null) are of float formats, row by row.   logits: [num_tokens, logits_stride(num_experts)], of the experts
+// and then of the shared one.
 void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
-               int* counters, const Routes& routes, int64_t num_tokens, int64_t top_k, bool normalize,
-               void* stream);
+               int64_t num_tokens, void* stream);
 
 // Routes of many rows from their logits [num_tokens, num_experts] and [num_tokens] (or null); no plan if plan.order is null.
 void route_many(const float* logits, const float* shared_logits, const Routes& routes, int64_t num_tokens,

@@ -3,6 +3,8 @@
 // with the rows of some tokens.
 #pragma once
 
+#include <type_traits>
+
 #include "ops/matvec.cuh"
 
 namespace helexa::moe {
@@ -35,13 +37,12 @@ struct Tokens {
   const Rows& rows;
   const int* order;  // null for rows side by side
   int64_t first;
-  int per_row;  // entries of `order` that stand for one row
   int count;
 
   // The n-th, counted from `first`; the last one beyond it.
   __device__ int row(int n) const {
     n = min(n, count - 1);
-    return order == nullptr ? n : order[n] / per_row;
+    return order == nullptr ? n : order[n];
   }
 };
 
@@ -102,6 +103,27 @@ struct TileWalk {
     const Piece piece{from, --left == 0 ? last_bytes : bytes};
     from += stride;
     return piece;
+  }
+};
+
+// The tiles of every stride-th part from the first on, one after the other.  Parts has `count` and tile(i).
+template <class Parts>
+struct PartWalk {
+  const Parts& parts;
+  int part, stride;
+  TileWalk tile;
+
+  __device__ __forceinline__ PartWalk(const Parts& parts, int first, int stride)
+      : parts(parts), part(first), stride(stride) {
+    if (part < parts.count) tile = parts.tile(part);
+  }
+  __device__ __forceinline__ Piece next() {
+    while (tile.left == 0) {
+      part += stride;
+      if (part >= parts.count) return {nullptr, 0};
+      tile = parts.tile(part);
+    }
+    return tile.next();
   }
 };
 
@@ -237,23 +259,28 @@ struct TileProduct {
   }
 };
 
-// Calls store(token, row, sum) for the tokens and the 16 rows of a tile of a quantized format, the sums being those of this warp's chunks.
-template <int kSplit, class Walk, class Store>
+// Calls store(token, row, sum) for the tokens and the 16 rows of a tile of a quantized format, F or, if that is void, `format`.  The sums
+// are those of this warp's chunks.
+template <class F, int kSplit, class Walk, class Store>
 __device__ __forceinline__ void multiply_quantized(int format, TileProduct<kSplit>& product, int num_tokens,
                                                    Stream& stream, Walk& walk, Store&& store) {
   using Columns = LaneColumns<kSplit>;
   const int lane = threadIdx.x % 32, t = lane % 4;
   LaneSums<kSplit, 1> sums;
   sums.clear();
-  switch (static_cast<Format>(format)) {
-#define HELEXA_FORMAT(type, name)                                                \
-  case Format::k##type:                                                          \
-    if constexpr (type::kScales != Scales::kPlain) {                             \
-      product.template run<type>(sums, stream, walk, ptx::opaque(lane));         \
-    }                                                                            \
+  if constexpr (std::is_void_v<F>) {
+    switch (static_cast<Format>(format)) {
+#define HELEXA_FORMAT(type, name)                                        \
+  case Format::k##type:                                                  \
+    if constexpr (type::kScales != Scales::kPlain) {                     \
+      product.template run<type>(sums, stream, walk, ptx::opaque(lane)); \
+    }                                                                    \
     break;
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
+    }
+  } else {
+    product.template run<F>(sums, stream, walk, lane);
   }
   float total[4];
   sums.total(0, total);
@@ -267,56 +294,47 @@ __device__ __forceinline__ void multiply_quantized(int format, TileProduct<kSpli
   }
 }
 
-// A tile of any format with the tokens of one item: of a single one where kIsOne.
-template <bool kIsOne>
-class Multiplier;
-
-template <>
-class Multiplier<true> {
+// The tokens of one item, a single one where kIsOne, times a tile of a format: F, or any if that is void.
+template <class F, bool kIsOne>
+class Multiplier {
  public:
-  // Asks for the first rows.
+  // Of a single token asks for its first columns.
   __device__ __forceinline__ Multiplier(const Matrix& matrix, const Tokens& tokens, int split, int num_splits)
-      : tokens_(tokens), product_(tokens, matrix.num_chunks, split, num_splits) {}
+      : matrix_(matrix), tokens_(tokens), split_(split), num_splits_(num_splits), first_(this) {}
 
   // Calls store(token, row, sum) with the sums of this warp's chunks.
   template <class Walk, class Store>
   __device__ __forceinline__ void run(int format, const uint8_t* tile, Stream& stream, Walk& walk,
                                       Store&& store) {
-    if (is_float(format)) {
-      multiply_any_floats(format, tile, tokens_, product_.split, product_.num_splits, store);
-    } else {
-      multiply_quantized(format, product_, 1, stream, walk, store);
+    if constexpr (std::is_void_v<F>) {
+      if (is_float(format)) {
+        return multiply_any_floats(format, tile, tokens_, split_, num_splits_, store);
+      }
     }
-  }
-
- private:
-  Tokens tokens_;
-  TileProduct<8> product_;
-};
-
-template <>
-class Multiplier<false> {
- public:
-  __device__ __forceinline__ Multiplier(const Matrix& matrix, const Tokens& tokens, int split, int num_splits)
-      : tokens_(tokens), num_chunks_(matrix.num_chunks), split_(split), num_splits_(num_splits) {}
-
-  template <class Walk, class Store>
-  __device__ __forceinline__ void run(int format, const uint8_t* tile, Stream& stream, Walk& walk,
-                                      Store&& store) {
-    if (is_float(format)) {
-      multiply_any_floats(format, tile, tokens_, split_, num_splits_, store);
+    if constexpr (kIsOne) {
+      multiply_quantized<F>(format, first_.product, 1, stream, walk, store);
     } else if (tokens_.count == 1) {
-      TileProduct<8> product(tokens_, num_chunks_, split_, num_splits_);
-      multiply_quantized(format, product, 1, stream, walk, store);
+      TileProduct<8> product(tokens_, matrix_.num_chunks, split_, num_splits_);
+      multiply_quantized<F>(format, product, 1, stream, walk, store);
     } else {
-      TileProduct<1> product(tokens_, num_chunks_, split_, num_splits_);
-      multiply_quantized(format, product, tokens_.count, stream, walk, store);
+      TileProduct<1> product(tokens_, matrix_.num_chunks, split_, num_splits_);
+      multiply_quantized<F>(format, product, tokens_.count, stream, walk, store);
     }
   }
 
  private:
+  struct Nothing {
+    __device__ explicit Nothing(const Multiplier*) {}
+  };
+  struct One {
+    TileProduct<8> product;
+    __device__ __forceinline__ explicit One(const Multiplier* of)
+        : product(of->tokens_, of->matrix_.num_chunks, of->split_, of->num_splits_) {}
+  };
+  const Matrix& matrix_;
   Tokens tokens_;
-  int num_chunks_, split_, num_splits_;
+  int split_, num_splits_;
+  std::conditional_t<kIsOne, One, Nothing> first_;
 };
 
 }  // namespace helexa::moe

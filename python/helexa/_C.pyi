@@ -375,7 +375,6 @@ def moe_few_cuda(
     weights: MoeWeights,
     normalize: bool,
     out: int,
-    counters: int,
     workspace: int,
     num_tokens: int,
     top_k: int,

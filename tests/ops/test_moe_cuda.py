@@ -196,15 +196,6 @@ def test_a_token_is_the_same_alone_as_in_a_crowd(cuda_device):
         assert torch.equal(run(layer, x[t : t + 1]), crowd[t : t + 1])
 
 
-def test_counters_serve_one_call_after_another(cuda_device):
-    layer = make_layer(cuda_device, ("q4_k", "q4_k", "q6_k"), 9, 256, 256, 3)
-    counters = ops.moe_counters(torch.device(cuda_device))
-    for tokens in (11, 1, 11, 3):
-        x = activation(torch.randn(tokens, 256).to(cuda_device))
-        assert torch.equal(sparse_moe(x, **layer.arguments(), counters=counters), run(layer, x))
-        assert not counters.any()
-
-
 def test_what_is_not_a_number_stays_in_its_row(cuda_device, assert_close):
     layer = make_layer(cuda_device, ("q4_k", "q4_k", "q6_k"), 5, 256, 256, 2)
     clean = activation(torch.randn(3, 256).to(cuda_device))

@@ -31,7 +31,6 @@ class SparseMoE:
                 scope.matrix(f"experts.{name}", rows, hidden_size) for name in ("gate_proj", "up_proj")
             ]
         self.down = scope.matrix("experts.down_proj", num_experts * hidden_size, intermediate_size)
-        self.counters = ops.moe_counters(self.down.data.device)
         self.shared = None
         if shared_intermediate_size:
             expert = MLP(scope / "shared_expert", hidden_size, shared_intermediate_size)
@@ -50,5 +49,4 @@ class SparseMoE:
             top_k=self.top_k,
             normalize=self.normalize,
             shared=self.shared,
-            counters=self.counters,
         )

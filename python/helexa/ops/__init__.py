@@ -34,7 +34,6 @@ from helexa.ops.main_memory import RowTable, empty_table, reads_main_memory
 from helexa.ops.moe import (
     FLOAT_FORMATS,
     SharedExpert,
-    moe_counters,
     moe_mlp,
     moe_mlp_reference,
     moe_route,
@@ -131,7 +130,6 @@ __all__ = [
     "has_cuda",
     "is_tiled",
     "keep_slots",
-    "moe_counters",
     "moe_mlp",
     "moe_mlp_reference",
     "moe_route",

@@ -15,7 +15,7 @@ from helexa.ops.quant_matmul import gated_matmul, quant_matmul, quantize_input_r
 from helexa.ops.silu_mul import silu_mul
 from helexa.ops.tensor import address, check, check_tensor, dtype_id, on_cuda, stream
 
-MAX_EXPERTS, MAX_TOP_K, _BATCH_ROWS = 1024, 32, 8  # csrc/ops/moe_cuda.cuh
+MAX_EXPERTS, MAX_TOP_K = 1024, 32  # csrc/ops/moe_cuda.cuh
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 MAX_DECODE_ROWS = (
     16  # up to here most experts have no second token, and their weights are multiplied as they are
@@ -45,7 +45,6 @@ class _Layer:
     shared: SharedExpert | None
     top_k: int
     normalize: bool
-    counters: Tensor | None
 
     def check(self, cols: int) -> None:
         """Raises ValueError unless the CUDA kernels take rows of `cols` and these weights."""
@@ -79,11 +78,6 @@ class _Layer:
         return [self.router] if gate is None else [self.router, gate]
 
 
-def moe_counters(device: torch.device) -> Tensor:
-    """Zeros that the kernels of sparse_moe count in, and leave as zeros."""
-    return torch.zeros(-(-MAX_DECODE_ROWS // _BATCH_ROWS), dtype=torch.int32, device=device)
-
-
 def sparse_moe(
     x: Rows,
     router: PackedWeight,
@@ -93,21 +87,19 @@ def sparse_moe(
     top_k: int,
     normalize: bool,
     shared: SharedExpert | None = None,
-    counters: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """moe_route of x · routerᵀ, then moe_mlp, with the shared expert if there is one.
 
     x: [T, H]; on CUDA with the float32 rows besides, which the router reads.
     router: [E, H], on CUDA of a float format.   gate_up, down: the stacks of moe_mlp.
-    counters: of moe_counters, in use by one stream at a time; on CUDA a launch is spent on them if not given.
     out: [T, H] float32, on CUDA of more than MAX_MATVEC_ROWS rows bfloat16.
     On CUDA up to MAX_DECODE_ROWS rows are multiplied as quant_matmul multiplies few rows, and a row's result
     does not depend on the rows beside it; more are multiplied in bfloat16 with float32 sums.
     Raises ValueError if a shape, dtype or format does not fit.  Capturable.
     """
     if isinstance(x, Activation):
-        return _on_cuda(x, _Layer(router, gate_up, down, shared, top_k, normalize, counters), out)
+        return _on_cuda(x, _Layer(router, gate_up, down, shared, top_k, normalize), out)
     ids, weights = moe_route(quant_matmul(x, [router]), top_k, normalize=normalize)
     mixed = shared_gate = None
     if shared is not None:
@@ -298,8 +290,7 @@ def _few_rows(x: Activation, rows: Tensor, layer: _Layer, out: Tensor) -> None:
     weights, num_tokens, top_k = layer.views(), rows.shape[0], layer.top_k
     workspace = _workspace(_C.moe_few_workspace_bytes(weights, num_tokens, top_k), rows.device)
     arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, layer.normalize, out.data_ptr()]
-    counters = moe_counters(rows.device) if layer.counters is None else layer.counters
-    arguments += (counters.data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
+    arguments += (workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_few_cuda(*arguments)
 
 
