@@ -108,7 +108,7 @@ __device__ __forceinline__ Choice choose_of(const float* logits, int num_experts
     best = __reduce_max_sync(kAll, head);
   }
   const float share = lane < top_k ? expf(mine - most) : 0.0f;
-  return {chosen, share / warp_sum(normalize ? share : all)};
+  return {chosen, __fdividef(share, warp_sum(normalize ? share : all))};
 }
 
 // Larger ones are functions of their own, out of the way of usual models' code.
