@@ -113,7 +113,8 @@ __device__ __forceinline__ Choice choose_of(const float* logits, int num_experts
 
 // Larger ones are functions of their own, out of the way of usual models' code.
 template <int kQuads>
-__device__ __noinline__ Choice choose_of_many(const float* logits, int num_experts, int top_k, bool normalize) {
+__device__ __noinline__ Choice choose_of_many(const float* logits, int num_experts, int top_k,
+                                              bool normalize) {
   return choose_of<kQuads>(logits, num_experts, top_k, normalize);
 }
 

@@ -146,7 +146,7 @@ struct GateUp {
   Rings rings;
   Rows x;
   Matrix matrices[2][2];  // gate and up
-  Rows hidden[2];         // [batches, kBatch * top_k, width] in the order of the routes; [num_tokens, shared width]
+  Rows hidden[2];  // [batches, kBatch * top_k, width] in the order of the routes; [num_tokens, shared width]
   Matrix down[2];
   bool prefetches_down;
 
@@ -154,7 +154,7 @@ struct GateUp {
   __device__ int num_blocks(bool is_shared) const { return (width(is_shared) + 31) / 32; }
 };
 
-__device__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // Asks for this block's share of the matrix that the item's hidden rows will be multiplied with.
 __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, int num_blocks) {
@@ -170,8 +170,7 @@ __device__ void prefetch_share(const Matrix& matrix, int64_t expert, int block, 
 struct GateUpTile {
   int tile, split;
 
-  __device__ GateUpTile()
-      : tile(threadIdx.x / 32 / kGateUpSplits), split(threadIdx.x / 32 % kGateUpSplits) {}
+  __device__ GateUpTile() : tile(threadIdx.x / 32 / kGateUpSplits), split(threadIdx.x / 32 % kGateUpSplits) {}
   __device__ const Matrix& matrix(const GateUp& layer, bool is_shared) const {
     return layer.matrices[is_shared][tile % 2];
   }
@@ -240,9 +239,8 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<true>)
   if (layer.prefetches_down) {
     prefetch_share(layer.down[is_shared], expert, block, layer.num_blocks(is_shared));
   }
-  multiplier.run(matrix.format, weights, stream, walk, [&](int token, int row, float sum) {
-    parts[mine.tile][mine.split][token][row] = sum;
-  });
+  multiplier.run(matrix.format, weights, stream, walk,
+                 [&](int token, int row, float sum) { parts[mine.tile][mine.split][token][row] = sum; });
   __syncthreads();
   if (warp == 0) finish_hidden<1>(parts, 0, layer.hidden[is_shared], is_shared ? 0 : index, block);
 }
@@ -371,7 +369,8 @@ __global__ void __launch_bounds__(32 * kDownWarps, kIsOne ? 2 : 1)
   const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_slots = call.num_slots();
   const int first_token = blockIdx.y * kBatch, batch_tokens = min(kBatch, call.num_tokens - first_token);
   uint8_t* rings = dynamic_shared<uint8_t>();
-  float* sums = reinterpret_cast<float*>(rings + num_warps * layer.rings.bytes());  // [splits, tokens, slots, 16]
+  float* sums =
+      reinterpret_cast<float*>(rings + num_warps * layer.rings.bytes());  // [splits, tokens, slots, 16]
   Stream stream(layer.rings, rings + warp * layer.rings.bytes(), barriers + warp * kMaxStages);
   routes.load(call, first_token, batch_tokens);
 
@@ -525,9 +524,9 @@ struct Kernels {
   void launch_gate_up(void* stream) {
     const auto& m = gate_up.matrices;
     const std::initializer_list<const Matrix*> matrices = {&m[0][0], &m[0][1], &m[1][0], &m[1][1]};
-    const int64_t static_bytes = 8 * kGateUpWarps * kMaxStages + 64 +
-                                 (kIsOne ? sizeof(GateUpParts<1>)
-                                         : 2 * sizeof(GateUpParts<kBatch>) + sizeof(LocalRoutes<false>));
+    const int64_t static_bytes =
+        8 * kGateUpWarps * kMaxStages + 64 +
+        (kIsOne ? sizeof(GateUpParts<1>) : 2 * sizeof(GateUpParts<kBatch>) + sizeof(LocalRoutes<false>));
     constexpr int kBlocks = kGateUpBlocks<kIsOne>;
     gate_up.rings = make_rings(matrices, kGateUpWarps, kGateUpSplits, kBlocks, static_bytes);
     gate_up.prefetches_down = kIsOne && 4 * down_bytes() <= second_level_cache();
@@ -570,8 +569,7 @@ struct Kernels {
 
   // Of the experts that a token chooses, and of the shared one.
   int64_t down_bytes() const {
-    return call.top_k * down.matrices[0].expert_bytes +
-           (call.has_shared ? down.matrices[1].expert_bytes : 0);
+    return call.top_k * down.matrices[0].expert_bytes + (call.has_shared ? down.matrices[1].expert_bytes : 0);
   }
 };
 
@@ -596,12 +594,11 @@ void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool no
   const bool has_shared = !weights.shared_down.empty();
   const Rows input{const_cast<uint8_t*>(q8), const_cast<float*>(x), activation_row_bytes(cols),
                    static_cast<int>(cols)};
-  Kernels kernels{
-      {buffers.logits, static_cast<int>(num_tokens), static_cast<int>(num_experts), static_cast<int>(top_k),
-       normalize, has_shared, shared_router != nullptr},
-      {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}, false},
-      {{}, {buffers.hidden, buffers.shared_hidden}, {}, out, 0},
-      width};
+  Kernels kernels{{buffers.logits, static_cast<int>(num_tokens), static_cast<int>(num_experts),
+                   static_cast<int>(top_k), normalize, has_shared, shared_router != nullptr},
+                  {{}, input, {}, {buffers.hidden, buffers.shared_hidden}, {}, false},
+                  {{}, {buffers.hidden, buffers.shared_hidden}, {}, out, 0},
+                  width};
   auto& [call, gate_up, down, widest] = kernels;
   set_gate_and_up(gate_up.matrices[0], weights.gate_up, num_experts, width);
   down.matrices[0] = part_of(weights.down, num_experts, 0, cols);
