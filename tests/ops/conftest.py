@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from helexa import _C
-from helexa.ops import Rows
+from helexa.ops import PackedWeight, Rows, pack_weight
 from helexa.ops.tensor import EMULATED
+from support.random_weights import random_raw
 
 T = TypeVar("T")
 
@@ -96,3 +97,13 @@ def _decoded(rows: Rows) -> Tensor:
 @pytest.fixture
 def decoded() -> Callable[[Rows], Tensor]:
     return _decoded
+
+
+@pytest.fixture
+def make(cuda_device: str) -> Callable[..., PackedWeight]:
+    """make(format, rows, cols, seed): a random weight on the device."""
+
+    def weight(format: str, rows: int, cols: int, seed: int = 0) -> PackedWeight:
+        return pack_weight(format, random_raw(format, rows, cols, seed), rows, cols, cuda_device)
+
+    return weight

@@ -9,8 +9,7 @@ import torch
 from helexa import ops
 from helexa.ops import dequantize, main_memory
 from helexa.quant import FORMATS
-
-from .test_pack import QUANTIZED, decoded, random_raw
+from support.random_weights import QUANTIZED, decoded, random_raw
 
 pytestmark = pytest.mark.cuda
 

@@ -7,48 +7,18 @@ import pytest
 import torch
 
 from helexa import ops
-from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
+from helexa.ops.gated_delta_net import gated_delta_net
+from support.delta_nets import buffers, parameters, places, reference
 
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 130)
 SHAPES = ((1, 1, 16, 16), (2, 6, 32, 48), (3, 3, 128, 128), (4, 8, 64, 32))  # H_k, H_v, d_k, d_v
 
 
-def parameters(heads=(2, 6, 32, 48), *, taps=4, tiled=False, decay=1.0):
-    key_heads, value_heads, key_dim, value_dim = heads
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return DeltaParameters(
-        conv_weight=torch.randn(taps, channels) / taps**0.5,
-        decay=-torch.rand(value_heads) * decay,
-        dt_bias=torch.randn(value_heads),
-        norm_weight=1 + 0.1 * torch.randn(value_dim),
-        num_key_heads=key_heads,
-        key_head_dim=key_dim,
-        eps=1e-6,
-        tiled=tiled,
-    )
-
-
-def buffers(p, num_slots, fill=torch.nan):
-    return [torch.full(shape, fill) for shape in p.state_shapes(num_slots)]
-
-
 def run(p, x, lengths, states, *, starts=None, slots=None):
     """The op for sequences of these lengths that stand at `starts`."""
-    query_start = torch.tensor([0, *lengths]).cumsum(0).int()
-    slots = torch.tensor(range(len(lengths)) if slots is None else slots).int()
-    kv_lengths = torch.tensor([n + (starts[i] if starts else 0) for i, n in enumerate(lengths)]).int()
     out = torch.full((x.shape[0], p.value_dim), torch.nan)
-    gated_delta_net(x, p, *states, slots, query_start, kv_lengths, out=out)
+    gated_delta_net(x, p, *states, *places("cpu", lengths, starts, slots), out=out)
     return out
-
-
-def reference(p, x, lengths, states, *, starts=None, slots=None):
-    query_start = torch.tensor([0, *lengths]).cumsum(0)
-    slots = torch.tensor(range(len(lengths)) if slots is None else slots)
-    kv_lengths = torch.tensor([n + (starts[i] if starts else 0) for i, n in enumerate(lengths)])
-    states = [state.double() for state in states]
-    out = gated_delta_net_reference(x.double(), p, *states, slots, query_start, kv_lengths)
-    return out.float(), [state.float() for state in states]
 
 
 @cache

@@ -7,37 +7,15 @@ import pytest
 import torch
 
 from helexa import ops
-from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
+from helexa.ops.gated_delta_net import gated_delta_net
 from helexa.ops.tensor import EMULATED
+from support.delta_nets import buffers, parameters, places, random_states, reference
 
 pytestmark = pytest.mark.cuda
 
 # Of sequences that go in chunks: queries, keys and operands of products have 11 bits; values of bfloat16
 # input have 8.
 CHUNKED, CHUNKED_BF16 = 2e-3, 6e-3
-
-
-def parameters(device, heads, *, taps=4, tiled=False, decay=1.0):
-    key_heads, value_heads, key_dim, value_dim = heads
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return DeltaParameters(
-        conv_weight=(torch.randn(taps, channels) / taps**0.5).to(device),
-        decay=(-torch.rand(value_heads) * decay).to(device),
-        dt_bias=torch.randn(value_heads).to(device),
-        norm_weight=(1 + 0.1 * torch.randn(value_dim)).to(device),
-        num_key_heads=key_heads,
-        key_head_dim=key_dim,
-        eps=1e-6,
-        tiled=tiled,
-    )
-
-
-def buffers(p, num_slots, fill=torch.nan):
-    return [torch.full(shape, fill, device=p.decay.device) for shape in p.state_shapes(num_slots)]
-
-
-def numbers(device, values):
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 def run(p, x, lengths, states, *, starts=None, slots=None, out=None):
@@ -49,26 +27,6 @@ def run(p, x, lengths, states, *, starts=None, slots=None, out=None):
     return out.values()
 
 
-def places(device, lengths, starts=None, slots=None):
-    """state_slots, query_start and kv_lengths."""
-    starts = starts or [0] * len(lengths)
-    return (
-        numbers(device, range(len(lengths)) if slots is None else slots),
-        numbers(device, [0, *lengths]).cumsum(0).int(),
-        numbers(device, [start + length for start, length in zip(starts, lengths, strict=True)]),
-    )
-
-
-def reference(p, x, lengths, states, *, starts=None, slots=None):
-    on_host = {name: getattr(p, name).cpu() for name in ("conv_weight", "decay", "dt_bias", "norm_weight")}
-    slots, query_start, kv_lengths = places("cpu", lengths, starts, slots)
-    states = [state.cpu().double() for state in states]
-    out = gated_delta_net_reference(
-        x.cpu().double(), replace(p, **on_host), *states, slots, query_start, kv_lengths
-    )
-    return out.float(), [state.float() for state in states]
-
-
 def check(assert_close, p, x, lengths, tolerance, **options):
     """Out and states against the reference's; a state begins with random numbers."""
     states = random_states(p, len(lengths))
@@ -76,10 +34,6 @@ def check(assert_close, p, x, lengths, tolerance, **options):
     assert_close("out", expected, run(p, x, lengths, states, **options).cpu(), tolerance)
     assert_close("conv", expected_states[0], states[0].cpu(), 1e-6)
     assert_close("state", expected_states[1], states[1].cpu(), tolerance)
-
-
-def random_states(p, num_slots):
-    return [torch.randn(shape).to(p.decay.device) for shape in p.state_shapes(num_slots)]
 
 
 # --- token by token -----------------------------------------------------------------------------
@@ -90,14 +44,14 @@ SHAPES = ((1, 1, 16, 16), (2, 6, 32, 48), (2, 4, 128, 128), (1, 1, 256, 256), (1
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("tiled", [False, True])
 def test_few_tokens_of_several_sequences(cuda_device, heads, tiled, assert_close):
-    p = parameters(cuda_device, heads, tiled=tiled)
+    p = parameters(heads, device=cuda_device, tiled=tiled)
     lengths = [1, 2, 3, 1, 9]
     x = torch.randn(sum(lengths), p.row).to(cuda_device)
     check(assert_close, p, x, lengths, 1e-5, starts=[5, 0, 1, 0, 0])
 
 
 def test_a_long_sequence_of_a_shape_without_chunks(cuda_device, assert_close):
-    p = parameters(cuda_device, (1, 3, 32, 16))
+    p = parameters((1, 3, 32, 16), device=cuda_device)
     x = torch.randn(70, p.row).to(cuda_device)
     check(assert_close, p, x, [70], 1e-5, starts=[2])
 
@@ -105,7 +59,7 @@ def test_a_long_sequence_of_a_shape_without_chunks(cuda_device, assert_close):
 @pytest.mark.parametrize("taps", [2, 3, 4, 7, 12])
 @pytest.mark.parametrize("length", [1, 10])
 def test_any_number_of_taps(cuda_device, taps, length, assert_close):
-    p = parameters(cuda_device, (1, 3, 16, 32), taps=taps)
+    p = parameters((1, 3, 16, 32), device=cuda_device, taps=taps)
     x = torch.randn(length, p.row).to(cuda_device)
     for start in (0, 3):
         check(assert_close, p, x, [length], 2e-5, starts=[start])
@@ -113,14 +67,14 @@ def test_any_number_of_taps(cuda_device, taps, length, assert_close):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_number_of_tokens_below_a_chunk(cuda_device, dtype, assert_close):
-    p = parameters(cuda_device, (2, 4, 128, 128), tiled=True)
+    p = parameters((2, 4, 128, 128), device=cuda_device, tiled=True)
     lengths = [1, 15, 4, 8, 5, 12]
     x = torch.randn(sum(lengths), p.row).to(dtype).to(cuda_device)
     check(assert_close, p, x, lengths, 1e-5, starts=[3, 0, 1, 9, 0, 2])
 
 
 def test_a_step_that_does_not_wait_for_settled_states_is_bit_for_bit_one_that_does(cuda_device):
-    p = parameters(cuda_device, (2, 6, 128, 128))
+    p = parameters((2, 6, 128, 128), device=cuda_device)
     waiting = random_states(p, 3)
     settled = [state.clone() for state in waiting]
     where = places(cuda_device, [1, 2, 1], [4, 7, 0], slots=[2, 0, 1])
@@ -134,7 +88,7 @@ def test_a_step_that_does_not_wait_for_settled_states_is_bit_for_bit_one_that_do
 
 
 def test_tokens_at_once_are_bit_for_bit_tokens_one_by_one_alone_and_in_company(cuda_device):
-    p = parameters(cuda_device, (1, 2, 128, 128))
+    p = parameters((1, 2, 128, 128), device=cuda_device)
     x = torch.randn(8, p.row).to(cuda_device)
     others = torch.randn(3, p.row).to(cuda_device)
     begin = random_states(p, 3)
@@ -148,7 +102,7 @@ def test_tokens_at_once_are_bit_for_bit_tokens_one_by_one_alone_and_in_company(c
 
 
 def test_slots_are_those_asked_for_and_no_others_change(cuda_device):
-    p = parameters(cuda_device, (1, 2, 64, 32))
+    p = parameters((1, 2, 64, 32), device=cuda_device)
     x = torch.randn(41, p.row).to(cuda_device)
     states = random_states(p, 5)
     before = [state.clone() for state in states]
@@ -161,7 +115,7 @@ def test_slots_are_those_asked_for_and_no_others_change(cuda_device):
 
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_a_sequence_that_begins_forgets_what_its_slot_held(cuda_device, length):
-    p = parameters(cuda_device, (1, 2, 64, 32))
+    p = parameters((1, 2, 64, 32), device=cuda_device)
     x = torch.randn(length, p.row).to(cuda_device)
     used, fresh = random_states(p, 1), buffers(p, 1)
     assert torch.equal(run(p, x, [length], fresh), run(p, x, [length], used))
@@ -171,7 +125,7 @@ def test_a_sequence_that_begins_forgets_what_its_slot_held(cuda_device, length):
 
 def test_rows_that_share_a_slot_and_a_sequence_without_tokens_leave_others_alone(cuda_device):
     """What fills up a captured batch: fresh sequences that all have slot 0."""
-    p = parameters(cuda_device, (2, 4, 32, 32))
+    p = parameters((2, 4, 32, 32), device=cuda_device)
     x = torch.randn(4, p.row).to(cuda_device)
     states, alone = random_states(p, 3), random_states(p, 3)
     for state, other in zip(states, alone, strict=True):
@@ -193,7 +147,7 @@ CHUNK_LENGTHS = (1, 16, 17, 63, 3, 64, 65, 128, 130)
 def ragged_batch(heads, tiled, dtype):
     """Parameters, input, states before, and what the reference makes of sequences of CHUNK_LENGTHS."""
     torch.manual_seed(0)
-    p = parameters("cpu", heads, tiled=tiled)
+    p = parameters(heads, tiled=tiled)
     x = torch.randn(sum(CHUNK_LENGTHS), p.row).to(dtype)
     starts = [0, 3, 0, 2, 0, 0, 5, 0, 1]
     states = random_states(p, len(CHUNK_LENGTHS))
@@ -228,7 +182,7 @@ def on_device(p, device):
 
 @pytest.mark.parametrize("pieces", [[64, 1, 64], [3, 64, 10, 1, 1, 100], [16, 15, 17], [65, 65]])
 def test_pieces_equal_the_whole(cuda_device, pieces, assert_close):
-    p = parameters(cuda_device, (1, 2, 64, 32))
+    p = parameters((1, 2, 64, 32), device=cuda_device)
     x = torch.randn(sum(pieces), p.row).to(cuda_device)
     expected, expected_states = reference(p, x, [sum(pieces)], buffers(p, 1))
     states, outs, start = buffers(p, 1), [], 0
@@ -243,7 +197,7 @@ def test_pieces_equal_the_whole(cuda_device, pieces, assert_close):
 def test_hard_gates_stay_finite_and_exact(cuda_device, length, assert_close):
     """Decays of e^-300 a token, gates far beyond float32's softplus, betas of 0 and 1."""
     decay = torch.tensor([-16.0, -1e-8, -16.0, -1.0, 0.0, -4.0], device=cuda_device)
-    p = replace(parameters(cuda_device, (3, 6, 64, 32)), decay=decay)
+    p = replace(parameters((3, 6, 64, 32), device=cuda_device), decay=decay)
     x = torch.randn(length, p.row)
     x[:, -12:-6] = torch.tensor([60.0, -60.0, 0.0, 30.0, 30.0, 1.0])  # b
     x[:, -6:] = torch.tensor([100.0, -100.0, 20.0, 25.0, 0.0, -30.0])  # a
@@ -253,7 +207,7 @@ def test_hard_gates_stay_finite_and_exact(cuda_device, length, assert_close):
 def test_a_state_is_forgotten_at_once_and_remembered_after(cuda_device, assert_close):
     """A token whose decay is e^-1600 amid some that hardly decay: sums of log decays keep the digits."""
     decay = torch.tensor([-16.0, -16.0], device=cuda_device)
-    p = replace(parameters(cuda_device, (1, 2, 64, 32)), decay=decay, dt_bias=torch.zeros_like(decay))
+    p = replace(parameters((1, 2, 64, 32), device=cuda_device), decay=decay, dt_bias=torch.zeros_like(decay))
     x = torch.randn(130, p.row)
     x[:, -2:] = -9.0
     x[70, -2:] = 100.0
@@ -264,7 +218,7 @@ def test_a_state_is_forgotten_at_once_and_remembered_after(cuda_device, assert_c
 def test_keys_that_hardly_differ_with_beta_near_one(cuda_device, spread, assert_close):
     """The system that a chunk solves is then as badly conditioned as it gets."""
     decay = torch.tensor([-1e-4, -1e-4], device=cuda_device)
-    p = replace(parameters(cuda_device, (1, 2, 64, 32)), decay=decay)
+    p = replace(parameters((1, 2, 64, 32), device=cuda_device), decay=decay)
     x = torch.randn(1, p.row).repeat(192, 1) + spread * torch.randn(192, p.row)
     x[:, -4:-2] = 8.0
     expected, expected_states = reference(p, x, [192], buffers(p, 1))
@@ -274,7 +228,7 @@ def test_keys_that_hardly_differ_with_beta_near_one(cuda_device, spread, assert_
 
 
 def test_values_beyond_the_range_of_float16_are_no_matter(cuda_device, assert_close):
-    p = parameters(cuda_device, (1, 2, 128, 32))
+    p = parameters((1, 2, 128, 32), device=cuda_device)
     x = torch.randn(80, p.row)
     x[:, 2 * p.key_dim : 2 * p.key_dim + p.value_dim] *= 1e6
     check(assert_close, p, x.to(cuda_device), [80], CHUNKED)
@@ -283,7 +237,7 @@ def test_values_beyond_the_range_of_float16_are_no_matter(cuda_device, assert_cl
 def test_thousands_of_tokens_do_not_drift(cuda_device, assert_close):
     length = 384 if EMULATED else 4096
     decay = torch.tensor([-1e-3, -0.1], device=cuda_device)
-    p = replace(parameters(cuda_device, (1, 2, 64, 32)), decay=decay)
+    p = replace(parameters((1, 2, 64, 32), device=cuda_device), decay=decay)
     x = torch.randn(length, p.row).to(cuda_device)
     states = buffers(p, 1)
     expected, (_, expected_state) = reference(p, x, [length], states)
@@ -301,7 +255,7 @@ def test_thousands_of_tokens_do_not_drift(cuda_device, assert_close):
 )
 def test_codes_are_those_of_the_values(cuda_device, length, heads):
     """Also of an odd number of blocks of 32 columns, and of heads that share a block."""
-    p = parameters(cuda_device, heads)
+    p = parameters(heads, device=cuda_device)
     x = torch.randn(length, p.row).to(cuda_device)
     values = run(p, x, [length], buffers(p, 1))
     codes = gated_delta_net(x, p, *buffers(p, 1), *places(cuda_device, [length]))
@@ -310,7 +264,7 @@ def test_codes_are_those_of_the_values(cuda_device, length, heads):
 
 
 def test_many_rows_are_bfloat16(cuda_device):
-    p = parameters(cuda_device, (1, 2, 64, 32))
+    p = parameters((1, 2, 64, 32), device=cuda_device)
     x = torch.randn(65, p.row).to(cuda_device).bfloat16()
     values = run(p, x, [65], buffers(p, 1))
     rows = gated_delta_net(x, p, *buffers(p, 1), *places(cuda_device, [65]))
@@ -320,7 +274,7 @@ def test_many_rows_are_bfloat16(cuda_device):
 
 def test_what_is_wrong_is_seen(cuda_device, assert_close):
     """A swapped head order, a state in bfloat16 and a border of zeros each fail these tests' tolerance."""
-    p = parameters(cuda_device, (2, 4, 64, 32))
+    p = parameters((2, 4, 64, 32), device=cuda_device)
     x = torch.randn(130, p.row).to(cuda_device)
     expected, _ = reference(p, x, [130], buffers(p, 1))
     swapped = run(replace(p, tiled=True), x, [130], buffers(p, 1)).cpu()
@@ -343,7 +297,7 @@ def test_what_is_wrong_is_seen(cuda_device, assert_close):
 @pytest.mark.skipif(EMULATED, reason="the host has no graphs")
 @pytest.mark.parametrize("lengths", [[1, 1], [8], [20]])
 def test_a_captured_step_equals_an_eager_one(cuda_device, lengths):
-    p = parameters(cuda_device, (1, 2, 128, 128))
+    p = parameters((1, 2, 128, 128), device=cuda_device)
     x = torch.randn(sum(lengths), p.row).to(cuda_device)
     where = places(cuda_device, lengths, [4] * len(lengths))
     states = random_states(p, len(lengths))
@@ -367,7 +321,7 @@ def test_a_captured_step_equals_an_eager_one(cuda_device, lengths):
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(cuda_device, change, message):
-    p = parameters(cuda_device, (1, 2, 64, 32))
+    p = parameters((1, 2, 64, 32), device=cuda_device)
     x = torch.randn(3, p.row).to(cuda_device).to(change.get("x", torch.float32))
     states = buffers(p, 1)
     states[1] = states[1].to(change.get("states", torch.float32))

@@ -5,8 +5,7 @@ import torch
 
 from helexa import ops
 from helexa.ops.moe import moe_mlp, moe_mlp_reference, moe_route, moe_route_reference
-
-from .test_pack import random_raw
+from support.random_weights import random_raw
 
 
 def stack(format, num_experts, rows, cols, seed):

@@ -9,8 +9,7 @@ from torch import Tensor
 from helexa import ops
 from helexa.ops import moe
 from helexa.ops.moe import moe_route, moe_route_reference, sparse_moe, sparse_moe_reference
-
-from .test_pack import random_raw
+from support.random_weights import random_raw
 
 pytestmark = pytest.mark.cuda
 

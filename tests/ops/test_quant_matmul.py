@@ -5,31 +5,12 @@ import torch
 from helexa import _C, ops
 from helexa.ops.quant_matmul import quantize_input_reference
 from helexa.quant import FORMATS
-
-from .test_pack import random_raw
-
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest):
-    """Each instruction set that this machine has."""
-    _C.limit_isa(ISAS[request.param])
-    if _C.cpu_isa() != request.param:
-        _C.limit_isa(3)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.limit_isa(3)
+from support.products import LARGEST_CODES, error
+from support.random_weights import random_raw
 
 
 def make(format: str, rows: int, cols: int, seed: int = 0) -> ops.PackedWeight:
     return ops.pack_weight(format, random_raw(format, rows, cols, seed), rows, cols)
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the root mean square of the truth."""
-    assert not actual.isnan().any()
-    return float((actual - expected).abs().max() / expected.square().mean().sqrt())
 
 
 def run(
@@ -69,15 +50,6 @@ def test_mixed_formats_and_biases_lie_side_by_side(isa: str) -> None:
     for tokens in (1, 4, 30):
         x = torch.randn(tokens, cols)
         assert error(run(x, weights, biases), ops.quant_matmul_reference(x, weights, biases)) < 2e-5
-
-
-# The bytes of a block's codes, and the byte whose codes are furthest from zero.
-LARGEST_CODES = {
-    "q4_0": (slice(2, None), 0x00), "q4_1": (slice(4, None), 0xFF), "q5_1": (slice(4, None), 0xFF),
-    "q8_0": (slice(2, None), 0x7F), "q2_k": (slice(16, 80), 0xFF), "q3_k": (slice(0, 96), 0x00),
-    "q4_k": (slice(16, None), 0xFF), "q5_k": (slice(16, None), 0xFF), "q6_k": (slice(0, 192), 0x00),
-    "iq4_nl": (slice(2, None), 0x00), "iq4_xs": (slice(8, None), 0x00),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("top", [False, True])

@@ -10,21 +10,12 @@ from helexa import ops
 from helexa.ops import PackedWeight, Rows
 from helexa.ops.quant_matmul import quantize_input_reference
 from helexa.quant import FORMATS
-
-from .test_pack import random_raw
-from .test_quant_matmul import LARGEST_CODES, error
+from support.products import LARGEST_CODES, error
+from support.random_weights import random_raw
 
 pytestmark = pytest.mark.cuda
 
 BLOCKS_OF_32 = [name for name in FORMATS if FORMATS[name].block_size == 32]
-
-
-@pytest.fixture
-def make(cuda_device: str) -> Callable[..., PackedWeight]:
-    def weight(format: str, rows: int, cols: int, seed: int = 0) -> PackedWeight:
-        return ops.pack_weight(format, random_raw(format, rows, cols, seed), rows, cols, cuda_device)
-
-    return weight
 
 
 @pytest.fixture

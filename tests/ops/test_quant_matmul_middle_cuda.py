@@ -11,9 +11,7 @@ from helexa import _C, ops
 from helexa.ops import PackedWeight
 from helexa.ops.dequantize import unpacked_matmul_reference
 from helexa.quant import FORMATS
-
-from .test_pack import random_raw
-from .test_quant_matmul import error
+from support.products import error
 
 pytestmark = pytest.mark.cuda
 
@@ -21,14 +19,6 @@ module = importlib.import_module("helexa.ops.quant_matmul")  # ops.quant_matmul 
 
 FEWEST = ops.MAX_MATVEC_ROWS + 1
 FLOATS = ("f32", "f16", "bf16")
-
-
-@pytest.fixture
-def make(cuda_device: str) -> Callable[..., PackedWeight]:
-    def weight(format: str, rows: int, cols: int, seed: int = 0) -> PackedWeight:
-        return ops.pack_weight(format, random_raw(format, rows, cols, seed), rows, cols, cuda_device)
-
-    return weight
 
 
 @pytest.fixture
