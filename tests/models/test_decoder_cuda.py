@@ -1,6 +1,6 @@
 """Golden parity with transformers through the CUDA kernels.
 
-Up to 64 rows, these round the input of a matmul to int8 (blocks of 32 values with one scale), as the CPU does
+Up to 16 rows, these round the input of a matmul to int8 (blocks of 32 values with one scale), as the CPU does
 for quantized weights; beyond, they multiply in bfloat16. The weights of the golden models are float32, so the
 error is that of this rounding, over a few layers: a hundredth of the root mean square. Where a token hangs
 between two experts, rounding may send it to the other one, so the bound holds for most rows of these models.
