@@ -39,11 +39,12 @@ struct MoeWeights {
 };
 
 // out = what moe_route_cpu and moe_mlp_cpu make of x, the shared expert included, for up to 64 rows.
-// x [num_tokens, cols], and the same rows as q8 (ops/activation.cuh).  The workspace is a multiple of 256 and has
-// moe_few_workspace_bytes.
+// x [num_tokens, cols], and the same rows as q8 (ops/activation.cuh); squares: null, or what ends their norm, with eps inside the root
+// (quant_matmul_cuda).  The workspace is a multiple of 256 and has moe_few_workspace_bytes.
 int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, int64_t top_k);
-void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
-                  uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream);
+void moe_few_cuda(const float* x, const uint8_t* q8, const float* squares, float eps, MoeWeights weights,
+                  bool normalize, float* out, uint8_t* workspace, int64_t num_tokens, int64_t top_k,
+                  void* stream);
 
 // The same for many rows, from bfloat16 x [num_tokens, cols] and the logits that the routers make of it: [num_tokens, num_experts] and,
 // of the shared expert's gate, [num_tokens] or null.  shared: what the shared expert makes of x, [num_tokens, cols], or null.

@@ -39,7 +39,7 @@ struct Plan {
   }
 };
 
-// Floats of a token's logits: of the experts, of the shared one's gate, and a bit.
+// Floats of a token's logits: of the experts, of the shared one's gate, and the factor that ends the norm of the token's row.
 __host__ __device__ constexpr int logits_stride(int num_experts) { return num_experts + 2; }
 
 // Cuts a workspace into arrays.

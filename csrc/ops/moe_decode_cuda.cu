@@ -41,6 +41,8 @@ struct Call {
   __device__ const float* logits_of(int token) const {
     return logits + static_cast<int64_t>(token) * logits_stride(num_experts);
   }
+  // What ends the norm of the token's row is left to its products.
+  __device__ float factor(int token) const { return fresh(logits_of(token) + num_experts + 1); }
   __device__ int num_slots() const { return top_k + (has_shared ? 1 : 0); }
   __device__ Choice choice(int token) const {
     return choose(logits_of(token), num_experts, top_k, normalize);
@@ -64,6 +66,7 @@ struct LocalRoutes {
   int experts[kPairs], firsts[kPairs], counts[kPairs];  // of the groups
   int tokens[kPairs], slots[kPairs];                    // of the positions; a slot counts those of all tokens
   float shares[kPairs + kTokens<kIsOne>];               // of the slots
+  float factors[kTokens<kIsOne>];                       // of the tokens
   int num_groups;
   int4 keys[kIsOne ? 1 : kPairs / 4];  // expert * 256 + pair
   int sorted[kIsOne ? 1 : kPairs];
@@ -93,8 +96,10 @@ struct LocalRoutes {
           key_of[pair] = choice.expert << 8 | pair;
           shares[token * num_slots + lane] = choice.weight;
         }
-        if (lane == 0 && call.has_shared) {
-          shares[token * num_slots + call.top_k] = call.shared_share(first_token + token);
+        if (lane == 0) {
+          factors[token] = call.factor(first_token + token);
+          if (call.has_shared)
+            shares[token * num_slots + call.top_k] = call.shared_share(first_token + token);
         }
       }
       if (thread < 4 && num_pairs + thread < kPairs) key_of[num_pairs + thread] = 0x7fffffff;
@@ -184,10 +189,10 @@ struct GateUpTile {
 template <int kRows>  // tokens
 using GateUpParts = float[kGateUpTiles][kGateUpSplits][kRows][kTileRows];
 
-// hidden = silu(gate) * up of the token whose sums are `token`, quantized.  By one warp, a lane to a column.
+// hidden = silu(gate) * up of the token whose sums are `token`, times `factor`, quantized.  By one warp, a lane to a column.
 template <int kRows>
-__device__ void finish_hidden(const GateUpParts<kRows>& parts, int token, const Rows& hidden, int64_t row,
-                              int block) {
+__device__ void finish_hidden(const GateUpParts<kRows>& parts, int token, float factor, const Rows& hidden,
+                              int64_t row, int block) {
   const int lane = threadIdx.x % 32;
   float both[2] = {};
 #pragma unroll
@@ -196,7 +201,7 @@ __device__ void finish_hidden(const GateUpParts<kRows>& parts, int token, const 
     for (int s = 0; s < kGateUpSplits; ++s) both[m] += parts[lane / 16 * 2 + m][s][token][lane % 16];
   }
   const int column = block * 32 + lane;
-  const float value = column < hidden.cols ? silu(both[0]) * both[1] : 0.0f;
+  const float value = column < hidden.cols ? silu(both[0] * factor) * (both[1] * factor) : 0.0f;
   quantize_lanes(value, hidden.q8 + row * hidden.row_bytes, hidden.cols, block);
   if (hidden.x != nullptr && column < hidden.cols) hidden.x[row * hidden.cols + column] = value;
 }
@@ -224,6 +229,7 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<true>)
   ptx::allow_consumers();
 
   Multiplier<F, true> multiplier(matrix, tokens, mine.split, kGateUpSplits);
+  const float factor = call.factor(0);
   int expert = 0;
   if (!is_shared) {
     if (warp == 0) {
@@ -242,7 +248,7 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<true>)
   multiplier.run(matrix.format, weights, stream, walk,
                  [&](int token, int row, float sum) { parts[mine.tile][mine.split][token][row] = sum; });
   __syncthreads();
-  if (warp == 0) finish_hidden<1>(parts, 0, layer.hidden[is_shared], is_shared ? 0 : index, block);
+  if (warp == 0) finish_hidden<1>(parts, 0, factor, layer.hidden[is_shared], is_shared ? 0 : index, block);
 }
 
 // The tiles of one warp in the units of its block: every gridDim.x-th pair of an item and 32 columns, the shared expert's first.
@@ -316,7 +322,8 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, kGateUpBlocks<false>)
     __syncthreads();
     if (warp < item.count) {
       const int64_t first = is_shared ? first_token : first_token * call.top_k + item.first;
-      finish_hidden<kBatch>(sums, warp, layer.hidden[is_shared], first + warp, block);
+      const float factor = routes.factors[is_shared ? warp : routes.tokens[item.first + warp]];
+      finish_hidden<kBatch>(sums, warp, factor, layer.hidden[is_shared], first + warp, block);
     }
   }
 }
@@ -582,13 +589,14 @@ int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, i
   return moe::Buffers(nullptr, weights, num_tokens, top_k).bytes;
 }
 
-void moe_few_cuda(const float* x, const uint8_t* q8, MoeWeights weights, bool normalize, float* out,
-                  uint8_t* workspace, int64_t num_tokens, int64_t top_k, void* stream) {
+void moe_few_cuda(const float* x, const uint8_t* q8, const float* squares, float eps, MoeWeights weights,
+                  bool normalize, float* out, uint8_t* workspace, int64_t num_tokens, int64_t top_k,
+                  void* stream) {
   using namespace moe;
   if (num_tokens == 0) return;
   const Buffers buffers(workspace, weights, num_tokens, top_k);
   const WeightView* shared_router = weights.shared_router.empty() ? nullptr : weights.shared_router.data();
-  route_few(x, weights.router, shared_router, buffers.logits, num_tokens, stream);
+  route_few(x, squares, eps, weights.router, shared_router, buffers.logits, num_tokens, stream);
 
   const int64_t num_experts = weights.router.rows, cols = weights.router.cols, width = weights.down.cols;
   const bool has_shared = !weights.shared_down.empty();

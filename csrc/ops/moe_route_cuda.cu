@@ -3,6 +3,9 @@
 // their consumers choose by themselves; for many rows which tokens each expert gets as well.
 #include "ops/moe_route_cuda.cuh"
 
+#include <algorithm>
+
+#include "ops/activation.cuh"
 #include "ops/moe_choose.cuh"
 
 namespace helexa::moe {
@@ -110,7 +113,9 @@ __device__ void load_runs(const FloatRow& row, int first, int cols, float4 (&run
 // of tokens.
 template <int kTokens, int kRows>  // of a batch, of a block
 __global__ void __launch_bounds__(kRouterWarps * 32)
-    router_kernel(const float* x,   // [num_tokens, cols]
+    router_kernel(const float* x,        // [num_tokens, cols]
+                  const float* squares,  // [num_tokens, activation_squares(cols)], or null
+                  float eps,
                   FloatRow router,  // [num_experts, cols]
                   FloatRow shared,  // [cols], or null
                   float* logits,    // [num_tokens, logits_stride(num_experts)]
@@ -118,6 +123,8 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
   constexpr int kSums = kTokens * kRows;
   static_assert(kSums <= 32, "one warp adds up what the warps have");
   __shared__ float parts[kRouterWarps][kSums];
+  __shared__ float factors[kTokens];
+  float* own_squares = dynamic_shared<float>();  // of the token that the warp ends the norm of
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_rows = num_experts + (shared.data == nullptr ? 0 : 1);
   const int first = blockIdx.y * kBatch, count = min(kTokens, num_tokens - first);
@@ -132,6 +139,14 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
   load_weights(0);  // they do not change: no need to wait for the producer
   ptx::wait_for_producers();
   ptx::allow_consumers();
+  const int num_squares = static_cast<int>(activation_squares(cols));
+  own_squares += warp * num_squares;
+  if (squares != nullptr && warp < count) {
+    for (int i = 4 * lane; i < num_squares; i += 128) {
+      ptx::copy_async(own_squares + i, squares + static_cast<int64_t>(first + warp) * num_squares + i);
+    }
+  }
+  ptx::commit_copies();
   float sums[kTokens][kRows] = {};
   for (int col = 0; col < cols; col += 128 * kRouterWarps * kRuns) {
     if (col > 0) load_weights(col);
@@ -162,15 +177,21 @@ __global__ void __launch_bounds__(kRouterWarps * 32)
     const float sum = warp_sum(sums[i / kRows][i % kRows]);
     if (lane == 0) parts[warp][i] = sum;
   }
+  ptx::wait_for_copies<0>();
+  __syncwarp();
+  if (warp < count) {
+    const float factor = squares == nullptr ? 1.0f : norm_factor(own_squares, cols, eps);
+    if (lane == 0) factors[warp] = factor;
+  }
   __syncthreads();
   if (threadIdx.x < kSums) {
     const int token = threadIdx.x / kRows, row = blockIdx.x * kRows + threadIdx.x % kRows;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kRouterWarps; ++w) sum += parts[w][threadIdx.x];
-    if (token < count && row < num_rows) {
-      logits[static_cast<int64_t>(first + token) * logits_stride(num_experts) + row] = sum;
-    }
+    float* own = logits + static_cast<int64_t>(first + token) * logits_stride(num_experts);
+    if (token < count && row < num_rows) own[row] = sum * factors[token];
+    if (token < count && row == 0) own[num_experts + 1] = factors[token];
   }
 }
 
@@ -197,8 +218,8 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 }  // namespace
 
-void route_few(const float* x, const WeightView& router, const WeightView* shared_gate, float* logits,
-               int64_t num_tokens, void* stream) {
+void route_few(const float* x, const float* squares, float eps, const WeightView& router,
+               const WeightView* shared_gate, float* logits, int64_t num_tokens, void* stream) {
   const int num_experts = static_cast<int>(router.rows), cols = static_cast<int>(router.cols);
   // The numbers of the float formats are those of their types.
   auto row = [](const WeightView* w) -> FloatRow {
@@ -208,9 +229,12 @@ void route_few(const float* x, const WeightView& router, const WeightView* share
   const int rows = num_experts + (shared_gate == nullptr ? 0 : 1);
   const bool is_one = num_tokens == 1;
   const dim3 grid(is_one ? rows : (rows + 1) / 2, static_cast<unsigned>((num_tokens + kBatch - 1) / kBatch));
+  const size_t shared_bytes =
+      squares == nullptr ? 0
+                         : std::min<int64_t>(num_tokens, kBatch) * activation_squares(cols) * sizeof(float);
   launch_kernel(is_one ? router_kernel<1, 1> : router_kernel<kBatch, 2>,
-                {grid, dim3(kRouterWarps * 32), stream, 0, true}, x, row(&router), row(shared_gate), logits,
-                num_tokens, cols, num_experts);
+                {grid, dim3(kRouterWarps * 32), stream, shared_bytes, true}, x, squares, eps, row(&router),
+                row(shared_gate), logits, num_tokens, cols, num_experts);
 }
 
 void route_many(const float* logits, const float* shared_logits, const Routes& routes, int64_t num_tokens,

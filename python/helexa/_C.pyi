@@ -372,6 +372,8 @@ def moe_few_workspace_bytes(weights: MoeWeights, num_tokens: int, top_k: int) ->
 def moe_few_cuda(
     x: int,
     q8: int,
+    squares: int,
+    eps: float,
     weights: MoeWeights,
     normalize: bool,
     out: int,

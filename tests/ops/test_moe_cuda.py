@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from helexa import ops
 from helexa.ops import moe
@@ -137,6 +138,25 @@ def test_mixed_formats_and_a_shared_expert_of_another_width(cuda_device, tokens,
     layer = make_layer(cuda_device, formats, 7, 256, 96, 3, fused=fused, shared=512, normalize=not fused)
     x = activation(torch.randn(tokens, 256).to(cuda_device))
     assert_close("out", expected(layer, x), run(layer, x), 2e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+@pytest.mark.parametrize("formats", [("q8_0", "q5_0", "q8_0", "q4_0", "q8_0"), ("f32",) * 5])
+def test_the_norm_of_rows_is_ended(cuda_device, tokens, formats, assert_close):
+    """As after a product that adds the residual: what came before the division by the root mean square."""
+    layer = make_layer(cuda_device, formats, 9, 416, 96, 3, shared=64)
+    values = torch.randn(tokens, 416).to(cuda_device) * torch.linspace(0.1, 20, tokens)[:, None].to(
+        cuda_device
+    )
+    weights, eps = torch.linspace(0.5, 2, 416).to(cuda_device), 0.3
+    x = ops.quantize_rows(values * weights)
+    squares = functional.pad(values.square(), (0, -416 % 128)).unflatten(1, (-1, 32)).sum(2)
+    x.squares, x.eps = squares, eps
+    ended = ops.Activation(416, x=ops.as_float(x))
+    out = sparse_moe(x, **layer.arguments())
+    assert_close("out", expected(layer, ended), out, 2e-3)
+    for t in range(tokens):
+        assert torch.equal(sparse_moe(x[t : t + 1], **layer.arguments()), out[t : t + 1])
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

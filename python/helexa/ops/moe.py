@@ -269,7 +269,6 @@ def _on_cuda(x: Activation, layer: _Layer, out: Tensor | None) -> Tensor:
     rows = x.x
     if rows is None:
         raise ValueError("sparse_moe: the router needs the rows as floats")
-    check(x.squares is None, "sparse_moe: the norm of its rows is not finished")
     check_tensor("sparse_moe", "x", rows, (num_tokens, cols), torch.float32)
     layer.check(cols)
     dtype = torch.float32 if num_tokens <= MAX_MATVEC_ROWS else torch.bfloat16
@@ -289,8 +288,8 @@ def _few_rows(x: Activation, rows: Tensor, layer: _Layer, out: Tensor) -> None:
     assert q8 is not None
     weights, num_tokens, top_k = layer.views(), rows.shape[0], layer.top_k
     workspace = _workspace(_C.moe_few_workspace_bytes(weights, num_tokens, top_k), rows.device)
-    arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), weights, layer.normalize, out.data_ptr()]
-    arguments += (workspace.data_ptr(), num_tokens, top_k, stream(rows))
+    arguments: list[Any] = [rows.data_ptr(), q8.data_ptr(), address(x.squares), x.eps, weights]
+    arguments += (layer.normalize, out.data_ptr(), workspace.data_ptr(), num_tokens, top_k, stream(rows))
     _C.moe_few_cuda(*arguments)
 
 
