@@ -153,6 +153,6 @@ async def test_everything_is_saved_while_there_is_nothing_else_to_do(load):
     prompt = text(700, 0)
     await ask(engine, prompt)
     # Nothing is left to do when it is closed, which happens after the other one has been asked.
-    while engine._worker.call(lambda: list(engine._core.archive._unsaved())).result():
+    while engine._host.worker.call(lambda: list(engine._host.core.archive._unsaved())).result():
         await asyncio.sleep(0.001)
     assert (await ask(load("qwen35_tied", store), prompt))[2] == 699

@@ -133,7 +133,7 @@ async def test_a_request_without_memory_fails_alone(load, monkeypatch):
     engine = load(DENSE)
     prompt = tokens_of(DENSE)[:30]
     wanted, _ = await answer(engine, prompt)
-    runner = engine._core.runner
+    runner = engine._host.core.runner
     model, calls = runner._model, []
 
     def failing(step):
@@ -156,7 +156,7 @@ async def test_a_fault_of_the_device_reaches_everyone(load, monkeypatch):
     def failing(step):
         raise RuntimeError("an illegal memory access was encountered")
 
-    runner = engine._core.runner
+    runner = engine._host.core.runner
     for owner in (runner, runner._prompts):
         monkeypatch.setattr(owner, "_model", failing)
     with pytest.raises(DevicePoisoned, match="illegal memory access"):

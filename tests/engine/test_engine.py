@@ -339,7 +339,7 @@ async def test_closing_ends_streams_with_an_error_and_refuses_new_ones(engine_of
     task = asyncio.create_task(collect(engine, [1, 2], SamplingParams(temperature=0.0)))
     await wait_until(lambda: engine.stats().in_flight == 1)
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    await wait_until(lambda: engine._is_closing)
+    await wait_until(lambda: engine._host.is_closing)
     gate.passes.release(100)
     await closing
     with pytest.raises(ShuttingDown):

@@ -70,7 +70,7 @@ def test_a_kernel_that_fails_ends_all_requests_and_loses_the_device(model):
             before = await text(max_tokens=5)
             running = asyncio.create_task(error_of(text(max_tokens=400)))
             await asyncio.sleep(0.05)
-            engine._worker.post(lambda: fault.trap("cuda:0"))
+            engine._host.worker.post(lambda: fault.trap("cuda:0"))
             name, seconds = await running
             later, _ = await error_of(text(max_tokens=5))
             poisoned = engine.stats().poisoned is not None
@@ -88,7 +88,7 @@ def test_a_kernel_that_spins_is_reported_within_the_limit(model):
         model,
         """
         async def main():
-            engine._worker.post(lambda: fault.spin("cuda:0", 20.0))
+            engine._host.worker.post(lambda: fault.spin("cuda:0", 20.0))
             name, seconds = await error_of(text(max_tokens=5))
             print(name, 1.5 < seconds < 8, "not ended" in engine.stats().poisoned, is_lost("cuda:0", 1.0))
         asyncio.run(main())
@@ -103,7 +103,7 @@ def test_too_little_memory_for_a_request_fails_only_that(model):
     out = run(
         model,
         """
-        start = type(engine._core.runner).start
+        start = type(engine._host.core.runner).start
         failures = [1]
         def fail_once(self, plan):
             if plan.is_prefill and failures:
@@ -112,7 +112,7 @@ def test_too_little_memory_for_a_request_fails_only_that(model):
                 with request_errors():
                     torch.empty(1 << 50, dtype=torch.uint8, device="cuda:0")
             return start(self, plan)
-        type(engine._core.runner).start = fail_once
+        type(engine._host.core.runner).start = fail_once
         async def main():
             name, _ = await error_of(text(max_tokens=5))
             tokens = await text(max_tokens=5)

@@ -120,7 +120,7 @@ async def test_two_alternating_conversations_both_find_their_own(agent):
 
 
 async def test_a_long_prompt_can_be_left_anywhere_at_regular_places(agent):
-    agent.engine._core.scheduler.holdings.snapshot_interval = 256
+    agent.engine._host.core.scheduler.holdings.snapshot_interval = 256
     prompt = text(600, 3)
     await agent.ask(prompt, ())
     _, reused = await agent.ask([*prompt[:550], *text(30, 4)], ())
@@ -156,9 +156,9 @@ async def test_a_state_of_which_no_number_came_is_not_used_again():
     engine = Engine.load(GOLDEN / "qwen35_tied.gguf", kv_cache_tokens=2048, num_threads=2)
     try:
         await answer(engine, SYSTEM, 3)
-        slots = [snapshot.slot for snapshot in engine._core.prefix.snapshots._kept.values()]
+        slots = [snapshot.slot for snapshot in engine._host.core.prefix.snapshots._kept.values()]
         for slot in slots:
-            engine._core.runner.states.recurrent[0][slot] = float("nan")
+            engine._host.core.runner.states.recurrent[0][slot] = float("nan")
         with pytest.raises(DeviceError, match="not finite"):
             await answer(engine, SYSTEM, 3)
         _, chances, usage = await answer(engine, SYSTEM, 3)
@@ -173,8 +173,8 @@ async def test_a_state_that_is_not_brought_back_would_be_noticed(case, monkeypat
     agent = Agent(case, "cpu", is_cuda=False)
     try:
         await agent.ask(SYSTEM, None)
-        monkeypatch.setattr(agent.engine._core.prefix.snapshots, "_copy", lambda source, target: None)
-        agent.engine._core.runner.states.recurrent[0].zero_()
+        monkeypatch.setattr(agent.engine._host.core.prefix.snapshots, "_copy", lambda source, target: None)
+        agent.engine._host.core.runner.states.recurrent[0].zero_()
         with pytest.raises(AssertionError):
             await agent.ask(SYSTEM, None)
     finally:

@@ -28,7 +28,7 @@ def engine(request, cuda_device):
 
 
 def on_device(engine, work):
-    return engine._worker.call(work).result()
+    return engine._host.worker.call(work).result()
 
 
 def chunk(engine, num_tokens, start, pages=(3, 5), slot=2):
@@ -36,7 +36,7 @@ def chunk(engine, num_tokens, start, pages=(3, 5), slot=2):
     generator = np.random.default_rng(num_tokens)
     sequence = Sequence(generator.integers(engine.config.vocab_size, size=start + num_tokens).tolist(), 1000)
     sequence.pages, sequence.slot = list(pages), slot
-    runner = engine._core.runner
+    runner = engine._host.core.runner
     for first in range(0, start, 256):
         sequence.num_computed = first
         runner._prefill_logits(sequence, min(256, start - first))
@@ -45,7 +45,7 @@ def chunk(engine, num_tokens, start, pages=(3, 5), slot=2):
 
 
 def caches(engine):
-    runner = engine._core.runner
+    runner = engine._host.core.runner
     pages = [layer.clone() for layer in (*runner.cache.k, *runner.cache.v)]
     return pages, [layer.clone() for layer in (*runner.states.conv, *runner.states.recurrent)]
 
@@ -53,7 +53,7 @@ def caches(engine):
 @pytest.mark.parametrize(("num_tokens", "start"), [(FEWEST_TOKENS, 0), (32, OFFSET), (65, OFFSET), (258, 0)])
 def test_a_padded_chunk_gives_what_it_gives_alone(engine, num_tokens, start):
     def both():
-        runner = engine._core.runner
+        runner = engine._host.core.runner
         alone, _ = runner._prefill_logits(chunk(engine, num_tokens, start), num_tokens)
         padded, slots, positions = runner._prompts.logits(chunk(engine, num_tokens, start), num_tokens)
         assert (slots.tolist(), positions.tolist()) == ([2], [start + num_tokens - 1])
@@ -70,7 +70,7 @@ def test_a_padded_chunk_gives_what_it_gives_alone(engine, num_tokens, start):
 @pytest.mark.parametrize("num_tokens", [FEWEST_TOKENS, 32])
 def test_padding_leaves_what_belongs_to_others(engine, num_tokens):
     def run():
-        runner = engine._core.runner
+        runner = engine._host.core.runner
         for layer in (*runner.cache.k, *runner.cache.v, *runner.states.conv, *runner.states.recurrent):
             layer.normal_()
         sequence = chunk(engine, num_tokens, OFFSET)
@@ -103,7 +103,7 @@ async def test_a_prompt_gives_the_same_when_it_comes_again(engine):
         found.append([token for delta in deltas for token in delta.logprobs])
     assert found[0] == found[1] == found[2]
     if not EMULATED:
-        steps = engine._core.runner._prompts
+        steps = engine._host.core.runner._prompts
         await asyncio.to_thread(on_device, engine, lambda: None)
         assert list(steps._graphs) == [64]
 

@@ -79,13 +79,13 @@ async def test_memory_of_a_device_that_hangs_is_not_waited_for(hung, monkeypatch
         async for _ in engine.generate([1, 2, 3], SamplingParams(max_tokens=4)):
             pass
     released = []
-    monkeypatch.setattr("helexa.engine.engine.CLOSE_S", 0.1)
-    monkeypatch.setattr("helexa.engine.engine.release", lambda: released.append(end.is_set()))
+    monkeypatch.setattr("helexa.engine.host.CLOSE_S", 0.1)
+    monkeypatch.setattr("helexa.engine.host.release", lambda: released.append(end.is_set()))
     monkeypatch.setattr(Device, "has_streams", True)
     await asyncio.to_thread(engine.close)
     assert released == []
     end.set()
-    monkeypatch.setattr("helexa.engine.engine.CLOSE_S", 10.0)
+    monkeypatch.setattr("helexa.engine.host.CLOSE_S", 10.0)
     await asyncio.to_thread(engine.close)
     assert released == [True]
 

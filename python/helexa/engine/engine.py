@@ -5,31 +5,25 @@ device, except `logits`, which returns a result, and `close`; `generate` runs on
 """
 
 import asyncio
-import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from helexa import ops
-from helexa.engine.build import build_core
 from helexa.engine.chat_template import ChatTemplate
 from helexa.engine.collector import Collector, EmbeddingCollector, LogitsCollector, LogprobsCollector, Pooling
-from helexa.engine.core import EngineCore
-from helexa.engine.device import Device, find_devices
+from helexa.engine.device import find_devices
 from helexa.engine.grammar import GrammarCompiler, GrammarSpec, Matcher
 from helexa.engine.guide import Guide
-from helexa.engine.memory import allocation_errors, release
+from helexa.engine.host import Host
 from helexa.engine.options import EngineOptions, EngineStats
 from helexa.engine.output import OutputFormat
 from helexa.engine.parts import Progress, planned_tensors, pooling_of, read_model, text_parts
@@ -40,12 +34,10 @@ from helexa.engine.sampling_params import SamplingDefaults, SamplingParams
 from helexa.engine.sequence import Finished, GenerationProgress, Receiver, Sequence
 from helexa.engine.snapshots import borders
 from helexa.engine.state_store import StateStore
-from helexa.engine.stream import Answer, Delta, LoopMailbox, Stream, TokenLogprob
+from helexa.engine.stream import Answer, Delta, Stream, TokenLogprob
 from helexa.engine.tokenizer import Tokenizer
-from helexa.engine.watchdog import Watchdog
 from helexa.engine.weight_keeper import WeightKeeper
-from helexa.engine.worker import DeviceWorker
-from helexa.errors import DevicePoisoned, HelexaError, InvalidParameter, ShuttingDown, UnsupportedModel
+from helexa.errors import InvalidParameter, UnsupportedModel
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, config_from_gguf
 from helexa.weights.load import LoadProgress
@@ -54,11 +46,6 @@ from helexa.weights.parking import Parking
 from helexa.weights.quantize import fingerprint
 
 logger = logging.getLogger(__name__)
-
-CLOSE_S = 10.0  # how long closing waits for the step under way
-SAVE_S = 30.0  # and how long it may take to save what the caches hold
-PARK_S = 30.0  # and to park the weights
-SWITCH_S = 0.0005  # seconds after which a thread gives up the interpreter to one that waits for it
 
 
 class Engine:
@@ -94,24 +81,23 @@ class Engine:
         self.chat_template = chat_template
         self.generation_defaults = generation_defaults or SamplingDefaults()
         self.pooling = pooling  # of embeddings, unless a request says; None: one that is not implemented
-        self.max_context = config.max_position_embeddings
         self.model_key = model_key
         self.weight_bytes = 0  # of a model that was loaded from files
-        self.cache_bytes = 0  # reserved for keys and values, committed as they are written
-        self._keeper = keeper or WeightKeeper(None, "")
-        self._phases = phases or Phases()
         self._lock = threading.Lock()
-        self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._grammars: GrammarCompiler | None = None
-        self._is_closing = False
-        self._core: EngineCore | None = None
-        self._worker = DeviceWorker(_worker_name(self.device), self._on_fault)
-        try:
-            self._core = self._worker.call(partial(self._start, build, store, model_key)).result()
-        except BaseException:
-            self._end_worker()
-            raise
-        self._watchdog = Watchdog(self._worker, self._step_started_s, self.options.step_limit_s)
+        self._host = Host(
+            name,
+            build,
+            config,
+            self.options,
+            self.device,
+            store=store,
+            model_key=model_key,
+            keeper=keeper or WeightKeeper(None, ""),
+            phases=phases or Phases(),
+        )
+        self.max_context = self._host.max_context
+        self.cache_bytes = self._host.cache_bytes
 
     @classmethod
     def load(
@@ -201,7 +187,7 @@ class Engine:
         ContextTooLong, InvalidParameter, ShuttingDown or, as soon as the device has failed, DevicePoisoned.
         """
         loop = asyncio.get_running_loop()
-        stream = Stream(self._mailbox(loop), loop)
+        stream = Stream(self._host.mailbox(loop), loop)
         params = params or SamplingParams()
         matcher = None if params.grammar is None else await self._matcher(params.grammar)
         sequence = self._sequence(self._checked(token_ids), params, stream, matcher)
@@ -210,7 +196,7 @@ class Engine:
             places = borders(sequence.token_ids, self._turn_starts) if snapshot_at is None else snapshot_at
             sequence.snapshot_at = places
         answer = Answer(sequence, self.tokenizer, params.stop, params.logprobs is not None)
-        self._submit(sequence, stream)
+        self._host.submit(sequence, stream)
         try:
             while True:
                 events = await stream.take()
@@ -227,7 +213,7 @@ class Engine:
                     raise error
         finally:
             if not sequence.finished:
-                self._cancel(sequence)
+                self._host.cancel(sequence)
 
     async def check_grammar(self, spec: GrammarSpec) -> None:
         """Raises InvalidParameter, with the reason, for a grammar that `generate` would refuse."""
@@ -286,87 +272,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters as they stand; never waits for the device."""
-        core = self._core
-        assert core is not None
-        snapshots = None if core.prefix is None else core.prefix.snapshots
-        return EngineStats(
-            in_flight=len(core.scheduler.running),
-            queued=len(core.scheduler.waiting),
-            kv_tokens_total=core.pool.num_pages * core.pool.page_tokens,
-            kv_tokens_used=core.pool.num_used * core.pool.page_tokens,
-            kv_tokens_cached=core.pool.num_cached * core.pool.page_tokens,
-            prefill_tok_s=core.prefill_rate.tokens_per_s,
-            decode_tok_s=core.decode_rate.tokens_per_s,
-            prefill_tokens=core.prefill_rate.total_tokens,
-            decode_tokens=core.decode_rate.total_tokens,
-            cached_tokens=core.scheduler.holdings.num_cached_tokens,
-            stored_tokens=core.scheduler.holdings.num_stored_tokens,
-            snapshots_used=0 if snapshots is None else snapshots.num_kept,
-            snapshots_total=0 if snapshots is None else snapshots.num_slots,
-            preemptions=core.scheduler.num_preemptions,
-            poisoned=self._worker.poisoned,
-        )
+        return self._host.stats()
 
     def close(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets running ones go on for drain_s, ends the rest and frees the memory."""
-        self._is_closing = True
-        core = self._core
-        deadline_s = time.monotonic() + drain_s
-        while (
-            core is not None
-            and core.is_busy
-            and self._worker.poisoned is None
-            and time.monotonic() < deadline_s
-        ):
-            time.sleep(0.01)
-        if core is not None:
-            # Closed before or poisoned, nothing runs any more; a step that hangs must not hold up the exit.
-            with contextlib.suppress(HelexaError, TimeoutError):
-                self._worker.call(core.stop).result(CLOSE_S)
-                self._worker.call(partial(core.save, time.monotonic() + SAVE_S)).result(SAVE_S + CLOSE_S)
-                self._worker.call(self._keeper.park).result(PARK_S)
-            with contextlib.suppress(HelexaError, TimeoutError):
-                self._worker.call(core.close).result(CLOSE_S)
-        self._watchdog.close()
-        self._end_worker()
-
-    def _end_worker(self) -> None:
-        """Ends the device thread and gives the memory back."""
-        has_ended = self._worker.close(CLOSE_S)
-        if self._core is not None:
-            self._core.forget()
-        self._keeper.forget()
-        # A device gives nothing back before it has done its work: what hangs there would be waited for.
-        if self.device.has_streams and has_ended:
-            release()
+        self._host.close(drain_s)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @allocation_errors()
-    def _start(self, build: Callable[[], Model], store: StateStore | None, model_key: str) -> EngineCore:
-        options, phases = self.options, self._phases
-        with phases("device"):
-            self.device.enter()
-        torch.set_grad_enabled(False)
-        # The kernels bring their own threads; torch's few small operations run faster without waking others.
-        torch.set_num_threads(1)
-        ops.set_num_threads(options.num_threads or 0)
-        # glibc keeps free memory up to the size of the largest block that it saw freed, within 32 MB.
-        # Sampling takes and frees a few megabytes a token; new pages each time would double what it costs.
-        np.empty(30 << 20, np.uint8)
-        if self.device.has_streams:
-            # Between two steps this thread needs the interpreter for a tenth of a millisecond; by default it
-            # would wait 5 ms for others to give it up.
-            sys.setswitchinterval(SWITCH_S)
-        core = build_core(build(), self.config, options, self._worker.post, store, model_key, phases)
-        assert core.runner is not None
-        self.max_context = core.scheduler.max_context
-        self.cache_bytes = core.runner.cache.nbytes + core.runner.states.nbytes
-        return core
 
     def _checked(self, token_ids: Iterable[int]) -> list[int]:
         """The token ids as a list; raises InvalidParameter for none or one beyond the vocabulary."""
@@ -427,48 +343,9 @@ class Engine:
             return await asyncio.wrap_future(collector.future)
         finally:
             if not sequence.finished:
-                self._cancel(sequence)
+                self._host.cancel(sequence)
 
     def _collect(self, tokens: list[int], collector: Collector, priority: int = 0) -> Sequence:
         sequence = Sequence(tokens, len(tokens), receiver=collector, rows=collector, priority=priority)
-        self._submit(sequence, collector)
+        self._host.submit(sequence, collector)
         return sequence
-
-    def _submit(self, sequence: Sequence, receiver: Receiver) -> None:
-        if self._is_closing or self._core is None:
-            raise ShuttingDown(f"the model {self.name} is being unloaded")
-        job = self._worker.call(partial(self._core.submit, sequence))
-        job.add_done_callback(partial(_report, receiver))
-
-    def _cancel(self, sequence: Sequence) -> None:
-        if self._core is not None:
-            with contextlib.suppress(HelexaError):  # closed or poisoned: it has ended already
-                self._worker.post(partial(self._core.cancel, sequence))
-
-    def _mailbox(self, loop: asyncio.AbstractEventLoop) -> LoopMailbox:
-        with self._lock:
-            for other in [other for other in self._mailboxes if other.is_closed()]:
-                del self._mailboxes[other]
-            return self._mailboxes.setdefault(loop, LoopMailbox(loop))
-
-    def _step_started_s(self) -> float | None:
-        return None if self._core is None else self._core.step_started_s
-
-    def _on_fault(self, error: DevicePoisoned) -> None:
-        if self._core is not None:
-            self._core.fail_all(error)
-
-
-def _worker_name(device: Device) -> str:
-    return device.name.replace(":", "-") if ":" in device.name else f"{device.name}-0"
-
-
-def _report(receiver: Receiver, job: "Future[None]") -> None:
-    """Tells the receiver why its sequence never reached the scheduler, if so."""
-    error = job.exception()
-    if isinstance(error, HelexaError):
-        event = Finished("error", error)
-        if receiver.mailbox is None:
-            receiver.receive(event)
-        else:
-            receiver.mailbox.post([(receiver, event)])
