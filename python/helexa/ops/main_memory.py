@@ -77,7 +77,7 @@ def reads_main_memory(device: torch.device) -> bool:
 
 
 def _try_to_pin(device: torch.device) -> bool:
-    if device.type != "cuda" or not _C.reads_main_memory(device.index or 0):
+    if device.type != "cuda" or not _C.has_cuda or not _C.reads_main_memory(device.index or 0):
         return False
     tensor, _ = anonymous_memory(mmap.PAGESIZE)
     with torch.cuda.device(device):
