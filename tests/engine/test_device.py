@@ -28,7 +28,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(module, "EMULATED", False)
     monkeypatch.setattr(module, "cuda_problem", lambda index=0: problems.get(index, none))
     monkeypatch.setattr(Device, "free_bytes", lambda self: free[self.name])
-    monkeypatch.setattr(preflight, "weight_nbytes", lambda tensors, device: 1 << 20)
+    monkeypatch.setattr(preflight, "weight_nbytes", lambda *_: 1 << 20)
     return free
 
 
