@@ -5,12 +5,13 @@ import json
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from helexa.cli.bench import busy_processes, report, run_peer, run_process, summarize, table
+from helexa.cli.bench import bench, busy_processes, report, run_peer, run_process, summarize, table
 from helexa.cli.measure import Timeline, Workload, rates
 from helexa.errors import BadRequest, HelexaError
 
@@ -126,6 +127,32 @@ def test_the_peer_gets_the_same_workload_and_its_json_is_understood(tmp_path: Pa
     assert (
         tmp_path / "arguments"
     ).read_text().split() == f"-m {work.model} -t 2 -r 1 -o json -p 512 -n 4 -d 7".split()
+
+
+def test_on_a_device_the_peer_runs_there_and_memory_is_not_compared(tmp_path: Path) -> None:
+    binary = tmp_path / "llama-bench"
+    tests = [{"n_prompt": 0, "n_gen": 4, "avg_ts": 45.5}]
+    binary.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/arguments\necho '{json.dumps(tests)}'\n")
+    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
+    work = replace(workload(tmp_path / "m.gguf", prompt=0), device="cuda:0")
+    peer = run_peer(binary, work)
+    assert peer == {"decode_tok_s": 45.5}
+    assert (tmp_path / "arguments").read_text().split()[-2:] == ["-ngl", "99"]
+    own = {"decode_tok_s": 91.0, "load_s": 1.0, "peak_memory_bytes": GIB, "bytes_per_token": 10**9}
+    document = report(work, [own], [peer], 1e12)
+    assert document["device"] == "cuda:0"
+    assert document["ratios"] == {"decode_tok_s": 2.0}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(document))
+    text = console.export_text()
+    for part in ("m.gguf: cuda:0, depth 0", "device memory, MiB", "copy bandwidth used by decode", "9 % of"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "gpu:0", ""])
+def test_a_device_has_to_be_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="--device is"):
+        bench(str(tmp_path / "m.gguf"), device=name)
 
 
 def test_busy_processes_compute_and_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

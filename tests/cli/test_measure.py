@@ -11,7 +11,15 @@ import pytest
 from gguf import GGUFWriter
 
 from helexa.cli import measure
-from helexa.cli.measure import Workload, bytes_per_token, measure_engine, peak_memory_bytes, read_bandwidth
+from helexa.cli.measure import (
+    Workload,
+    bytes_per_token,
+    copy_bandwidth,
+    device_memory_bytes,
+    measure_engine,
+    peak_memory_bytes,
+    read_bandwidth,
+)
 
 
 class Recorder:
@@ -110,3 +118,11 @@ def test_the_machine_is_measured_with_plausible_results(
     assert 1 << 20 < peak_memory_bytes() < 1 << 40
     measure.main('{"threads": 1}')
     assert json.loads(capsys.readouterr().out)["bytes_s"] > 1e6
+
+
+@pytest.mark.cuda
+def test_a_device_copies_at_a_plausible_rate_and_its_memory_is_known(cuda_device: str) -> None:
+    if cuda_device == "cpu":
+        pytest.skip("the host stands for the device")
+    assert 5e10 < copy_bandwidth(cuda_device, repeats=3) < 5e13
+    assert device_memory_bytes(cuda_device) > 1 << 30  # what was copied is still held

@@ -1,12 +1,14 @@
 """`helexa bench`: how fast a model runs on this machine, how much memory it takes, and how that compares.
 
 Every repetition is a fresh process. With `--peer` each is followed by one of llama.cpp's `llama-bench`
-on the same file and number of threads, so that both see the same noise.
+on the same file and number of threads, so that both see the same noise. On a CUDA device memory is the
+device's, of which nothing is known of the peer.
 """
 
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -56,11 +58,12 @@ def run_own(work: Workload) -> dict[str, float]:
 
 
 def run_peer(binary: Path, work: Workload) -> dict[str, float]:
-    """One measurement of `llama-bench` with the same file, threads and token counts."""
+    """One measurement of `llama-bench` with the same file, threads and token counts; on its first devices."""
     command = [str(binary), "-m", work.model, "-t", str(work.threads), "-r", "1", "-o", "json"]
     command += ["-p", str(work.prompt), "-n", str(work.generate), "-d", str(work.depth)]
+    command += [] if work.device == "cpu" else ["-ngl", "99"]
     output, peak = run_process(command)
-    found: dict[str, float] = {"peak_memory_bytes": peak}
+    found: dict[str, float] = {"peak_memory_bytes": peak} if work.device == "cpu" else {}
     for test in json.loads(output):
         found["decode_tok_s" if test["n_gen"] else "prefill_tok_s"] = test["avg_ts"]
     return found
@@ -78,9 +81,9 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure_bandwidth(threads: int) -> float:
-    """Bytes per second that this many threads read from memory, in a process of its own."""
-    return _in_fresh_process({"threads": threads})["bytes_s"]
+def measure_bandwidth(work: Workload) -> float:
+    """Bytes per second that the threads read from memory, or that the device copies; in a fresh process."""
+    return _in_fresh_process({"threads": work.threads, "device": work.device})["bytes_s"]
 
 
 def _in_fresh_process(specification: dict[str, Any]) -> dict[str, float]:
@@ -124,6 +127,7 @@ def report(
         "file_bytes": _file_bytes(Path(work.model)),
         "bytes_per_token": own[0]["bytes_per_token"],
         "cpu": cpu_name(),
+        "device": work.device,
         "threads": work.threads,
         **{name: getattr(work, name) for name in ("prompt", "generate", "depth", "streams")},
         "busy_processes": busy,
@@ -159,8 +163,10 @@ def cpu_name() -> str:
 def table(document: dict[str, Any]) -> Table:
     """The document for a person."""
     peer = document.get("peer")
+    is_cpu = document["device"] == "cpu"
+    where = f"{document['threads']} threads" if is_cpu else document["device"]
     view = Table(
-        title=f"{document['model']}: {document['threads']} threads, depth {document['depth']}, "
+        title=f"{document['model']}: {where}, depth {document['depth']}, "
         f"{document['streams']} stream(s), median of {document['repeat']}"
         + (f", beside {document['busy_processes']} busy" if document["busy_processes"] else "")
     )
@@ -171,7 +177,10 @@ def table(document: dict[str, Any]) -> Table:
         "decode_tok_s": (f"decode {document['generate']}, tok/s", lambda value: f"{value:.2f}"),
         "ttft_ms": ("time to first token, ms", lambda value: f"{value:.1f}"),
         "load_s": ("load, s", lambda value: f"{value:.2f}"),
-        "peak_memory_bytes": ("peak memory, MiB", lambda value: f"{value / 2**20:.0f}"),
+        "peak_memory_bytes": (
+            "peak memory, MiB" if is_cpu else "device memory, MiB",
+            lambda value: f"{value / 2**20:.0f}",
+        ),
     }
     for name, (label, show) in rows.items():
         if name not in document["helexa"]:
@@ -183,7 +192,8 @@ def table(document: dict[str, Any]) -> Table:
     if "bandwidth_share" in document:
         bandwidth = f"{document['read_bandwidth_bytes_s'] / 1e9:.1f} GB/s"
         view.add_row(
-            "read bandwidth used by decode", f"{100 * document['bandwidth_share']:.0f} % of {bandwidth}"
+            "read bandwidth used by decode" if is_cpu else "copy bandwidth used by decode",
+            f"{100 * document['bandwidth_share']:.0f} % of {bandwidth}",
         )
     return view
 
@@ -207,6 +217,7 @@ def bench(
     busy: Annotated[int, typer.Option(min=0, help="other processes that compute all the while")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="fresh processes per side")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="threads; all that this process may use")] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda:N", help="where the model runs")] = "cpu",
     peer: Annotated[Path | None, typer.Option(help="llama.cpp's llama-bench, to alternate with ours")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
@@ -215,13 +226,15 @@ def bench(
         raise BadRequest("--peer compares one stream; leave --streams at 1")
     if not prompt and not generate:
         raise BadRequest("nothing to measure: give --prompt or --generate")
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise BadRequest(f"--device is {device!r}; expected cpu, cuda:0, cuda:1, ...")
     path = local_model(model)
-    work = Workload(str(path), prompt, generate, depth, streams, threads or usable_cpus())
+    work = Workload(str(path), prompt, generate, depth, streams, threads or usable_cpus(), device=device)
     console = Console(stderr=True)
     own: list[dict[str, float]] = []
     others: list[dict[str, float]] = []
-    with console.status("measuring the memory's read bandwidth") as status:
-        bandwidth = measure_bandwidth(work.threads)
+    with console.status("measuring the memory's bandwidth") as status:
+        bandwidth = measure_bandwidth(work)
         for index in range(repeat):
             with busy_processes(busy):
                 status.update(f"run {index + 1} of {repeat}")
@@ -229,7 +242,7 @@ def bench(
                 if peer is not None:
                     status.update(f"run {index + 1} of {repeat}: {peer.name}")
                     others.append(run_peer(peer, work))
-    document = report(work, own, others, max(bandwidth, measure_bandwidth(work.threads)), busy)
+    document = report(work, own, others, max(bandwidth, measure_bandwidth(work)), busy)
     if as_json:
         typer.echo(json.dumps(document))
     else:

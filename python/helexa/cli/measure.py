@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Workload:
     streams: int
     threads: int
     seed: int = 0
+    device: str = "cpu"  # or cuda:N
 
     @property
     def max_context(self) -> int:
@@ -159,6 +160,30 @@ def read_bandwidth(threads: int, repeats: int = 8) -> float:
     return best
 
 
+def copy_bandwidth(device: str, repeats: int = 8) -> float:
+    """Bytes per second, read and written, of a large copy on a CUDA device: the best of `repeats`."""
+    import torch
+
+    source = torch.ones(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(repeats):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def device_memory_bytes(device: str) -> int:
+    """What is in use of a CUDA device's memory, as the driver says."""
+    from helexa.neuron.discovery import device_health
+
+    index = int(device.partition(":")[2] or 0)
+    return next((found.memory_used_bytes for found in device_health() if found.index == index), 0)
+
+
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
     status = Path("/proc/self/status")
@@ -174,9 +199,11 @@ def run_engine(work: Workload) -> dict[str, float]:
     """Loads the model and measures it once."""
     from helexa.engine.engine import Engine
 
+    used_bytes = 0 if work.device == "cpu" else device_memory_bytes(work.device)
     start = time.perf_counter()
     engine = Engine.load(
         Path(work.model),
+        device=work.device,
         max_context=work.max_context,
         max_sequences=work.streams,
         kv_cache_tokens=work.kv_cache_tokens,
@@ -184,19 +211,25 @@ def run_engine(work: Workload) -> dict[str, float]:
     )
     load_s = time.perf_counter() - start
     try:
+        if work.device != "cpu":  # short prompts are captured when they come again
+            asyncio.run(measure_engine(engine, replace(work, depth=0, generate=0, seed=work.seed + 1)))
         found = asyncio.run(measure_engine(engine, work))
+        peak_bytes = peak_memory_bytes()
+        if work.device != "cpu":
+            peak_bytes = device_memory_bytes(work.device) - used_bytes
     finally:
         engine.close()
-    found |= {"load_s": load_s, "peak_memory_bytes": peak_memory_bytes()}
+    found |= {"load_s": load_s, "peak_memory_bytes": peak_bytes}
     return found | {"bytes_per_token": bytes_per_token(Path(work.model))}
 
 
 def main(argument: str) -> None:
-    """Runs what the JSON `argument` says: a workload, or {"threads": N} for the read bandwidth."""
+    """Runs what the JSON `argument` says: a workload, or {"threads": N, "device": …} for the bandwidth."""
     values = json.loads(argument)
-    found = (
-        run_engine(Workload(**values))
-        if "model" in values
-        else {"bytes_s": read_bandwidth(values["threads"])}
-    )
+    if "model" in values:
+        found = run_engine(Workload(**values))
+    elif values.get("device", "cpu") == "cpu":
+        found = {"bytes_s": read_bandwidth(values["threads"])}
+    else:
+        found = {"bytes_s": copy_bandwidth(values["device"])}
     sys.stdout.write(json.dumps(found) + "\n")

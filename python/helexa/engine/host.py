@@ -54,9 +54,7 @@ class Host:
         self.is_closing = False
         self.core: EngineCore | None = None
         self.max_context = config.max_position_embeddings
-        self.cache_bytes = (
-            0  # for keys, values and states; main memory is committed as it is written
-        )
+        self.cache_bytes = 0  # for keys, values and states; main memory is committed as it is written
         self._name = name
         self._device = device
         self._keeper = keeper
