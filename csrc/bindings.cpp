@@ -131,9 +131,9 @@ PYBIND11_MODULE(_C, m) {
       .def("done_bytes", &WeightLoader::done_bytes)
       .def("failure", &WeightLoader::failure);
   py::class_<WeightCarrier>(m, "WeightCarrier")
-      .def(
-          py::init<WeightLoader&, std::vector<std::uintptr_t>, std::vector<std::uintptr_t>, std::uintptr_t>(),
-          py::keep_alive<1, 2>())
+      .def(py::init<WeightLoader&, std::vector<std::uintptr_t>, std::vector<std::uintptr_t>, std::uintptr_t,
+                    std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
+           py::keep_alive<1, 2>())
       .def("work", &WeightCarrier::work, py::call_guard<py::gil_scoped_release>())
       .def("slot", &WeightCarrier::slot);
   m.def("reads_main_memory", &reads_main_memory);
@@ -160,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("middle_matmul_workspace_bytes", &middle_matmul_workspace_bytes);
   m.def("middle_matmul_cuda", cuda(&middle_matmul_cuda));
   m.def("quantize_rows_cuda", cuda(&quantize_rows_cuda));
+  m.def("quantize_cuda", cuda(&quantize_cuda));
   m.def("rms_norm_cuda", cuda(&rms_norm_cuda));
   m.def("sample_workspace_bytes", &sample_workspace_bytes);
   m.def("sample_cuda", cuda(&sample_cuda));

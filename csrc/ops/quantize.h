@@ -13,6 +13,10 @@ namespace helexa {
 void quantize_cpu(int source_format, const uint8_t* source, int64_t num_values, int format, uint8_t* blocks,
                   int64_t* num_bad);
 
+// The same on a device, whose memory all are in; source is a multiple of 16, blocks is even.  Adds to *num_bad.
+void quantize_cuda(int source_format, const uint8_t* source, int64_t num_values, int format, uint8_t* blocks,
+                   unsigned long long* num_bad, void* stream);
+
 // The most values that one call of quantize_run takes; a multiple of every block.
 constexpr int64_t kQuantizeRun = 4096;
 

@@ -38,7 +38,7 @@ HELEXA_INLINE float store_half(uint8_t* p, float x) {
 
 // --- blocks of 32 with one scale -------------------------------------------------------------------------------------
 
-// The value of the largest magnitude, with its sign.
+// The value of the largest magnitude, with its sign; zero is positive.
 template <int kSize>
 float peak(const float* x) {
   f32x16 high = load(x), low = load(x);
@@ -47,7 +47,7 @@ float peak(const float* x) {
     low = min(low, load(x + i));
   }
   const float most = reduce_max(high), least = -reduce_max(zero() - low);
-  return most < -least ? least : most;
+  return (most < -least ? least : most) + 0.0f;
 }
 
 void encode_q8_0(const float* x, uint8_t* block) {
@@ -96,7 +96,7 @@ void encode_q5_1(const float* x, uint8_t* block) {
     high = x[i] > high ? x[i] : high;
   }
   const float inv = inverse(store_half(block, (high - low) / 31.0f));
-  const float base = store_half(block + 2, low);
+  const float base = store_half(block + 2, low + 0.0f);  // zero is positive
   uint8_t codes[32];
   for (int i = 0; i < 32; ++i)
     codes[i] = static_cast<uint8_t>(clamped_round((x[i] - base) * inv, 0.0f, 31.0f));

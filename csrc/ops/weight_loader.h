@@ -26,16 +26,17 @@ class WeightLoader {
   struct Part {
     int64_t number, nbytes;
     std::vector<ByteRange> ranges;  // one after the other; none if the carrier's owner has to fill the slot
-    int format;
+    int format, source_format;      // of the bytes, if they are floats to be quantized; else as `format`
     int64_t first_row, num_rows, cols;
     uint8_t* target;
   };
-  // Why a part could not be read: its number, and errno or 0 for a file that ends too early.
+  // Why a part could not be brought: its number, and errno, or 0 for a file that ends too early, or less the number of values that
+  // cannot be quantized.
   using Failure = std::pair<int64_t, int>;
 
   // Adds rows [first_row, first_row + num_rows) of the packed matrix at `target`, in the file's layout; returns the part's number.
-  int64_t add(std::vector<ByteRange> ranges, int64_t nbytes, int format, int64_t first_row, int64_t num_rows,
-              int64_t cols, std::uintptr_t target);
+  int64_t add(std::vector<ByteRange> ranges, int64_t nbytes, int format, int source_format, int64_t first_row,
+              int64_t num_rows, int64_t cols, std::uintptr_t target);
   // Says that no more parts will come.
   void close();
   // Has no further part begun.
@@ -62,8 +63,11 @@ class WeightLoader {
 // device and packed there while the next one is read into the other slot.  What stays in main memory is read into its place.
 class WeightCarrier {
  public:
-  // pinned, staged: slots of main memory and of the device, each large enough for every part.
+  // pinned, staged: slots of main memory and of the device, each large enough for every part.  encoded: memory of the device for the
+  // blocks of a part that is quantized.  bad_values, pinned_bad_values: a number for each slot, on the device and in pinned memory.
+  // These three only if there are such parts.
   WeightCarrier(WeightLoader& loader, std::vector<std::uintptr_t> pinned, std::vector<std::uintptr_t> staged,
+                std::uintptr_t encoded, std::uintptr_t bad_values, std::uintptr_t pinned_bad_values,
                 std::uintptr_t stream);
   ~WeightCarrier();
   WeightCarrier(const WeightCarrier&) = delete;
@@ -77,10 +81,16 @@ class WeightCarrier {
   bool is_done(const WeightLoader::Part& part);
   bool fill(const WeightLoader::Part& part);
   void send(const WeightLoader::Part& part);
+  void pack(const WeightLoader::Part& part);
   void store(const WeightLoader::Part& part);
+  void wait_for_slot(size_t slot);
 
   WeightLoader& loader_;
   std::vector<uint8_t*> pinned_, staged_;
+  uint8_t* encoded_;
+  unsigned long long* bad_values_;
+  const volatile unsigned long long* pinned_bad_values_;
+  std::vector<int64_t> quantized_;  // the number of each slot's last part, if it was quantized, else -1
   std::vector<void*> events_;
   void* stream_;
   size_t current_ = 0;

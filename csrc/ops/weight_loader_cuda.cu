@@ -11,6 +11,7 @@
 #include "core/cuda.cuh"
 #include "ops/main_memory.h"
 #include "ops/pack.h"
+#include "ops/quantize.h"
 
 namespace helexa {
 namespace {
@@ -22,6 +23,7 @@ void wait_for_event(void*) {}
 void record_event(void*, void*) {}
 void wait_for_stream(void*) {}
 void copy_bytes(void* to, const void* from, int64_t nbytes, void*) { std::memcpy(to, from, nbytes); }
+void zero_bytes(void* at, int64_t nbytes, void*) { std::memset(at, 0, nbytes); }
 #else
 void* make_event() {
   cudaEvent_t event = nullptr;
@@ -37,6 +39,9 @@ void wait_for_stream(void* stream) { CUDA_CHECK(cudaStreamSynchronize(static_cas
 void copy_bytes(void* to, const void* from, int64_t nbytes, void* stream) {
   CUDA_CHECK(cudaMemcpyAsync(to, from, static_cast<size_t>(nbytes), cudaMemcpyDefault,
                              static_cast<cudaStream_t>(stream)));
+}
+void zero_bytes(void* at, int64_t nbytes, void* stream) {
+  CUDA_CHECK(cudaMemsetAsync(at, 0, static_cast<size_t>(nbytes), static_cast<cudaStream_t>(stream)));
 }
 #endif
 
@@ -61,10 +66,10 @@ int read_range(const ByteRange& range, uint8_t* into) {
 
 }  // namespace
 
-int64_t WeightLoader::add(std::vector<ByteRange> ranges, int64_t nbytes, int format, int64_t first_row,
-                          int64_t num_rows, int64_t cols, std::uintptr_t target) {
+int64_t WeightLoader::add(std::vector<ByteRange> ranges, int64_t nbytes, int format, int source_format,
+                          int64_t first_row, int64_t num_rows, int64_t cols, std::uintptr_t target) {
   const std::lock_guard lock(mutex_);
-  parts_.push_back({num_parts_, nbytes, std::move(ranges), format, first_row, num_rows, cols,
+  parts_.push_back({num_parts_, nbytes, std::move(ranges), format, source_format, first_row, num_rows, cols,
                     reinterpret_cast<uint8_t*>(target)});
   changed_.notify_one();
   return num_parts_++;
@@ -114,8 +119,15 @@ void WeightLoader::failed(Failure failure) {
 }
 
 WeightCarrier::WeightCarrier(WeightLoader& loader, std::vector<std::uintptr_t> pinned,
-                             std::vector<std::uintptr_t> staged, std::uintptr_t stream)
-    : loader_(loader), stream_(reinterpret_cast<void*>(stream)) {
+                             std::vector<std::uintptr_t> staged, std::uintptr_t encoded,
+                             std::uintptr_t bad_values, std::uintptr_t pinned_bad_values,
+                             std::uintptr_t stream)
+    : loader_(loader),
+      encoded_(reinterpret_cast<uint8_t*>(encoded)),
+      bad_values_(reinterpret_cast<unsigned long long*>(bad_values)),
+      pinned_bad_values_(reinterpret_cast<unsigned long long*>(pinned_bad_values)),
+      quantized_(pinned.size(), -1),
+      stream_(reinterpret_cast<void*>(stream)) {
   for (const std::uintptr_t slot : pinned) pinned_.push_back(reinterpret_cast<uint8_t*>(slot));
   for (const std::uintptr_t slot : staged) staged_.push_back(reinterpret_cast<uint8_t*>(slot));
   for (size_t i = 0; i < pinned_.size(); ++i) events_.push_back(make_event());
@@ -132,7 +144,7 @@ int64_t WeightCarrier::work() {
   }
   while (std::optional<WeightLoader::Part> part = loader_.take()) {
     if (is_done(*part)) continue;
-    wait_for_event(events_[current_]);  // the slot's last part has left
+    wait_for_slot(current_);
     if (part->ranges.empty()) {
       waiting_ = std::move(part);
       return waiting_->number;
@@ -144,7 +156,18 @@ int64_t WeightCarrier::work() {
     }
   }
   wait_for_stream(stream_);
+  for (size_t slot = 0; slot < pinned_.size(); ++slot) wait_for_slot(slot);
   return -1;
+}
+
+// Waits until the slot's last part has left, and looks what became of it.
+void WeightCarrier::wait_for_slot(size_t slot) {
+  wait_for_event(events_[slot]);
+  if (quantized_[slot] < 0) return;
+  if (const unsigned long long bad = pinned_bad_values_[slot]; bad > 0) {
+    loader_.failed({quantized_[slot], -static_cast<int>(std::min(bad, 1ull << 30))});
+  }
+  quantized_[slot] = -1;
 }
 
 // Does what needs no slot.
@@ -189,11 +212,24 @@ void WeightCarrier::send(const WeightLoader::Part& part) {
     copy_bytes(part.target, pinned_[current_], part.nbytes, stream_);
   } else {
     copy_bytes(staged_[current_], pinned_[current_], part.nbytes, stream_);
-    pack_cuda(part.format, staged_[current_], part.first_row, part.num_rows, part.cols, part.target, stream_);
+    pack(part);
   }
   record_event(events_[current_], stream_);
   current_ = (current_ + 1) % pinned_.size();
   loader_.finished(part.nbytes);
+}
+
+void WeightCarrier::pack(const WeightLoader::Part& part) {
+  const uint8_t* raw = staged_[current_];
+  if (part.source_format != part.format) {
+    unsigned long long* bad = bad_values_ + current_;
+    zero_bytes(bad, sizeof *bad, stream_);
+    quantize_cuda(part.source_format, raw, part.num_rows * part.cols, part.format, encoded_, bad, stream_);
+    copy_bytes(const_cast<unsigned long long*>(pinned_bad_values_ + current_), bad, sizeof *bad, stream_);
+    quantized_[current_] = part.number;
+    raw = encoded_;
+  }
+  pack_cuda(part.format, raw, part.first_row, part.num_rows, part.cols, part.target, stream_);
 }
 
 }  // namespace helexa

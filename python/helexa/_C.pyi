@@ -36,6 +36,7 @@ class WeightLoader:
         ranges: Sequence[ByteRange],
         nbytes: int,
         format: int,
+        source_format: int,
         first_row: int,
         num_rows: int,
         cols: int,
@@ -49,7 +50,15 @@ class WeightLoader:
 
 class WeightCarrier:
     def __init__(
-        self, loader: WeightLoader, pinned: Sequence[int], staged: Sequence[int], stream: int, /
+        self,
+        loader: WeightLoader,
+        pinned: Sequence[int],
+        staged: Sequence[int],
+        encoded: int,
+        bad_values: int,
+        pinned_bad_values: int,
+        stream: int,
+        /,
     ) -> None: ...
     def work(self) -> int: ...
     def slot(self) -> int: ...
@@ -94,6 +103,16 @@ def embedding_table_cuda(
 ) -> None: ...
 def embedding_cpu(
     token_ids: int, num_tokens: int, format: int, packed: int, rows: int, cols: int, out: int, /
+) -> None: ...
+def quantize_cuda(
+    source_format: int,
+    source: int,
+    num_values: int,
+    format: int,
+    blocks: int,
+    num_bad: int,
+    stream: int,
+    /,
 ) -> None: ...
 def quant_matmul_cpu(x: int, num_tokens: int, weights: Sequence[WeightView], out: int, /) -> None: ...
 def quant_matmul_cuda(

@@ -31,9 +31,9 @@ def test_an_engine_comes_back_from_main_memory_the_same(case, cuda_device, monke
     assert parking.held_bytes > 0
 
     def refuse(*arguments: object) -> None:
-        raise ValueError("the weights are read again")
+        raise InvalidFile("the weights are read again")
 
-    monkeypatch.setattr(ops, "quantize", refuse)
+    monkeypatch.setattr(ops.WeightLoader, "pack", refuse)
     assert np.array_equal(logits(case, parking, **options), expected)
     with pytest.raises(InvalidFile, match="read again"):
         logits("llama_linear_rope_two_pages", parking, **options)

@@ -1,5 +1,6 @@
 """Models quantized while they load compute what the quantized file computes, wherever they come from."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,30 @@ def test_weights_of_a_view_equal_those_of_the_file(tmp_path):
         assert source.tensors[name].format != file.tensors[name].format == QUANT
         weight = GGUFWeights(file).linear(name)
         assert (weight.format, weight.rows) == (QUANT, source.tensors[name].num_rows)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ["qwen3", "qwen35moe"])
+def test_a_device_quantizes_and_keeps_nothing_on_disk(case, cuda_device, tmp_path, monkeypatch):
+    device = {} if cuda_device == "cpu" else {"device": cuda_device}
+    path = GOLDEN / f"{case}.gguf"
+    expected = logits(written(path, tmp_path / "q.gguf"), case, **device)
+    monkeypatch.setattr("helexa.ops.quantize", lambda *_: pytest.fail("quantized by the host"))
+    assert np.array_equal(expected, logits(path, case, quant=QUANT, **device))
+    assert not [*tmp_path.rglob("*/quantized/*")]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ["qwen3moe", "qwen35moe"])
+def test_a_device_quantizes_a_directory_too(case, cuda_device, tmp_path):
+    """Its experts are read where they lie, each in a place of its own."""
+    device = {} if cuda_device == "cpu" else {"device": cuda_device}
+    directory = write_golden(case, tmp_path / "tiny", Layout(num_files=2))
+    with open_model(directory) as file:
+        (stack,) = [name for name in file.tensors if name.startswith("blk.0.ffn_down_exps")]
+        info = file.tensors[stack]
+        ranges = file.row_ranges(stack, 5, info.num_rows - 3)
+        read = b"".join(os.pread(descriptor, nbytes, offset) for descriptor, offset, nbytes in ranges)
+        assert read == bytes(file.rows(stack, 5, info.num_rows - 3))
+    expected = logits(written(directory, tmp_path / "d.gguf"), case, **device)
+    assert np.array_equal(expected, logits(directory, case, quant=QUANT, **device))

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from helexa import _C, ops
+from helexa.ops.tensor import EMULATED
 from helexa.quant import FORMATS
 
 # Relative RMSE of llama.cpp's llama-quantize, --pure and without importances, on matrix(0), (1) and (2).
@@ -118,3 +120,59 @@ def test_unknown_formats_and_parts_of_blocks_are_refused():
         ops.quantize("q8_0", matrix(0), "q4_0")
     with pytest.raises(ValueError, match="whole blocks of 256"):
         ops.quantize("f32", np.zeros(128, np.float32), "q4_k")
+
+
+def on_device(source_format: str, values: np.ndarray, format: str, device: str) -> np.ndarray:
+    raw = torch.from_numpy(values.view(np.uint8).reshape(-1).copy()).to(device)
+    return ops.quantize_on_device(source_format, raw, format).cpu().numpy()
+
+
+HARD = {
+    "normal": matrix(0, 3, 768),
+    "heavy": matrix(1, 3, 768),
+    "off centre": matrix(2, 3, 768),
+    "large": matrix(1, 1, 512) * np.float32(1e6),
+    "tiny": matrix(1, 1, 512) * np.float32(1e-29),
+    "beneath": matrix(1, 1, 512) * np.float32(1e-38),
+    "positive": abs(matrix(1, 1, 512)),
+    "negative": -abs(matrix(1, 1, 512)),
+    "zero": np.zeros((1, 512), np.float32),
+    "constant": np.full((1, 512), 0.7, np.float32),
+    "sparse": matrix(1, 1, 512) * (np.arange(512) % 37 == 0),
+    "whole": np.arange(-256, 256, dtype=np.float32)[None],
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("format", ops.ENCODED)
+def test_a_device_finds_the_same_blocks(cuda_device, format, kind):
+    values = HARD[kind].astype(np.float32)
+    assert np.array_equal(on_device("f32", values, format, cuda_device), ops.quantize("f32", values, format))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("format", ops.ENCODED)
+def test_a_device_finds_the_same_blocks_of_16_bit_numbers(cuda_device, format):
+    values = matrix(1, 5, 256)
+    half, brain = values.astype(np.float16), (values.view(np.uint32) >> 16).astype(np.uint16)
+    for name, numbers in (("f16", half), ("bf16", brain)):
+        expected = ops.quantize(name, numbers, format)
+        assert np.array_equal(on_device(name, numbers, format, cuda_device), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("format", ops.ENCODED)
+def test_a_device_finds_the_same_blocks_of_a_large_matrix(cuda_device, format):
+    values = matrix(1, 4 if EMULATED else 2048, 2048)
+    assert np.array_equal(on_device("f32", values, format, cuda_device), ops.quantize("f32", values, format))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 500001.0])
+@pytest.mark.parametrize("format", ops.ENCODED)
+def test_a_device_refuses_what_cannot_be_encoded(cuda_device, format, bad):
+    values = matrix(0, 3, 256)
+    values[1, 7] = values[2, 200] = bad
+    with pytest.raises(ValueError, match=f"2 values are not finite or too large for {format}"):
+        on_device("f32", values, format, cuda_device)

@@ -128,19 +128,53 @@ def test_tables_whose_rows_lie_in_no_file_are_asked_for(write_gguf, cuda_device,
 
 def test_rows_that_lie_in_no_file_are_asked_for(write_gguf, cuda_device, readers, monkeypatch):
     monkeypatch.setattr(ops, "SLOT_BYTES", 10_000)
-    source = open_gguf(write_gguf({"m": ("f32", (70, 256)), "kept": ("f32", (70, 256))}))
-    file = QuantizedFile(source, {"m": "q8_0"})
+    file = open_gguf(write_gguf({"m": ("q8_0", (70, 256)), "kept": ("f32", (70, 256))}))
+    in_files = file.row_ranges
+    monkeypatch.setattr(
+        file, "row_ranges", lambda name, *rows: None if name == "m" else in_files(name, *rows)
+    )
     with GGUFWeights(file, device=cuda_device, num_readers=readers) as weights:
-        quantized, kept = weights.linear("m"), weights.linear("kept")
-    assert torch.equal(quantized.dequantize().cpu(), values_of(file, "m"))
+        made, kept = weights.linear("m"), weights.linear("kept")
+    assert torch.equal(made.dequantize().cpu(), values_of(file, "m"))
     assert torch.equal(kept.dequantize().cpu(), values_of(file, "kept"))
 
 
+@pytest.mark.parametrize("slot_bytes", [10_000, 8 << 20])
+@pytest.mark.parametrize("is_in_file", [True, False])
+def test_floats_are_quantized_on_the_device_as_the_host_does_it(
+    write_gguf, cuda_device, readers, monkeypatch, slot_bytes, is_in_file
+):
+    monkeypatch.setattr(ops, "SLOT_BYTES", slot_bytes)
+    formats = {"a": "q8_0", "b": "q4_k", "c": "q6_k", "d": "q5_k", "e": "q4_0"}
+    floats = ("f32", "f16", "bf16")
+    shapes = {name: (floats[i % 3], (70 - i, 256)) for i, name in enumerate(formats)}
+    source = open_gguf(write_gguf({**shapes, "kept": ("bf16", (70, 256))}))
+    file = QuantizedFile(source, formats)
+    expected = {name: values_of(file, name) for name in (*formats, "kept")}
+    monkeypatch.setattr(ops, "quantize", None)
+    if not is_in_file:
+        monkeypatch.setattr(source, "row_ranges", lambda *rows: None)
+    reports: list[LoadProgress] = []
+    with GGUFWeights(file, device=cuda_device, num_readers=readers, progress=reports.append) as weights:
+        matrices = {name: weights.linear(name) for name in expected}
+        blocks = weights.linear("b", ((16, 32), (0, 5)))
+    for name, matrix in matrices.items():
+        assert matrix.format == file.tensors[name].format
+        assert torch.equal(matrix.dequantize().cpu(), expected[name])
+    assert torch.equal(blocks.dequantize().cpu(), torch.cat([expected["b"][16:32], expected["b"][:5]]))
+    assert reports[-1].percent == 100
+
+
 def test_what_cannot_be_quantized_fails_the_load(write_gguf, cuda_device, readers):
-    source = open_gguf(write_gguf({"m": np.full((16, 32), np.nan, np.float32)}))
-    weights = GGUFWeights(QuantizedFile(source, {"m": "q8_0"}), device=cuda_device, num_readers=readers)
-    weights.linear("m")
-    with pytest.raises(InvalidFile, match="tensor 'm'"):
+    values = np.ones((4096, 512), np.float32)
+    values[3000, 5] = np.nan
+    source = open_gguf(write_gguf({"l": np.ones((64, 32), np.float32), "m": values}))
+    file = QuantizedFile(source, {"l": "q8_0", "m": "q4_k"})
+    weights = GGUFWeights(file, device=cuda_device, num_readers=readers)
+    weights.linear("l"), weights.linear("m")
+    with pytest.raises(
+        InvalidFile, match="found in tensor 'm' that 1 values are not finite or too large for q4_k"
+    ):
         weights.finish()
 
 

@@ -21,10 +21,11 @@ from helexa.engine.weight_keeper import WeightKeeper
 from helexa.log import fields
 from helexa.models import Model, ModelConfig, build_model
 from helexa.weights.gguf import TensorInfo
-from helexa.weights.load import GGUFWeights, LoadProgress, TensorFile
+from helexa.weights.load import GGUFWeights, LoadProgress
 from helexa.weights.model_file import ModelFile, open_model
 from helexa.weights.quantize import QuantizedFile, fingerprint, plan, quantized
 from helexa.weights.recipes import find_recipe
+from helexa.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def read_model(
     """The model with the weights of the file, or those that are parked. Raises InvalidFile."""
     device = Device(options.device)
     parked = keeper.find() if device.is_cuda else None
-    with _weights(file, options, progress, is_read=parked is None) as tensors:
+    with _weights(file, options, progress, device, is_read=parked is None) as tensors:
         with phases("place"):
             weights = GGUFWeights(
                 tensors,
@@ -91,7 +92,7 @@ def read_model(
 
 
 def _weights(
-    file: ModelFile, options: EngineOptions, progress: Progress, *, is_read: bool
+    file: ModelFile, options: EngineOptions, progress: Progress, device: Device, *, is_read: bool
 ) -> AbstractContextManager[TensorFile]:
     if options.quant is None:
         return nullcontext(file)
@@ -101,6 +102,7 @@ def _weights(
         file,
         find_recipe(options.quant),
         cache=options.quant_cache,
+        write=not device.is_cuda,  # which quantizes faster than the result is written
         progress=lambda done, total: progress(LoadProgress("quantize", 100 * done / total)),
     )
 

@@ -55,7 +55,7 @@ from helexa.ops.pack import (
     packed_nbytes,
 )
 from helexa.ops.quant_matmul import MAX_MIDDLE_ROWS, gated_matmul, quant_matmul, quant_matmul_reference
-from helexa.ops.quantize import ENCODED, quantize
+from helexa.ops.quantize import ENCODED, quantize, quantize_on_device
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
 from helexa.ops.sample import (
@@ -74,7 +74,7 @@ from helexa.ops.sample import (
 )
 from helexa.ops.sigmoid_mul import sigmoid_mul, sigmoid_mul_reference
 from helexa.ops.silu_mul import silu_mul, silu_mul_reference
-from helexa.ops.weight_loader import SLOT_BYTES, WeightLoader, default_readers, keep_slots
+from helexa.ops.weight_loader import SLOT_BYTES, UnfitValues, WeightLoader, default_readers, keep_slots
 from helexa.ops.weight_loader import Source as WeightSource
 
 __all__ = [
@@ -107,6 +107,7 @@ __all__ = [
     "RowTable",
     "Rows",
     "SharedExpert",
+    "UnfitValues",
     "WeightArena",
     "WeightLoader",
     "WeightSource",
@@ -141,6 +142,7 @@ __all__ = [
     "quant_matmul",
     "quant_matmul_reference",
     "quantize",
+    "quantize_on_device",
     "quantize_rows",
     "reads_main_memory",
     "rms_norm",

@@ -22,6 +22,7 @@ from helexa._C import set_num_threads
 from helexa.ops.device_memory import free_unused
 from helexa.ops.main_memory import RowTable, pinned_pieces
 from helexa.ops.pack import FORMAT_IDS, PackedWeight
+from helexa.ops.quantize import unfit_words
 from helexa.ops.tensor import EMULATED, check
 from helexa.quant import FORMATS
 
@@ -30,17 +31,22 @@ MOST_READERS = 8  # more do not get more of memory's bandwidth
 _NUM_SLOTS = 2  # of each reader
 _ALIGNMENT = 256
 _PROGRESS_S = 0.02
-# In the place of a format, rows and columns; csrc/ops/weight_loader.h.
-_COPY, _STORE, _KEEP, _PIN = ((kind, 0, 0, 0) for kind in (-1, -2, -3, -4))
+# In the place of formats, rows and columns; csrc/ops/weight_loader.h.
+_COPY, _STORE, _KEEP, _PIN = ((kind, kind, 0, 0, 0) for kind in (-1, -2, -3, -4))
 
 Range = tuple[int, int, int]  # descriptor of a file, offset, bytes
 Source = Sequence[Range] | Callable[[], object]  # what lies in files, or is given as a buffer
+
+
+class UnfitValues(Exception):
+    """Numbers that cannot be quantized. args: what is wrong with them, and the name of their part."""
 
 
 @dataclass(frozen=True)
 class _Part:
     name: str
     nbytes: int
+    format: str
     read: Callable[[], object] | None
     kept: object  # memory that the part is brought from or to
 
@@ -49,11 +55,17 @@ class WeightLoader:
     """Brings parts of weights to a device, in no certain order."""
 
     def __init__(
-        self, device: torch.device | str, *, part_bytes: int = SLOT_BYTES, num_readers: int | None = None
+        self,
+        device: torch.device | str,
+        *,
+        part_bytes: int = SLOT_BYTES,
+        num_readers: int | None = None,
+        quantizes: bool = False,
     ):
-        """part_bytes: of the largest part that will come."""
+        """part_bytes: of the largest part that will come.   quantizes: whether floats will have to be."""
         self._device = torch.device(device)
         self._slot_bytes = -(-part_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._quantizes = quantizes
         self._loader = _C.WeightLoader()
         self._parts: list[_Part] = []  # by number
         self._ends: SimpleQueue[BaseException | None] = SimpleQueue()  # how each thread ended
@@ -73,16 +85,25 @@ class WeightLoader:
         num_rows: int,
         source: Source,
         name: str,
+        source_format: str | None = None,
     ) -> None:
         """Has rows packed, as `pack_rows` does, that lie in files or that a call gives as a buffer.
 
-        The call comes from another thread, and files have to stay open until the loader has ended. `name` is
-        for messages.
+        source_format: of rows of floats, which are quantized on the device. The call comes from another
+        thread, and files have to stay open until the loader has ended. `name` is for messages.
         """
-        layout = FORMATS[weight.format]
-        nbytes = num_rows * (weight.cols // layout.block_size) * layout.block_bytes
-        place = (FORMAT_IDS[weight.format], first_row, num_rows, weight.cols)
-        self._put(name, source, nbytes, place, weight.data)
+        source_format = source_format or weight.format
+        nbytes = num_rows * FORMATS[source_format].nbytes(weight.cols)
+        formats = FORMAT_IDS[weight.format], FORMAT_IDS[source_format]
+        self._put(
+            name,
+            source,
+            nbytes,
+            (*formats, first_row, num_rows, weight.cols),
+            weight.data,
+            None,
+            weight.format,
+        )
 
     def keep(self, table: RowTable, first_row: int, num_rows: int, source: Source, name: str) -> None:
         """Has rows brought to a table in main memory, from where `pack` takes them; `pin` is needed too."""
@@ -93,7 +114,7 @@ class WeightLoader:
     def pin(self, table: RowTable, name: str) -> None:
         """Has devices reach the table's memory."""
         for address, nbytes in pinned_pieces(table.data):
-            self._parts.append(_Part(name, 0, None, table))
+            self._parts.append(_Part(name, 0, "", None, table))
             self._loader.add([], nbytes, *_PIN, address)
 
     def copy(self, target: Tensor, source: Tensor, name: str) -> None:
@@ -110,7 +131,8 @@ class WeightLoader:
         """Waits until all parts are in their places, and ends the loader.
 
         progress: called on this thread, with the bytes read so far. Raises what a source raised, EOFError
-        with the part's name where a file ends too early, OSError where it cannot be read.
+        with the part's name where a file ends too early, OSError where it cannot be read, UnfitValues where
+        numbers cannot be quantized.
         """
         self._loader.close()
         running = len(self._threads)
@@ -129,6 +151,8 @@ class WeightLoader:
         if failure := self._loader.failure():
             number, code = failure
             name = self._parts[number].name
+            if code < 0:
+                raise UnfitValues(unfit_words(-code, self._parts[number].format), name)
             raise OSError(code, os.strerror(code), name) if code else EOFError(name)
         progress(self._loader.done_bytes())
 
@@ -145,12 +169,14 @@ class WeightLoader:
         name: str,
         source: Source,
         nbytes: int,
-        place: tuple[int, int, int, int],
+        place: tuple[int, int, int, int, int],
         target: Tensor,
         kept: Tensor | None = None,
+        format: str = "",
     ) -> None:
         check(nbytes <= self._slot_bytes, f"a part of {name} has {nbytes} bytes, slots {self._slot_bytes}")
-        self._parts.append(_Part(name, nbytes, source if callable(source) else None, (target, kept)))
+        read = source if callable(source) else None
+        self._parts.append(_Part(name, nbytes, format, read, (target, kept)))
         ranges = [] if callable(source) else [_C.ByteRange(*part) for part in source]
         self._loader.add(ranges, nbytes, *place, target.data_ptr())
 
@@ -171,7 +197,20 @@ class WeightLoader:
         pinned = torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda)
         staged = torch.empty(size, dtype=torch.uint8, device=self._device)
         slots = {slot.data_ptr(): slot.numpy() for slot in pinned}
-        carrier = _C.WeightCarrier(self._loader, [*slots], [slot.data_ptr() for slot in staged], stream)
+        encoded = torch.empty(
+            self._slot_bytes if self._quantizes else 0, dtype=torch.uint8, device=self._device
+        )
+        bad = torch.zeros(_NUM_SLOTS, dtype=torch.int64, device=self._device)
+        pinned_bad = torch.zeros(_NUM_SLOTS, dtype=torch.int64, pin_memory=is_cuda)
+        carrier = _C.WeightCarrier(
+            self._loader,
+            [*slots],
+            [slot.data_ptr() for slot in staged],
+            encoded.data_ptr(),
+            bad.data_ptr(),
+            pinned_bad.data_ptr(),
+            stream,
+        )
         while (number := carrier.work()) >= 0:
             part = self._parts[number]
             assert part.read is not None

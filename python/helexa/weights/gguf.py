@@ -155,6 +155,9 @@ class GGUFFile(MappedFile):
         info = self.tensors[name]
         return [self.byte_range(info.offset + first * info.row_bytes, (end - first) * info.row_bytes)]
 
+    def floats_of(self, name: str) -> None:
+        """None: every tensor is as it stands."""
+
     def release_rows(self, name: str, first: int, end: int) -> None:
         """Takes the pages of some rows out of this process, as `release` does."""
         info = self.tensors[name]

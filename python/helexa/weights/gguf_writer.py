@@ -16,7 +16,7 @@ import numpy as np
 
 from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
-from helexa.weights.load import TensorFile
+from helexa.weights.tensor_file import TensorFile
 
 ALIGNMENT = 32
 _SLICE_BYTES = 16 << 20

@@ -11,7 +11,7 @@ from helexa.weights.hf_config import read_config, sampling_metadata
 from helexa.weights.hf_tensors import count_mtp_layers, gguf_tensors
 from helexa.weights.hf_tokenizer import tokenizer_metadata
 from helexa.weights.mapped import ByteRange
-from helexa.weights.regions import Whole
+from helexa.weights.regions import byte_ranges
 from helexa.weights.safetensors import Checkpoint, read_json
 
 CONFIG = "config.json"
@@ -64,8 +64,10 @@ class HFModel:
 
     def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange] | None:
         """Where the bytes of some rows lie, in order; None for rows that are made of others."""
-        region = self._regions[name]
-        return [region.byte_range(first, end)] if isinstance(region, Whole) else None
+        return byte_ranges(self._regions[name], first, end)
+
+    def floats_of(self, name: str) -> None:
+        """None: every tensor is as it stands."""
 
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Nothing: `rows` reads ahead."""

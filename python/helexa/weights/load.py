@@ -7,10 +7,9 @@ device a matrix gets its place when it is asked for, and its content by and by u
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 
@@ -19,8 +18,8 @@ from helexa.errors import InvalidFile, OutOfMemory
 from helexa.log import fields
 from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
-from helexa.weights.mapped import ByteRange
 from helexa.weights.parking import ParkedMatrix, ParkedWeights, Place
+from helexa.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,31 +33,6 @@ class LoadProgress:
 
     phase: str
     percent: float
-
-
-class TensorFile(Protocol):
-    """A model's tensors by GGUF's names and in its conventions: a GGUF file, or a checkpoint seen as one."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    def data(self, name: str) -> memoryview:
-        """All bytes of a tensor."""
-
-    def rows(self, name: str, first: int, end: int) -> memoryview:
-        """The bytes of some rows of a tensor; stacked matrices are one."""
-
-    def row_ranges(self, name: str, first: int, end: int) -> Sequence[ByteRange] | None:
-        """Where the bytes of some rows lie in files, in order; None for rows that lie in none."""
-
-    def prefetch(self, offset: int, nbytes: int) -> None:
-        """Asks the system to read a range, by TensorInfo.offset, soon; does not wait."""
-
-    def release_rows(self, name: str, first: int, end: int) -> None:
-        """Says that some rows have been read."""
 
 
 class GGUFWeights:
@@ -95,13 +69,19 @@ class GGUFWeights:
         self._requested: set[int] = set()  # parts of the file, by number, that were prefetched
         self._parked = parked
         self._done_bytes, self._all_bytes = 0, sum(info.nbytes for info in file.tensors.values())
+        # What a device is sent of the tensors: floats, if it has to quantize them.
+        self._sent = {name: (file.floats_of(name) or file).tensors[name] for name in file.tensors}
         self._progress(LoadProgress("header", 0.0))
         self._loader: ops.WeightLoader | None = None
         if self.device.type == "cuda" or num_readers is not None:
             self._arena: ops.Arena = self._device_arena()
             self._loader = ops.WeightLoader(
-                self.device, part_bytes=self._part_bytes(), num_readers=num_readers
+                self.device,
+                part_bytes=self._part_bytes(),
+                num_readers=num_readers,
+                quantizes=any(info.format != file.tensors[name].format for name, info in self._sent.items()),
             )
+            self._all_bytes = sum(info.nbytes for info in self._sent.values())
             if parked is not None:
                 self._all_bytes = parked.memory.nbytes
                 self._copy_back(parked)
@@ -136,6 +116,9 @@ class GGUFWeights:
                 raise InvalidFile(
                     f"{self.file.path.name}: found {found}, expected all of tensor {error.args[-1]!r}"
                 ) from error
+            except ops.UnfitValues as error:
+                reason, name = error.args
+                raise InvalidFile(f"{self.file.path.name}: found in tensor {name!r} that {reason}") from error
 
     def cancel(self) -> None:
         """Gives up what is still on its way; returns when nothing is any more."""
@@ -271,11 +254,13 @@ class GGUFWeights:
     def _send(self, info: TensorInfo, parts: ops.RowBlocks, weight: ops.PackedWeight) -> None:
         """Has the rows brought to the weight on the device."""
         assert self._loader is not None
-        step = max(ops.SLOT_BYTES // info.row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
+        sent = self._sent[info.name]
+        file = self.file.floats_of(info.name) or self.file
+        step = max(ops.SLOT_BYTES // sent.row_bytes // ops.TILE_ROWS, 1) * ops.TILE_ROWS
         for place in range(0, weight.rows, step):
             count = min(step, weight.rows - place)
-            pieces = _cut(parts, place, count)
-            self._loader.pack(weight, place, count, self._source(info.name, pieces), info.name)
+            source = _source(file, info.name, _cut(parts, place, count))
+            self._loader.pack(weight, place, count, source, info.name, sent.format)
 
     def _send_tables(self) -> None:
         """Has the tables' rows brought where they stay: last, since the device has no part in it."""
@@ -287,20 +272,13 @@ class GGUFWeights:
             step = max(ops.SLOT_BYTES * table.rows // table.data.nbytes, 1)
             for first in range(0, table.rows, step):
                 count = min(step, table.rows - first)
-                source = self._source(name, [(first, first + count)])
+                source = _source(self.file, name, [(first, first + count)])
                 self._loader.keep(table, first, count, source, name)
-
-    def _source(self, name: str, pieces: list[tuple[int, int]]) -> ops.WeightSource:
-        """Where rows of the file come from."""
-        found = [self.file.row_ranges(name, first, end) for first, end in pieces]
-        ranges = [part for parts in found if parts is not None for part in parts]
-        if None not in found:
-            return ranges
-        return lambda: b"".join(self.file.rows(name, first, end) for first, end in pieces)
 
     def _part_bytes(self) -> int:
         """The most bytes that `_send` cuts."""
-        tiles = (min(info.num_rows, ops.TILE_ROWS) * info.row_bytes for info in self.file.tensors.values())
+        infos = [*self.file.tensors.values(), *self._sent.values()]
+        tiles = (min(info.num_rows, ops.TILE_ROWS) * info.row_bytes for info in infos)
         return max(ops.SLOT_BYTES, *tiles)
 
     def _pack_slices(
@@ -374,6 +352,15 @@ class GGUFWeights:
     def _advance(self, nbytes: int) -> None:
         self._done_bytes += nbytes
         self._progress(LoadProgress("weights", min(100 * self._done_bytes / self._all_bytes, 100.0)))
+
+
+def _source(file: TensorFile, name: str, pieces: list[tuple[int, int]]) -> ops.WeightSource:
+    """Where rows of the file come from."""
+    found = [file.row_ranges(name, first, end) for first, end in pieces]
+    ranges = [part for parts in found if parts is not None for part in parts]
+    if None not in found:
+        return ranges
+    return lambda: b"".join(file.rows(name, first, end) for first, end in pieces)
 
 
 def _no_memory(nbytes: int, name: str, error: Exception) -> OutOfMemory:

@@ -22,11 +22,11 @@ from helexa.log import fields
 from helexa.quant import FORMATS
 from helexa.weights.gguf import GGUFFile, TensorInfo, open_gguf
 from helexa.weights.gguf_writer import encode_entry, write_gguf
-from helexa.weights.load import TensorFile
 from helexa.weights.mapped import ByteRange
 from helexa.weights.model_file import ModelFile
 from helexa.weights.recipes import FLOATS, Recipe
 from helexa.weights.sources import models_folder
+from helexa.weights.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,10 @@ class QuantizedFile:
         """Where the bytes of some rows lie; None for rows that are quantized when they are asked for."""
         return None if name in self._formats else self.source.row_ranges(name, first, end)
 
+    def floats_of(self, name: str) -> TensorFile | None:
+        """The source, of what is quantized."""
+        return self.source if name in self._formats else None
+
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Nothing: `rows` reads ahead."""
 
@@ -126,19 +130,24 @@ def write_quantized(
 
 @contextmanager
 def quantized(
-    file: ModelFile, recipe: Recipe, *, cache: bool, progress: Progress = lambda done, total: None
+    file: ModelFile,
+    recipe: Recipe,
+    *,
+    cache: bool,
+    write: bool = True,
+    progress: Progress = lambda done, total: None,
 ) -> Iterator[TensorFile]:
     """The weights of a model as the recipe wants them, quantized as they are read.
 
-    With `cache` they come from a file that keeps the result of an earlier time, or that is written now; if it
-    cannot be, they come without it. Raises InvalidParameter or InvalidFile.
+    With `cache` they come from a file that keeps the result of an earlier time, or, with `write`, that is
+    written now; if it cannot be, they come without it. Raises InvalidParameter or InvalidFile.
     """
     formats = plan(file, recipe)
     if not formats:
         yield file
         return
     view = QuantizedFile(file, formats)
-    kept = _kept(file, view, recipe, progress) if cache else None
+    kept = _kept(file, view, recipe, progress, write=write) if cache else None
     if kept is None:
         yield view
         return
@@ -173,11 +182,13 @@ def fingerprint(file: ModelFile) -> str:
     return digest.hexdigest()
 
 
-def _kept(file: ModelFile, view: QuantizedFile, recipe: Recipe, progress: Progress) -> GGUFFile | None:
-    """The kept result, written first if need be; None if it cannot be written."""
+def _kept(
+    file: ModelFile, view: QuantizedFile, recipe: Recipe, progress: Progress, *, write: bool
+) -> GGUFFile | None:
+    """The kept result, written first if need be; None if it cannot or shall not be written."""
     try:
         path = cache_path(file, recipe)
-        if kept := _open_kept(path, view):
+        if (kept := _open_kept(path, view)) or not write:
             return kept
         free, needed = _free_bytes(path.parent), sum(info.nbytes for info in view.tensors.values())
         if free < needed + (1 << 28):

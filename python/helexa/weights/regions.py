@@ -154,14 +154,15 @@ class Stacked:
         return self.sources[0].format
 
     def rows(self, first: int, end: int) -> Bytes:
-        pieces = [self.sources[number].rows(*rows) for number, rows in self._pieces(first, end)]
+        pieces = [self.sources[number].rows(*rows) for number, rows in self.pieces(first, end)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def release(self, first: int, end: int) -> None:
-        for number, rows in self._pieces(first, end):
+        for number, rows in self.pieces(first, end):
             self.sources[number].release(*rows)
 
-    def _pieces(self, first: int, end: int) -> list[tuple[int, tuple[int, int]]]:
+    def pieces(self, first: int, end: int) -> list[tuple[int, tuple[int, int]]]:
+        """Which rows of which matrix some rows are."""
         each = self.sources[0].shape[0]
         return [
             (number, (max(first - number * each, 0), min(end - number * each, each)))
@@ -183,6 +184,18 @@ class Computed:
 
     def release(self, first: int, end: int) -> None:
         pass
+
+
+def byte_ranges(region: Region, first: int, end: int) -> list[ByteRange] | None:
+    """Where the bytes of some rows lie, in order; None for rows that are made of others."""
+    if isinstance(region, Whole):
+        return [region.byte_range(first, end)]
+    if not isinstance(region, Stacked):
+        return None
+    found = [byte_ranges(region.sources[number], *rows) for number, rows in region.pieces(first, end)]
+    if None in found:
+        return None
+    return [part for parts in found if parts is not None for part in parts]
 
 
 def values(region: Region) -> NDArray[np.float32]:
