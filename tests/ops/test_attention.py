@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from helexa import _C, ops
+from support.kv_caches import random_pages
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -40,22 +41,11 @@ def make_call(
 ) -> Call:
     """Random queries, keys and values in shuffled pages; what belongs to no key is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    pages_each = [-(-length // ops.PAGE_TOKENS) for length in kv_lengths]
-    num_pages = sum(pages_each) + 2
-    order = torch.randperm(num_pages, generator=generator).tolist()
-    shape = (num_pages, num_kv_heads, ops.PAGE_TOKENS, head_dim)
-    k_cache, v_cache = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
-    page_table = torch.full((len(kv_lengths), max(pages_each, default=0) + 1), 2**31 - 1, dtype=torch.int32)
-    for s, length in enumerate(kv_lengths):
-        for p in range(pages_each[s]):
-            page_table[s, p] = page = order.pop()
-            filled = min(ops.PAGE_TOKENS, length - p * ops.PAGE_TOKENS)
-            for pages in (k_cache, v_cache):
-                values = torch.randn(num_kv_heads, filled, head_dim, generator=generator)
-                pages[page, :, :filled] = values.to(dtype)
+    k_cache, v_cache, page_table = random_pages(kv_lengths, num_kv_heads, head_dim, generator)
     query_start = torch.tensor([0, *query_lengths]).cumsum(0).int()
     q = torch.randn(int(query_start[-1]), num_kv_heads * group, head_dim, generator=generator) * amplitude
-    return Call(q, k_cache, v_cache, page_table, query_start, torch.tensor(kv_lengths).int(), head_dim**-0.5)
+    caches = k_cache.to(dtype), v_cache.to(dtype)
+    return Call(q, *caches, page_table, query_start, torch.tensor(kv_lengths).int(), head_dim**-0.5)
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helexa import ops
-from support.kv_caches import cache_values, make_cache
+from support.kv_caches import cache_values, make_cache, random_pages
 
 pytestmark = pytest.mark.cuda
 
@@ -55,18 +55,7 @@ def make_call(
     amplitude=1.0,
 ) -> Call:
     """Random queries, keys and values in shuffled pages; what belongs to no key is NaN."""
-    pages_each = [-(-length // ops.PAGE_TOKENS) for length in kv_lengths]
-    num_pages = sum(pages_each) + 2
-    order = torch.randperm(num_pages).tolist()
-    shape = (num_pages, num_kv_heads, ops.PAGE_TOKENS, head_dim)
-    k_cache, v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-    page_table = torch.full((len(kv_lengths), max(pages_each, default=0) + 1), 2**31 - 1, dtype=torch.int32)
-    for s, length in enumerate(kv_lengths):
-        for p in range(pages_each[s]):
-            page_table[s, p] = page = order.pop()
-            filled = min(ops.PAGE_TOKENS, length - p * ops.PAGE_TOKENS)
-            for pages in (k_cache, v_cache):
-                pages[page, :, :filled] = torch.randn(num_kv_heads, filled, head_dim)
+    k_cache, v_cache, page_table = random_pages(kv_lengths, num_kv_heads, head_dim)
     query_start = torch.tensor([0, *query_lengths]).cumsum(0).int()
     q = torch.randn(int(query_start[-1]), num_kv_heads * group, head_dim) * amplitude
     tensors = (

@@ -2,12 +2,9 @@ import pytest
 import torch
 
 from helexa import ops
+from support.rope_calls import check_against_reference, inverse_frequencies, make_call
 
 CACHE_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def inverse_frequencies(num_rotated: int) -> torch.Tensor:
-    return 1e4 ** -(torch.arange(0, num_rotated, 2) / num_rotated)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_pairs"), [(1, 64), (3, 1), (63, 40), (300, 64)])
@@ -22,44 +19,12 @@ def test_the_table_equals_the_reference(num_tokens, num_pairs, poisoned):
     assert (table - ops.rope_table_reference(positions, inv_freq, 1.2)).abs().max() < 1e-6
 
 
-def make_call(
-    num_tokens=7, num_heads=6, num_kv_heads=2, head_dim=64, num_rotated=None, dtype=torch.float32, norms=True
-):
-    num_rotated = head_dim if num_rotated is None else num_rotated
-    slots = torch.randperm(3 * ops.PAGE_TOKENS, dtype=torch.int32)[:num_tokens]
-    positions = torch.randint(0, 5000, (num_tokens,), dtype=torch.int32)
-    return {
-        "qkv": torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim),
-        "table": ops.rope_table_reference(positions, inverse_frequencies(num_rotated)),
-        "slots": slots,
-        "k_cache": torch.zeros(3, num_kv_heads, ops.PAGE_TOKENS, head_dim, dtype=dtype),
-        "v_cache": torch.zeros(3, num_kv_heads, ops.PAGE_TOKENS, head_dim, dtype=dtype),
-        "num_heads": num_heads,
-        "q_norm": torch.randn(head_dim) if norms else None,
-        "k_norm": torch.randn(head_dim) if norms else None,
-        "eps": 1e-6,
-    }
-
-
-def check_against_reference(call, interleaved, assert_close):
-    expected = {**call, "k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
-    q_expected = ops.rope_append_reference(**expected, interleaved=interleaved)
-    out = torch.full_like(q_expected, torch.nan)
-    q = ops.rope_append(**call, interleaved=interleaved, out=out)
-    assert q is out
-    assert_close("q", q_expected, q, 1e-6)
-    # A last-bit difference in float32 may round to either neighbour in the type of the cache.
-    tolerance = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}[call["k_cache"].dtype]
-    assert_close("k", expected["k_cache"], call["k_cache"], tolerance)
-    assert torch.equal(expected["v_cache"], call["v_cache"])
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
 def test_it_equals_the_reference(isa, num_tokens, dtype, norms, interleaved, assert_close):
-    check_against_reference(make_call(num_tokens, dtype=dtype, norms=norms), interleaved, assert_close)
+    check_against_reference(make_call("cpu", num_tokens, dtype=dtype, norms=norms), interleaved, assert_close)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -78,19 +43,19 @@ def test_it_equals_the_reference(isa, num_tokens, dtype, norms, interleaved, ass
 def test_head_shapes_and_partial_rotation(
     isa, num_heads, num_kv_heads, head_dim, num_rotated, interleaved, assert_close
 ):
-    call = make_call(3, num_heads, num_kv_heads, head_dim, num_rotated, torch.bfloat16)
+    call = make_call("cpu", 3, num_heads, num_kv_heads, head_dim, num_rotated)
     check_against_reference(call, interleaved, assert_close)
 
 
 def test_a_token_with_a_negative_slot_is_not_written(isa, assert_close):
-    call = make_call(5)
+    call = make_call("cpu", 5, dtype=torch.float32)
     call["slots"][2] = -1
     check_against_reference(call, False, assert_close)
     assert call["k_cache"].any(-1).any(1).sum() == 4
 
 
 def test_values_beyond_float16_become_infinite_and_nan_stays(isa):
-    call = make_call(1, num_heads=1, num_kv_heads=1, head_dim=16, dtype=torch.float16, norms=False)
+    call = make_call("cpu", 1, num_heads=1, num_kv_heads=1, head_dim=16, dtype=torch.float16, norms=False)
     call["qkv"][0, 32:35] = torch.tensor([1e6, -1e6, torch.nan])
     ops.rope_append(**call, interleaved=False)
     page, offset = divmod(int(call["slots"][0]), ops.PAGE_TOKENS)
@@ -102,14 +67,14 @@ def test_values_beyond_float16_become_infinite_and_nan_stays(isa):
 
 
 def test_the_two_pairings_differ(assert_close):
-    call = make_call()
+    call = make_call("cpu", dtype=torch.float32)
     neox = ops.rope_append(**call, interleaved=False)
     with pytest.raises(AssertionError, match="differs"):
         assert_close("pairing", neox, ops.rope_append(**call, interleaved=True), 1e-2)
 
 
 def test_a_replay_reads_new_positions_and_slots(isa):
-    call = make_call(4, dtype=torch.bfloat16)
+    call = make_call("cpu", 4, dtype=torch.bfloat16)
     positions, inv_freq = torch.zeros(4, dtype=torch.int32), inverse_frequencies(64)
     graph = ops.CpuGraph()
     with graph.capture():
@@ -144,7 +109,7 @@ def test_a_replay_reads_new_positions_and_slots(isa):
 )
 def test_what_does_not_fit_is_refused(name, value):
     with pytest.raises(ValueError, match="rope_append"):
-        ops.rope_append(**{**make_call(), name: value}, interleaved=False)
+        ops.rope_append(**{**make_call("cpu", dtype=torch.float32), name: value}, interleaved=False)
 
 
 def test_a_table_refuses_positions_that_are_not_int32():

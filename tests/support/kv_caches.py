@@ -1,5 +1,7 @@
 """Caches of every dtype, made from values and read back."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,22 @@ def cache_values(cache: Tensor) -> Tensor:
     codes, tail = cache[:, :, : ops.PAGE_TOKENS], cache[:, :, ops.PAGE_TOKENS :]
     scales = tail.flatten(2)[..., : 4 * ops.PAGE_TOKENS].contiguous().view(torch.float32)
     return codes.float() * scales[..., None]
+
+
+def random_pages(
+    kv_lengths: Sequence[int], num_kv_heads: int, head_dim: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values [pages, Hkv, 256, D] in shuffled pages, NaN where there is no key, and the page table."""
+    pages_each = [-(-length // ops.PAGE_TOKENS) for length in kv_lengths]
+    num_pages = sum(pages_each) + 2
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    shape = (num_pages, num_kv_heads, ops.PAGE_TOKENS, head_dim)
+    caches = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    page_table = torch.full((len(kv_lengths), max(pages_each, default=0) + 1), 2**31 - 1, dtype=torch.int32)
+    for s, length in enumerate(kv_lengths):
+        for p in range(pages_each[s]):
+            page_table[s, p] = page = order.pop()
+            filled = min(ops.PAGE_TOKENS, length - p * ops.PAGE_TOKENS)
+            for pages in caches:
+                pages[page, :, :filled] = torch.randn(num_kv_heads, filled, head_dim, generator=generator)
+    return *caches, page_table
