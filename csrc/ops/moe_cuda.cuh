@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// What the kernels of a mixture of experts share: who computes which tokens.
+// What the kernels of a mixture of experts share.
 //
 // A pair is one token's choice of one expert: pair t * top_k + j.  Pairs are sorted by expert, and the pairs of an expert are cut
-// into groups, since one reading of an expert's weights serves as many tokens as one matrix instruction takes.
+// into groups, since one reading of an expert's weights serves as many tokens as a block takes.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -11,7 +11,7 @@ namespace helexa::moe {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
-constexpr int kBatch = 8;  // tokens of a matrix instruction
+constexpr int kBatch = 8;  // few rows are taken so many at a time: tokens of a matrix instruction
 
 struct Group {
   int expert;
@@ -26,17 +26,12 @@ inline int max_groups(int64_t num_pairs, int64_t num_experts, int group_size) {
   return static_cast<int>((num_pairs + (group_size - 1) * active) / group_size);
 }
 
-// Of some batches, in device memory; written by the kernels that route.
+// Of many rows, in device memory; written by the kernels that route.
 struct Plan {
-  int* num_groups;  // [batches]
-  Group* groups;    // [batches, max_groups]
-  int* order;       // [batches, max_pairs]: the pair at a position; pairs count from the batch's first token
-  int max_groups, max_pairs;
-
-  __device__ Plan of_batch(int batch) const {
-    return {num_groups + batch, groups + static_cast<int64_t>(batch) * max_groups,
-            order + static_cast<int64_t>(batch) * max_pairs, max_groups, max_pairs};
-  }
+  int* num_groups;
+  Group* groups;  // [max_groups]
+  int* order;     // [pairs]: the pair at a position
+  int max_groups;
 };
 
 // Floats of a token's logits: of the experts, of the shared one's gate, and the factor that ends the norm of the token's row.
@@ -53,10 +48,9 @@ class Workspace {
     used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
     return taken;
   }
-  Plan take_plan(int64_t num_batches, int64_t num_pairs, int64_t num_experts, int group_size) {
+  Plan take_plan(int64_t num_pairs, int64_t num_experts, int group_size) {
     const int groups = max_groups(num_pairs, num_experts, group_size);
-    return {take<int>(num_batches), take<Group>(num_batches * groups), take<int>(num_batches * num_pairs),
-            groups, static_cast<int>(num_pairs)};
+    return {take<int>(1), take<Group>(groups), take<int>(num_pairs), groups};
   }
   int64_t bytes() const { return used_; }
 
@@ -65,7 +59,7 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What routing writes: weights has a column more than top_k where there is a shared expert.
+// What routing of many rows writes: weights has a column more than top_k where there is a shared expert.
 struct Routes {
   int* ids;        // [num_tokens, top_k]
   float* weights;  // [num_tokens, slots]

@@ -397,7 +397,7 @@ struct Buffers {
     const int slots = static_cast<int>(top_k) + 1;
     int* ids = space.take<int>(num_pairs);
     float* shares = space.take<float>(num_tokens * slots);
-    routes = {ids, shares, slots, space.take_plan(1, num_pairs, weights.router.rows, kGroup)};
+    routes = {ids, shares, slots, space.take_plan(num_pairs, weights.router.rows, kGroup)};
     hidden = space.take<__nv_bfloat16>(num_pairs * weights.down.cols);
     results = space.take<__nv_bfloat16>(num_pairs * weights.router.cols);
     bytes = space.bytes();
