@@ -59,10 +59,21 @@ struct LaneRow {
   __device__ __forceinline__ int num_pairs(int chunk) const {
     return static_cast<int>(activation_padded_cols(cols) / 64) - chunk * kChunkPairs;
   }
+  // Of a chunk all of x, or its j-th part: the codes of a pair, last the scales.
   template <bool kWhole, int kSplit>
   __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int chunk, int lane) const {
     x.template load<kWhole>(row, static_cast<int>(activation_padded_cols(cols)), lane, chunk * kChunkPairs,
                             num_pairs(chunk));
+  }
+  template <bool kWhole, int kSplit>
+  __device__ __forceinline__ void load(LaneActivations<kSplit>& x, int chunk, int lane, int j) const {
+    const int first_pair = chunk * kChunkPairs, pairs = num_pairs(chunk);
+    if (j < LaneActivations<kSplit>::kOwnPairs) {
+      x.template load_codes<kWhole>(row, lane, first_pair, pairs, j);
+    } else {
+      x.template load_scales<kWhole>(row, static_cast<int>(activation_padded_cols(cols)), lane, first_pair,
+                                     pairs);
+    }
   }
 };
 
@@ -224,7 +235,9 @@ __host__ __device__ inline bool is_float(int format) { return format <= static_c
 // What a warp has of a tile: the chunks split, split + num_splits, …
 template <int kSplit>
 struct TileProduct {
-  static constexpr int kAhead = 2;  // chunks whose activations are on their way at once
+  // Chunks whose activations are there or on their way.  Those of several tokens take many registers: each is replaced by the next
+  // one's as soon as it was used.
+  static constexpr int kAhead = kSplit == 8 ? 2 : 1;
   LaneRow row;
   int split, num_splits, num_chunks;
   LaneActivations<kSplit> x[kAhead][1];
@@ -244,11 +257,18 @@ struct TileProduct {
   __device__ __forceinline__ void run(LaneSums<kSplit, 1>& sums, Stream& stream, Walk& walk, int lane) {
     constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;  // such tiles have no short chunks
     for (int chunk = split; chunk < num_chunks; chunk += num_splits) {
-      multiply_chunk<F>(sums, stream.wait(), lane, min(kChunkPairs, row.num_pairs(chunk)), x[0]);
-      stream.release(walk);
-#pragma unroll
-      for (int i = 0; i + 1 < kAhead; ++i) x[i][0] = x[i + 1][0];
-      load<kWhole>(x[kAhead - 1][0], chunk + kAhead * num_splits, lane);
+      const int pairs = min(kChunkPairs, row.num_pairs(chunk));
+      if constexpr (kAhead == 1) {
+        const int next = chunk + num_splits < num_chunks ? chunk + num_splits : chunk;
+        multiply_chunk<F>(sums, stream.wait(), lane, pairs, x[0],
+                          [&](int j) { row.template load<kWhole>(x[0][0], next, lane, j); });
+        stream.release(walk);
+      } else {
+        multiply_chunk<F>(sums, stream.wait(), lane, pairs, x[0]);
+        stream.release(walk);
+        x[0][0] = x[1][0];
+        load<kWhole>(x[1][0], chunk + 2 * num_splits, lane);
+      }
     }
   }
 
