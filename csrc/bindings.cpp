@@ -157,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_many_cuda", cuda(&moe_many_cuda));
   m.def("quant_matmul_cuda", cuda(&quant_matmul_cuda));
   m.def("gated_matmul_cuda", cuda(&gated_matmul_cuda));
+  m.def("add_norm_matmul_cuda", cuda(&add_norm_matmul_cuda));
   m.def("middle_matmul_workspace_bytes", &middle_matmul_workspace_bytes);
   m.def("middle_matmul_cuda", cuda(&middle_matmul_cuda));
   m.def("quantize_rows_cuda", cuda(&quantize_rows_cuda));

@@ -36,6 +36,13 @@ void quant_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, 
 void gated_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
                        std::vector<WeightView> weights, uint8_t* out, void* stream);
 
+// residual += x · weightᵀ + bias, and norm_weight times that as rows of q8 and, unless out_x is null, as floats: a norm but for the division
+// by the root mean square, which quant_matmul_cuda makes good given out_squares [num_tokens, activation_squares(rows)].
+// residual, out_x [num_tokens, rows].  norm_weight [rows].
+void add_norm_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, WeightView weight,
+                          float* residual, const float* norm_weight, uint8_t* out_q8, float* out_x,
+                          float* out_squares, void* stream);
+
 // The same for more rows, in bfloat16 with float32 sums.  x: [num_rows, cols] bfloat16, cols a multiple of 8.  out: [num_rows, sum of
 // rows], or [num_rows, rows_0] if gated, of dtype float32 or bfloat16.  workspace: zeros at first, and left so that the next call can
 // use it; a multiple of 16.  Weights are rounded to bfloat16 as they are multiplied, whatever their format.

@@ -32,6 +32,8 @@ constexpr int kTileRows = kDeviceTileRows;
 constexpr int kMaxBlockTiles = 8;
 constexpr int kMinBlocksPerMultiprocessor = 6;  // of a block with several tiles
 constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
+constexpr int kNormRows = 32;   // outputs of a block that a norm follows: the same
+constexpr int kMaxNormWarps = 16, kFewestTileWarps = 4;  // so that each of 8 input rows has a warp
 // Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
 constexpr int kPartStride = kTileRows + 4;
 constexpr int kPartFloats = 8 * kPartStride;
@@ -82,6 +84,10 @@ struct BlockTiles {
       count = min(a.block_tiles, (part.rows + kTileRows - 1) / kTileRows - first_tile);
     }
   }
+  // One tile of the only weight, or none if it has no such tile.
+  __device__ __forceinline__ BlockTiles(const Arguments& a, int tile)
+      : first_part(0), first_tile(tile), count(tile * kTileRows < a.parts[0].rows ? 1 : 0), is_gated(false) {}
+
   __device__ __forceinline__ int part(int i) const { return is_gated ? i % 2 : first_part; }
   __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
 };
@@ -222,6 +228,23 @@ __device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, co
   }
 }
 
+// The same of a tile of any format; nothing of one that is not packed.
+template <int kSplit, int kTiles>
+__device__ __forceinline__ void multiply_packed(LaneSums<kSplit, kTiles>& sums, const Arguments& a,
+                                                int format, Stream<kSplit, kTiles>& rows, Ring& ring,
+                                                const BlockTiles& tiles, int warp, int num_warps, int lane) {
+  switch (static_cast<Format>(format)) {
+#define HELEXA_FORMAT(type, name)                                                          \
+  case Format::k##type:                                                                    \
+    if constexpr (type::kScales != Scales::kPlain) {                                       \
+      multiply_tile<type>(sums, a, rows, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
+    }                                                                                      \
+    break;
+#include "quant/formats.def"
+#undef HELEXA_FORMAT
+  }
+}
+
 template <class T>
 struct FloatVector;
 template <>
@@ -293,6 +316,18 @@ __device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& 
     }
     sum = warp_sum(sum);
     if (lane == 0) sums[t * kPartStride + r] = sum;
+  }
+}
+
+__device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& part, int tile,
+                                                int first_token, float* sums, int warp, int num_warps,
+                                                int lane) {
+  if (part.format == static_cast<int>(Format::kF32)) {
+    multiply_floats<float>(a, part, tile, first_token, sums, warp, num_warps, lane);
+  } else if (part.format == static_cast<int>(Format::kF16)) {
+    multiply_floats<__half>(a, part, tile, first_token, sums, warp, num_warps, lane);
+  } else {
+    multiply_floats<__nv_bfloat16>(a, part, tile, first_token, sums, warp, num_warps, lane);
   }
 }
 
@@ -369,26 +404,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / 
     const int tile = tiles.tile(i);
     LaneSums<kSplit, kTiles> sums;
     sums.clear();
-    switch (static_cast<Format>(part.format)) {
-#define HELEXA_FORMAT(type, name)                                                           \
-  case Format::k##type:                                                                     \
-    if constexpr (type::kScales != Scales::kPlain) {                                        \
-      multiply_tile<type>(sums, a, input, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
-    }                                                                                       \
-    break;
-#include "quant/formats.def"
-#undef HELEXA_FORMAT
-    }
+    multiply_packed(sums, a, part.format, input, ring, tiles, warp, num_warps, lane);
     for (int n = 0; n < kTiles && 8 * n < a.num_tokens; ++n) {
       if (i + n > 0) __syncthreads();  // the sums before these are read
       if (is_float(part.format)) {
-        if (part.format == static_cast<int>(Format::kF32)) {
-          multiply_floats<float>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
-        } else if (part.format == static_cast<int>(Format::kF16)) {
-          multiply_floats<__half>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
-        } else {
-          multiply_floats<__nv_bfloat16>(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
-        }
+        multiply_floats(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
       } else {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -427,6 +447,75 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / 
   }
 }
 
+// What a product writes that ends a block of a model: the residual with it added, and the next norm of that but for the division by
+// the root mean square.
+struct NormOutput {
+  float* residual;      // [num_tokens, rows]
+  const float* weight;  // [rows], the norm's; not __restrict__, such loads sink below the wait
+  uint8_t* q8;          // [num_tokens, activation_row_bytes(rows)]
+  float* x;             // [num_tokens, rows], or null
+  float* squares;       // [num_tokens, activation_squares(rows)]
+};
+
+// A block has 32 weight rows: two tiles, each with half of the warps, and one block of columns of the next matmul.
+template <int kSplit>
+__global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that there are registers for
+    add_norm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ NormOutput out) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int tile_warps = static_cast<int>(blockDim.x) / 64, half = warp / tile_warps;
+  const int own_warp = warp - half * tile_warps;  // among those of its tile
+  float* parts = dynamic_shared<float>();         // [2 * tile_warps][8][kPartStride]
+  uint8_t* rings = reinterpret_cast<uint8_t*>(parts + 2 * tile_warps * kPartFloats);
+  __shared__ uint64_t barriers[kMaxNormWarps * kMaxStages];
+  const Part& part = a.parts[0];
+  const BlockTiles tiles(a, 2 * static_cast<int>(blockIdx.x) + half);
+  ptx::allow_consumers();
+  Ring ring;
+  ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, own_warp,
+             tile_warps, lane);
+  // In the end a warp has a row, each of its lanes a column.
+  const int block = static_cast<int>(blockIdx.x), column = block * kNormRows + lane;
+  const bool exists = warp < a.num_tokens && column < part.rows;
+  const int64_t place = static_cast<int64_t>(warp) * part.rows + column;
+  const float scale = exists ? out.weight[column] : 0.0f;
+  const float bias = exists && part.bias != nullptr ? part.bias[column] : 0.0f;
+  Stream<kSplit, 1> input(a, lane);
+  ptx::wait_for_producers();
+  input.start(lane, own_warp);
+  const float before = exists ? out.residual[place] : 0.0f;
+
+  LaneSums<kSplit, 1> sums;
+  sums.clear();
+  if (is_float(part.format)) {
+    if (tiles.count > 0)
+      multiply_floats(a, part, tiles.tile(0), 0, parts + half * tile_warps * kPartFloats, own_warp,
+                      tile_warps, ptx::opaque(lane));
+  } else {
+    if (tiles.count > 0)
+      multiply_packed(sums, a, part.format, input, ring, tiles, own_warp, tile_warps, lane);
+    store_sums(sums, 0, parts + warp * kPartFloats, lane);
+  }
+  __syncthreads();
+  if (warp >= a.num_tokens) return;
+
+  const int num_parts = is_float(part.format) ? 1 : tile_warps;
+  const float* column_sums =
+      parts + lane / kTileRows * tile_warps * kPartFloats + warp * kPartStride + lane % kTileRows;
+  float value = 0.0f;
+  for (int w = 0; w < num_parts; ++w) value += column_sums[w * kPartFloats];
+  value = exists ? before + (value + bias) : 0.0f;
+  const float square = warp_sum(value * value), scaled = value * scale;
+  quantize_lanes(scaled, out.q8 + warp * activation_row_bytes(part.rows), part.rows, block);
+  if (exists) {
+    out.residual[place] = value;
+    if (out.x != nullptr) out.x[place] = scaled;
+  }
+  const int count = static_cast<int>(activation_squares(part.rows));
+  float* squares = out.squares + warp * count;
+  if (lane == 0) squares[block] = square;
+  if (column + 32 >= part.rows + lane && lane > 0 && block + lane < count) squares[block + lane] = 0.0f;
+}
+
 constexpr int kQuantizeWarps = 4;
 
 template <class T>
@@ -462,6 +551,19 @@ void launch_matvec(const Arguments& a, int num_blocks, int num_warps, size_t sha
                 {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a);
 }
 
+// The part of a launch that multiplies weight `w`, and the bytes that a stage needs for it.
+int describe(Part& part, const WeightView& w, int cols, int column, int first_block) {
+  part = {w.packed, w.bias, w.format, static_cast<int>(w.rows), column, first_block, 0, 0};
+  with_format(static_cast<Format>(w.format), [&](auto f) {
+    using F = decltype(f);
+    if constexpr (F::kScales != Scales::kPlain) {
+      part.tile_bytes = static_cast<int>(device_tile_bytes<F>(cols));
+      part.chunk_bytes = chunk_bytes<F>();
+    }
+  });
+  return part.chunk_bytes;
+}
+
 // Fills in what follows from the shapes and launches.
 void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* stream) {
   if (weights.empty() || weights.size() > kMaxMatvecWeights) {
@@ -477,17 +579,8 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
       num_tiles / (kMinBlocksPerMultiprocessor * num_multiprocessors()), 1, kMaxBlockTiles));
   int num_blocks = 0, column = 0, stage_bytes = 0;
   for (int i = 0; i < a.num_parts; ++i) {
-    const WeightView& w = weights[i];
     Part& part = a.parts[i];
-    part = {w.packed, w.bias, w.format, static_cast<int>(w.rows), column, num_blocks, 0, 0};
-    with_format(static_cast<Format>(w.format), [&](auto f) {
-      using F = decltype(f);
-      if constexpr (F::kScales != Scales::kPlain) {
-        part.tile_bytes = static_cast<int>(device_tile_bytes<F>(a.cols));
-        part.chunk_bytes = chunk_bytes<F>();
-        stage_bytes = std::max(stage_bytes, part.chunk_bytes);
-      }
-    });
+    stage_bytes = std::max(stage_bytes, describe(part, weights[i], a.cols, column, num_blocks));
     column += part.rows;
     const int tiles = (part.rows + kTileRows - 1) / kTileRows;
     num_blocks += (tiles + a.block_tiles - 1) / a.block_tiles;
@@ -532,6 +625,59 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   }
 }
 
+// Shared memory that a block may take of which `count` are to be on a multiprocessor; a single one leaves room for a block of the next
+// launch.
+int shared_memory_of(int count) {
+#ifdef HELEXA_EMULATED_CUDA
+  return 128 * 1024 / count;
+#else
+  const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
+  const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(0);
+  const int share = count == 1 ? total * 2 / 3 : total / count;
+  return std::min(most, share - 1024) - 8 * kMaxNormWarps * kMaxStages;  // the system's 1 KiB, barriers
+#endif
+}
+
+// Blocks have as many warps as their number allows to be on a multiprocessor at once, but no more than shorten the time.  The number of
+// input rows must not matter: the order of sums depends on the number of warps.
+void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* stream) {
+  a.num_parts = 1;
+  a.num_chunks = (a.cols + kChunkCols - 1) / kChunkCols;
+  a.stage_bytes = describe(a.parts[0], weight, a.cols, 0, 0);
+  a.block_tiles = 1;
+  const int rows = a.parts[0].rows, num_blocks = (rows + kNormRows - 1) / kNormRows;
+  const int neighbours = std::min(3, (num_blocks + num_multiprocessors() - 1) / num_multiprocessors());
+  const int shared = shared_memory_of(neighbours);
+  int tile_warps = neighbours == 1 ? kMaxNormWarps / 2 : kFewestTileWarps;
+  auto bytes_of = [&](int warps, int stages) {
+    return 2 * warps * static_cast<int>(sizeof(float) * kPartFloats + stages * a.stage_bytes);
+  };
+  while (tile_warps > kFewestTileWarps && bytes_of(tile_warps, 2) > shared) --tile_warps;
+  const int rounds = (a.num_chunks + tile_warps - 1) / tile_warps;
+  tile_warps = std::max(kFewestTileWarps, (a.num_chunks + rounds - 1) / rounds);
+  a.warp_chunks = a.num_chunks / tile_warps;
+  a.extra_chunks = a.num_chunks % tile_warps;
+  a.num_stages = std::min(2, rounds);
+  while (a.num_stages < std::min(kMaxStages, rounds) && bytes_of(tile_warps, a.num_stages + 1) <= shared)
+    ++a.num_stages;
+
+  const int64_t row_bytes = activation_row_bytes(a.cols);
+  for (int left = a.num_tokens; left > 0; left -= 8) {
+    a.num_tokens = std::min(left, 8);
+    const auto kernel = a.num_tokens == 1   ? add_norm_kernel<8>
+                        : a.num_tokens <= 4 ? add_norm_kernel<2>
+                                            : add_norm_kernel<1>;
+    const size_t shared_bytes = static_cast<size_t>(bytes_of(tile_warps, a.num_stages));
+    launch_kernel(kernel, {dim3(num_blocks), dim3(64 * tile_warps), stream, shared_bytes, true}, a, out);
+    a.q8 += 8 * row_bytes;
+    if (a.x != nullptr) a.x += 8 * static_cast<int64_t>(a.cols);
+    out.residual += 8 * static_cast<int64_t>(rows);
+    out.q8 += 8 * activation_row_bytes(rows);
+    if (out.x != nullptr) out.x += 8 * static_cast<int64_t>(rows);
+    out.squares += 8 * activation_squares(rows);
+  }
+}
+
 Arguments input(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,
                 const std::vector<WeightView>& weights) {
   Arguments a = {};
@@ -560,6 +706,14 @@ void gated_matmul_cuda(const uint8_t* q8, const float* x, const float* squares, 
   Arguments a = input(q8, x, squares, eps, num_tokens, weights);
   a.gated = out;
   run_matvec(a, weights, stream);
+}
+
+void add_norm_matmul_cuda(const uint8_t* q8, const float* x, int64_t num_tokens, WeightView weight,
+                          float* residual, const float* norm_weight, uint8_t* out_q8, float* out_x,
+                          float* out_squares, void* stream) {
+  if (num_tokens == 0) return;
+  const Arguments a = input(q8, x, nullptr, 0.0f, num_tokens, {weight});
+  run_add_norm(a, {residual, norm_weight, out_q8, out_x, out_squares}, weight, stream);
 }
 
 void quantize_rows_cuda(const void* x, int64_t num_tokens, int64_t cols, int dtype, uint8_t* q8,

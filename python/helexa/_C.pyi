@@ -137,6 +137,19 @@ def gated_matmul_cuda(
     stream: int,
     /,
 ) -> None: ...
+def add_norm_matmul_cuda(
+    q8: int,
+    x: int,
+    num_tokens: int,
+    weight: WeightView,
+    residual: int,
+    norm_weight: int,
+    out_q8: int,
+    out_x: int,
+    out_squares: int,
+    stream: int,
+    /,
+) -> None: ...
 def middle_matmul_workspace_bytes() -> int: ...
 def middle_matmul_cuda(
     x: int,

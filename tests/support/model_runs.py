@@ -1,7 +1,6 @@
 """Models run on tokens as the engine runs them, and what transformers computed with those of tests/golden."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helexa.layers.norm import RMSNorm
 from helexa.layers.step import PAGE_TOKENS, Step
 from helexa.models import Model, ModelConfig, build_model, config_from_gguf, kv_cache_shapes, state_shapes
+from helexa.models.decoder_layer import DecoderLayer
+from helexa.ops import Rows
 from helexa.weights.load import GGUFWeights
 from helexa.weights.model_file import open_model
 
@@ -121,14 +123,17 @@ def golden(case: str, device: str = "cpu") -> Golden:
 class Recorder:
     """Stands in for a layer and keeps what the layer returned."""
 
-    def __init__(self, layer: Callable[..., tuple[Tensor, Tensor]]):
+    def __init__(self, layer: DecoderLayer):
         self.layer = layer
+        self.input_layernorm = layer.input_layernorm
         self.output: Tensor | None = None
 
-    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
-        hidden, residual = self.layer(*args)
-        self.output = hidden + residual
-        return hidden, residual
+    def __call__(
+        self, x: Rows, residual: Tensor, rope: Tensor, step: Step, rows: slice, norm: RMSNorm
+    ) -> Rows:
+        normed = self.layer(x, residual, rope, step, rows, norm)
+        self.output = residual[rows].clone()
+        return normed
 
 
 def with_recorders(model: Model) -> list[Recorder]:

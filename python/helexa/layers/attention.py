@@ -4,6 +4,7 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.layers.linear import Linear, Scope
+from helexa.layers.norm import RMSNorm
 from helexa.layers.step import Step
 from helexa.ops import Rows
 
@@ -64,8 +65,13 @@ class Attention:
             self.k_norm = scope.vector("k_norm.weight", head_dim)
         self.o_proj = Linear.load(scope, num_heads * head_dim, {"o_proj": hidden_size})
 
-    def __call__(self, x: Rows, rope: Tensor, step: Step, rows: slice = slice(None)) -> Tensor:
-        """The output of the given rows of x [T, hidden_size]; keys and values of all T rows are appended."""
+    def __call__(
+        self, x: Rows, rope: Tensor, step: Step, rows: slice, residual: Tensor, norm: RMSNorm
+    ) -> Rows:
+        """Adds the output of the given rows of x [T, hidden_size] to residual, and the norm of that.
+
+        residual: [R, hidden_size], of these rows; keys and values of all T rows are appended.
+        """
         k_cache, v_cache = step.k_cache[self.layer_index], step.v_cache[self.layer_index]
         qkv, gate = self._project(x, rows)
         q = ops.rope_append(
@@ -91,7 +97,7 @@ class Attention:
             gate=gate,
             rows=rows,
         )  # [R, H·D]
-        return self.o_proj(out)
+        return norm.after(self.o_proj, out, residual)
 
     def _project(self, x: Rows, rows: slice) -> tuple[Tensor, Tensor | None]:
         """qkv [T, (H + 2·Hkv)·D] and the gate [R, H·D] of the given rows, if there is one."""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.layers.linear import Linear, Scope
+from helexa.layers.norm import RMSNorm
 from helexa.layers.step import Step
 
 
@@ -55,8 +56,11 @@ class GatedDeltaNet:
         )
         self.out_proj = Linear.load(scope, value_dim, {"out_proj": hidden_size})
 
-    def __call__(self, x: ops.Rows, step: Step, rows: slice = slice(None)) -> Tensor:
-        """The output of the given rows of x [T, hidden_size]; the states take in all T rows."""
+    def __call__(self, x: ops.Rows, step: Step, rows: slice, residual: Tensor, norm: RMSNorm) -> ops.Rows:
+        """Adds the output of the given rows of x [T, hidden_size] to residual, and the norm of that.
+
+        residual: [R, hidden_size], of these rows; the states take in all T rows.
+        """
         assert step.state_slots is not None
         out = ops.gated_delta_net(
             self.in_proj(x),
@@ -66,9 +70,9 @@ class GatedDeltaNet:
             step.state_slots,
             step.query_start,
             step.kv_lengths,
-            settled=True,  # the norm before in_proj came after all that wrote them
+            settled=True,  # a norm or the layer before in_proj came after all that wrote them
         )  # [T, value_dim]
-        return self.out_proj(out[rows])
+        return norm.after(self.out_proj, out[rows], residual)
 
 
 def _gate_blocks(num_key_heads: int, group: int) -> tuple[ops.RowBlocks, ops.RowBlocks]:

@@ -121,9 +121,11 @@ class Linear:
         return cls(weights, biases)
 
     @property
-    def sees_floats(self) -> bool:
-        """Whether some of its weights are not quantized: these multiply their input unrounded."""
-        return any(weight.format in ops.FLOAT_FORMATS for weight in self.weights)
+    def float_rows(self) -> int:
+        """Up to how many rows it takes its input as floats, too: if some of its weights are not quantized,
+        these multiply it unrounded, but many rows are multiplied in bfloat16 anyway."""
+        sees_floats = any(weight.format in ops.FLOAT_FORMATS for weight in self.weights)
+        return ops.MAX_MATVEC_ROWS if sees_floats else 0
 
     def __call__(self, x: ops.Rows, dtype: torch.dtype | None = None) -> Tensor:
         """[T, in] -> [T, sum of out]; dtype: if it matters, else what is right for so many rows."""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from helexa import ops
 from helexa.layers.linear import Linear, Scope
+from helexa.layers.norm import RMSNorm
 
 
 class MLP:
@@ -14,5 +15,7 @@ class MLP:
         self.gate_up_proj = Linear.load(scope, hidden_size, rows)
         self.down_proj = Linear.load(scope, intermediate_size, {"down_proj": hidden_size})
 
-    def __call__(self, x: ops.Rows) -> Tensor:
-        return self.down_proj(ops.gated_matmul(x, self.gate_up_proj.weights, self.gate_up_proj.biases))
+    def __call__(self, x: ops.Rows, residual: Tensor, norm: RMSNorm) -> ops.Rows:
+        """Adds the block's output to residual, and the norm of that."""
+        hidden = ops.gated_matmul(x, self.gate_up_proj.weights, self.gate_up_proj.biases)
+        return norm.after(self.down_proj, hidden, residual)

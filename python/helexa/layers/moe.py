@@ -5,6 +5,7 @@ from torch import Tensor
 from helexa import ops
 from helexa.layers.linear import Scope
 from helexa.layers.mlp import MLP
+from helexa.layers.norm import RMSNorm
 
 
 class SparseMoE:
@@ -40,8 +41,9 @@ class SparseMoE:
                 scope.matrix("shared_expert_gate", 1, hidden_size),
             )
 
-    def __call__(self, x: ops.Rows) -> Tensor:
-        return ops.sparse_moe(
+    def __call__(self, x: ops.Rows, residual: Tensor, norm: RMSNorm) -> ops.Rows:
+        """Adds the block's output to residual, and the norm of that."""
+        out = ops.sparse_moe(
             x,
             self.gate,
             self.gate_up,
@@ -50,3 +52,4 @@ class SparseMoE:
             normalize=self.normalize,
             shared=self.shared,
         )
+        return norm(out, residual)

@@ -39,12 +39,13 @@ class Decoder:
     def __call__(self, step: Step, *, keep_float: bool = False) -> ops.Rows:
         """The rows of step.logits_rows [R, hidden_size]; keep_float: in float32 too."""
         rope = self.rotary_emb(step.positions)
-        hidden, residual = None, self.embed_tokens(step.token_ids)
-        for layer in self.layers[:-1]:
-            hidden, residual = layer(hidden, residual, rope, step, slice(None))
+        residual = self.embed_tokens(step.token_ids)
+        x = self.layers[0].input_layernorm(residual)
+        for layer, following in zip(self.layers[:-1], self.layers[1:], strict=True):
+            x = layer(x, residual, rope, step, slice(None), following.input_layernorm)
         # Behind the keys and values of the last layer only the rows matter whose logits are wanted.
-        hidden, residual = self.layers[-1](hidden, residual, rope, step, step.logits_rows)
-        return self.norm(hidden, residual, keep_float=keep_float)
+        norm = self.norm.with_floats() if keep_float else self.norm
+        return self.layers[-1](x, residual, rope, step, step.logits_rows, norm)
 
 
 class DecoderForCausalLM:
@@ -64,7 +65,7 @@ class DecoderForCausalLM:
             self.mtp = MTPHead(config, layer, self.model, self.lm_head)
 
     def __call__(self, step: Step) -> Tensor:
-        return self.lm_head(self.model(step, keep_float=self.lm_head.sees_floats), torch.float32)
+        return self.lm_head(self.model(step, keep_float=self.lm_head.float_rows > 0), torch.float32)
 
     def hidden(self, step: Step) -> Tensor:
         """Normalised hidden states [R, hidden_size] float32 of step.logits_rows."""

@@ -8,41 +8,43 @@ from helexa.layers.gated_delta_net import GatedDeltaNet
 from helexa.layers.linear import Scope
 from helexa.layers.mlp import MLP
 from helexa.layers.moe import SparseMoE
-from helexa.layers.norm import RMSNorm
+from helexa.layers.norm import ALL_ROWS, RMSNorm
 from helexa.layers.step import Step
 from helexa.models.config import ModelConfig
 
 
 class DecoderLayer:
-    """A token mixer and a feed-forward block, each after a norm, which first adds what came before."""
+    """A token mixer and a feed-forward block, each of which ends with the norm of whatever comes next."""
 
     def __init__(self, config: ModelConfig, scope: Scope, mixer: Attention | GatedDeltaNet):
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm.load(scope / "input_layernorm", hidden_size, eps)
         self.mixer = mixer
-        self.post_attention_layernorm = RMSNorm.load(scope / "post_attention_layernorm", hidden_size, eps)
         self.mlp = _feed_forward(config, scope / "mlp")
-        self._mixer_sees_floats = _sees_floats(self.mixer)
-        self._mlp_sees_floats = _sees_floats(self.mlp)
+        self.input_layernorm = RMSNorm.load(
+            scope / "input_layernorm", hidden_size, eps, float_rows=_float_rows(mixer)
+        )
+        self.post_attention_layernorm = RMSNorm.load(
+            scope / "post_attention_layernorm",
+            hidden_size,
+            eps,
+            float_rows=_float_rows(self.mlp),
+            finished=isinstance(self.mlp, SparseMoE),
+        )
 
     def __call__(
-        self, hidden: Tensor | None, residual: Tensor, rope: Tensor, step: Step, rows: slice
-    ) -> tuple[Tensor, Tensor]:
-        """(MLP output, residual) of the given rows; their sum is the layer's output.
+        self, x: ops.Rows, residual: Tensor, rope: Tensor, step: Step, rows: slice, norm: RMSNorm
+    ) -> ops.Rows:
+        """norm of the layer's output, of the given rows.
 
-        hidden, residual: [T, hidden_size], the same of the layer before; hidden is None for the first layer.
-        Changes residual in place.
+        x: input_layernorm of residual.   residual: [T, hidden_size], the layer's input, of which the given
+        rows become its output.   norm: of whatever comes next.
         """
-        x, before = (residual, None) if hidden is None else (hidden, residual)
-        are_few = len(residual) <= ops.MAX_MATVEC_ROWS  # many rows are multiplied in bfloat16 anyway
-        normed = self.input_layernorm(x, before, keep_float=self._mixer_sees_floats and are_few)
-        if isinstance(self.mixer, GatedDeltaNet):
-            mixed = self.mixer(normed, step, rows)  # [R, hidden_size]
-        else:
-            mixed = self.mixer(normed, rope, step, rows)
         residual = residual[rows]
-        normed = self.post_attention_layernorm(mixed, residual, keep_float=self._mlp_sees_floats)
-        return self.mlp(normed), residual
+        if isinstance(self.mixer, GatedDeltaNet):
+            x = self.mixer(x, step, rows, residual, self.post_attention_layernorm)
+        else:
+            x = self.mixer(x, rope, step, rows, residual, self.post_attention_layernorm)
+        return self.mlp(x, residual, norm)
 
 
 def make_mixer(config: ModelConfig, scope: Scope, layer: int) -> Attention | GatedDeltaNet:
@@ -84,13 +86,13 @@ def make_attention(config: ModelConfig, scope: Scope, index: int) -> Attention:
     )
 
 
-def _sees_floats(block: Attention | GatedDeltaNet | MLP | SparseMoE) -> bool:
-    """Whether the first matmul of a block has weights that are not quantized."""
+def _float_rows(block: Attention | GatedDeltaNet | MLP | SparseMoE) -> int:
+    """Up to how many rows the first matmul of a block sees floats."""
+    if isinstance(block, SparseMoE):
+        return ALL_ROWS  # routers are never quantized
     if isinstance(block, Attention):
-        return block.qkv_proj.sees_floats
-    if isinstance(block, GatedDeltaNet):
-        return block.in_proj.sees_floats
-    return isinstance(block, SparseMoE) or block.gate_up_proj.sees_floats  # routers are never quantized
+        return block.qkv_proj.float_rows
+    return block.in_proj.float_rows if isinstance(block, GatedDeltaNet) else block.gate_up_proj.float_rows
 
 
 def _feed_forward(config: ModelConfig, scope: Scope) -> MLP | SparseMoE:

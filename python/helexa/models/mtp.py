@@ -38,11 +38,14 @@ class MTPHead:
         self.embed_tokens, self.rotary_emb = model.embed_tokens, model.rotary_emb
         if "embed_tokens.weight" in own:
             self.embed_tokens = Embedding(own.table("embed_tokens", config.vocab_size, size))
-        self.pre_fc_norm_embedding = RMSNorm.load(own / "pre_fc_norm_embedding", size, eps)
-        self.pre_fc_norm_hidden = RMSNorm.load(own / "pre_fc_norm_hidden", size, eps)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = (
+            RMSNorm.load(own / name, size, eps).with_floats()
+            for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        )
         self.fc = Linear.load(own, 2 * size, {"fc": size})
         self.layer = DecoderLayer(config, scope, make_attention(config, scope, 0))
-        self.norm = RMSNorm.load(own / "norm", size, eps) if "norm.weight" in own else model.norm
+        norm = RMSNorm.load(own / "norm", size, eps) if "norm.weight" in own else model.norm
+        self.norm = norm.with_floats()
         self.lm_head = lm_head
         if "lm_head.weight" in own:
             self.lm_head = Linear.load(own, size, {"lm_head": config.vocab_size})
@@ -53,13 +56,13 @@ class MTPHead:
         hidden: [T, hidden_size], the model's own behind its last norm.   step: row t has the token after the
         one that hidden[t] was computed of, and the position of hidden[t]; its caches have this layer alone.
         """
-        embedded = self.pre_fc_norm_embedding(self.embed_tokens(step.token_ids), keep_float=True)
-        before = self.pre_fc_norm_hidden(hidden, keep_float=True)
+        embedded = self.pre_fc_norm_embedding(self.embed_tokens(step.token_ids))
+        before = self.pre_fc_norm_hidden(hidden)
         both = torch.cat([ops.as_float(embedded), ops.as_float(before)], dim=1)
-        x = self.fc(both, torch.float32)  # [T, hidden_size]
+        residual = self.fc(both, torch.float32)  # [T, hidden_size]
+        x = self.layer.input_layernorm(residual)
         rope = self.rotary_emb(step.positions)
-        out, residual = self.layer(None, x, rope, step, step.logits_rows)
-        return ops.as_float(self.norm(out, residual, keep_float=True))
+        return ops.as_float(self.layer(x, residual, rope, step, step.logits_rows, self.norm))
 
 
 MTP_NAMES = {

@@ -31,6 +31,7 @@ from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
 from helexa.ops.main_memory import RowTable, empty_table, reads_main_memory
+from helexa.ops.matmul_add_norm import matmul_add_norm, matmul_add_norm_reference
 from helexa.ops.moe import (
     FLOAT_FORMATS,
     SharedExpert,
@@ -131,6 +132,8 @@ __all__ = [
     "has_cuda",
     "is_tiled",
     "keep_slots",
+    "matmul_add_norm",
+    "matmul_add_norm_reference",
     "moe_mlp",
     "moe_mlp_reference",
     "moe_route",

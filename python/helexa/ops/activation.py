@@ -36,8 +36,10 @@ class Activation:
         """The same of some of the rows."""
         if rows == _ALL_ROWS:
             return self
-        forms = (self.q8, self.bf16, self.x, self.squares)
-        return Activation(self.cols, *(None if form is None else form[rows] for form in forms), self.eps)
+        q8, bf16, x, squares = (
+            None if form is None else form[rows] for form in (self.q8, self.bf16, self.x, self.squares)
+        )
+        return Activation(self.cols, q8, bf16, x, squares, self.eps)
 
     @property
     def num_rows(self) -> int:

@@ -80,7 +80,7 @@ def gated_matmul(x: Rows, weights: Sequence[PackedWeight], biases: Biases = None
             _middle_matmul(x, weights, biases, out.bf16, gated=True)
             return out
         return silu_mul(quant_matmul(x, weights, biases))
-    rows = _few_rows(x)
+    rows = few_rows(x)
     out = empty_activation(num_rows, weights[0].rows, weights[0].data.device)
     assert out.q8 is not None
     views = _views(weights, biases, rows.cols)
@@ -103,7 +103,7 @@ def _on_cuda(
     check_tensor("quant_matmul", "out", out, shape, wanted)
     if is_few:
         check(len(weights) <= _MAX_WEIGHTS, lambda: f"quant_matmul: more than {_MAX_WEIGHTS} weights")
-        rows = _few_rows(x)
+        rows = few_rows(x)
         views = _views(weights, biases, rows.cols)
         _C.quant_matmul_cuda(*_addresses(rows), num_rows, views, out.data_ptr(), stream(out))
     else:
@@ -157,7 +157,7 @@ def _workspace(device: torch.device) -> Tensor:
     return workspace
 
 
-def _few_rows(x: Rows) -> Activation:
+def few_rows(x: Rows) -> Activation:
     """x with int8 rows; those of a slice of many rows are made here."""
     if isinstance(x, Tensor):
         return quantize_rows(x)
