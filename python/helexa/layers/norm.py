@@ -11,25 +11,21 @@ ALL_ROWS = 1 << 62
 class RMSNorm:
     """norm(x); given a residual, residual += x in place and then norm(residual).
 
-    float_rows: results of up to so many rows are there as floats, too.   finished: whether the division by
-    the root mean square has to be done, which matmuls do as well.
+    float_rows: results of up to so many rows are there as floats, too.
     """
 
-    def __init__(self, weight: Tensor, eps: float, *, float_rows: int = 0, finished: bool = False):
+    def __init__(self, weight: Tensor, eps: float, *, float_rows: int = 0):
         self.weight = weight
         self.eps = eps
         self.float_rows = float_rows
-        self.finished = finished
 
     @classmethod
-    def load(
-        cls, scope: Scope, size: int, eps: float, *, float_rows: int = 0, finished: bool = False
-    ) -> "RMSNorm":
-        return cls(scope.vector("weight", size), eps, float_rows=float_rows, finished=finished)
+    def load(cls, scope: Scope, size: int, eps: float, *, float_rows: int = 0) -> "RMSNorm":
+        return cls(scope.vector("weight", size), eps, float_rows=float_rows)
 
     def with_floats(self) -> "RMSNorm":
         """The same, whose results are always there as floats."""
-        return RMSNorm(self.weight, self.eps, float_rows=ALL_ROWS, finished=self.finished)
+        return RMSNorm(self.weight, self.eps, float_rows=ALL_ROWS)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> ops.Rows:
         keep_float = len(x) <= self.float_rows
@@ -45,5 +41,4 @@ class RMSNorm:
             self.eps,
             bias=None if linear.biases is None else linear.biases[0],
             keep_float=len(residual) <= self.float_rows,
-            finished=self.finished,
         )

@@ -28,7 +28,6 @@ class DecoderLayer:
             hidden_size,
             eps,
             float_rows=_float_rows(self.mlp),
-            finished=isinstance(self.mlp, SparseMoE),
         )
 
     def __call__(

@@ -20,19 +20,18 @@ def matmul_add_norm(
     *,
     bias: Tensor | None = None,
     keep_float: bool = False,
-    finished: bool = False,
 ) -> Rows:
     """rms_norm(residual += x · weightᵀ + bias).
 
     x, weight, bias: as in quant_matmul.   residual: [T, N] float32, changed in place.   norm_weight: [N]
     float32.   keep_float: on CUDA the result has `x` too.
     On CUDA up to MAX_MATVEC_ROWS rows take one launch, which leaves the division by the root mean square to
-    whoever multiplies the result (Activation.squares), unless it has to be `finished`.
+    whoever multiplies the result (Activation.squares).
     Raises ValueError if a shape or dtype does not fit.  Capturable: allocates only its result.
     """
     num_rows = x.num_rows if isinstance(x, Activation) else x.shape[0]
     is_fused = (isinstance(x, Activation) or on_cuda(x)) and num_rows <= MAX_MATVEC_ROWS
-    if not is_fused or finished:
+    if not is_fused:
         product = quant_matmul(x, [weight], [bias])
         return rms_norm(product, norm_weight, eps, residual=residual, keep_float=keep_float)
     rows, width = few_rows(x), weight.rows
