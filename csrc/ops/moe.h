@@ -38,7 +38,7 @@ struct MoeWeights {
   std::vector<WeightView> shared_down;     // none, or [cols, S]
 };
 
-// out = what moe_route_cpu and moe_mlp_cpu make of x, the shared expert included, for up to 64 rows.
+// out = what moe_route_cpu and moe_mlp_cpu make of x, the shared expert included, for up to 16 rows.
 // x [num_tokens, cols], and the same rows as q8 (ops/activation.cuh); squares: null, or what ends their norm, with eps inside the root
 // (quant_matmul_cuda).  The workspace is a multiple of 256 and has moe_few_workspace_bytes.
 int64_t moe_few_workspace_bytes(const MoeWeights& weights, int64_t num_tokens, int64_t top_k);

@@ -23,7 +23,7 @@ struct WeightView {
 // the blocks in float32.  Float formats multiply in float32.
 void quant_matmul_cpu(const float* x, int64_t num_tokens, std::vector<WeightView> weights, float* out);
 
-// The same on a device for up to 64 rows; the weights are device tiles (quant/tiles.cuh).
+// The same on a device for up to 16 rows; the weights are device tiles (quant/tiles.cuh).
 // q8: [num_tokens, activation_row_bytes(cols)], see ops/activation.cuh.  x: the same rows as float32 [num_tokens, cols], or null; weights
 // of float formats take them where they are there and the values of q8 otherwise.  At most kMaxMatvecWeights weights.
 // squares: null, or [num_tokens, activation_squares(cols)] of rows that are not divided by their root mean square yet: the products are,
