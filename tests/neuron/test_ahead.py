@@ -2,9 +2,12 @@
 
 import logging
 
+import pytest
+
 from helexa.engine import parts
 from helexa.engine.engine import Engine
-from helexa.neuron.ahead import read_vocabularies
+from helexa.neuron import ahead
+from helexa.neuron.ahead import prepare, read_vocabularies
 from helexa.neuron.config import ModelEntry
 from support.hf_checkpoint import GOLDEN
 
@@ -25,3 +28,11 @@ def test_models_that_are_loaded_later_find_their_vocabulary_read(monkeypatch, ca
     monkeypatch.setattr(parts, "read_text_parts", lambda file: 1 / 0)
     with Engine.load(path, max_context=256) as engine:
         assert engine.tokenizer is read.tokenizer
+
+
+@pytest.mark.parametrize(("loads", "expected"), [([], 1), ([False], 1), ([False, True], 0)])
+def test_devices_are_prepared_unless_a_model_has_done_it(monkeypatch, loads, expected):
+    rehearsals = []
+    monkeypatch.setattr(ahead, "rehearse", lambda: rehearsals.append(1))
+    prepare([ModelEntry(id=f"m{i}", source="/nowhere", load=load) for i, load in enumerate(loads)])
+    assert len(rehearsals) == expected

@@ -192,7 +192,7 @@ def cuda_problem(index: int = 0) -> str | None:
 def wake_cuda() -> str | None:
     """Starts CUDA on all its devices, so that no load has to; what keeps helexa from using them, if so."""
     start = time.perf_counter()
-    for device in (found := _usable()):
+    for device in (found := usable_devices()):
         device.free_bytes()
     if found:
         ops.keep_slots()
@@ -205,7 +205,7 @@ def find_devices(name: str) -> list[Device]:
     """The devices that `name` allows, the best first. Raises InvalidParameter for one that cannot be used."""
     check_device_name(name)
     if name == AUTO:
-        return [*_usable(), Device("cpu")]
+        return [*usable_devices(), Device("cpu")]
     if name == "cpu":
         return [Device("cpu")]
     device = Device(name if ":" in name else "cuda:0")
@@ -214,7 +214,8 @@ def find_devices(name: str) -> list[Device]:
     return [device]
 
 
-def _usable() -> list[Device]:
+def usable_devices() -> list[Device]:
+    """The CUDA devices that can be used."""
     if EMULATED:
         return []
     found: list[Device] = []

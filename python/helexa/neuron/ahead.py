@@ -1,15 +1,23 @@
 """What a neuron does ahead of loads, so that these find it done."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from helexa.engine.parts import KEPT_TEXTS, prepare_text
+from helexa.engine.rehearsal import rehearse
 from helexa.errors import HelexaError
 from helexa.log import fields
 from helexa.neuron.config import ModelEntry
 from helexa.weights.sources import resolve
 
 logger = logging.getLogger(__name__)
+
+
+def prepare(entries: Sequence[ModelEntry]) -> None:
+    """Prepares the loads that will be asked for; devices only if no model was loaded at the start."""
+    if not any(entry.load for entry in entries):
+        rehearse()
+    read_vocabularies(entries)
 
 
 def read_vocabularies(entries: Iterable[ModelEntry]) -> None:
