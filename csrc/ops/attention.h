@@ -29,12 +29,18 @@ void attention_cpu(const float* q, const void* k_cache, const void* v_cache, int
 // ranges, 24 at most.  That takes counters [queries, num_heads], which are 0 before and after, and partial, room for
 // [queries, num_heads, max_splits] times head_dim bfloat16 and two float32, of num_tokens queries, or of split_queries of each
 // sequence.
-void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int cache_dtype,
-                    const int32_t* page_table, const int32_t* query_start, const int32_t* kv_lengths,
-                    int64_t num_tokens, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
-                    int64_t num_kv_heads, int64_t head_dim, float scale, int64_t first_row, int64_t end_row,
-                    const void* gate, int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
+//
+// Where qkv is not null, q is not read: the rows of q, k and v are taken from it as rope_append_cuda would, float32 and qkv_stride
+// values apart, and what that would write to the caches is written here.  For shapes of is_attention_tiled, at most 16 tokens, and 64
+// for each kv head with the heads that share it; all queries then stand at positions from 0 on.
+void attention_cuda(const void* q, void* k_cache, void* v_cache, int cache_dtype, const int32_t* page_table,
+                    const int32_t* query_start, const int32_t* kv_lengths, int64_t num_tokens,
+                    int64_t num_sequences, int64_t max_pages, int64_t num_heads, int64_t num_kv_heads,
+                    int64_t head_dim, float scale, int64_t first_row, int64_t end_row, const void* gate,
+                    int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
                     int64_t split_queries, uint32_t* counters, void* partial, int64_t max_splits,
+                    const float* qkv, int64_t qkv_stride, const int32_t* slots, const float* table,
+                    const float* q_norm, const float* k_norm, float eps, int64_t num_pairs, bool interleaved,
                     void* stream);
 // Whether heads of that size in such caches have a kernel on tensor cores; other shapes are served slowly.
 bool is_attention_tiled(int64_t head_dim, int cache_dtype);

@@ -12,14 +12,15 @@
 #include "ops/activation.cuh"
 #include "ops/attention.h"
 #include "ops/kv_cache.cuh"
+#include "ops/rope.cuh"
 
 namespace helexa {
 
 // The arguments of attention_cuda.
 struct AttentionCall {
-  const void* q;
-  const void* k_cache;
-  const void* v_cache;
+  const void* q;  // or null: q, k and v are taken from qkv
+  void* k_cache;
+  void* v_cache;
   int cache_dtype;
   const int32_t* page_table;
   const int32_t* query_start;
@@ -40,6 +41,11 @@ struct AttentionCall {
   int group;               // heads that share a kv head
   uint32_t group_inverse;  // 2^32 / group, rounded up
   bool is_prompt;  // of one sequence with more rows than decode_kernel is for, which is not launched then
+  // Of steps whose keys and values have yet to be appended:
+  const float* qkv;  // rows of q, k and v, as the matmul left them
+  int64_t qkv_stride;
+  const int32_t* slots;
+  HeadTransform how;
 };
 
 namespace attention_tiled {

@@ -138,22 +138,50 @@ bool is_attention_tiled(int64_t head_dim, int cache_dtype) {
          static_cast<DType>(cache_dtype) != DType::kF32;
 }
 
-void attention_cuda(const void* q, const void* k_cache, const void* v_cache, int cache_dtype,
-                    const int32_t* page_table, const int32_t* query_start, const int32_t* kv_lengths,
-                    int64_t num_tokens, int64_t num_sequences, int64_t max_pages, int64_t num_heads,
-                    int64_t num_kv_heads, int64_t head_dim, float scale, int64_t first_row, int64_t end_row,
-                    const void* gate, int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
+void attention_cuda(const void* q, void* k_cache, void* v_cache, int cache_dtype, const int32_t* page_table,
+                    const int32_t* query_start, const int32_t* kv_lengths, int64_t num_tokens,
+                    int64_t num_sequences, int64_t max_pages, int64_t num_heads, int64_t num_kv_heads,
+                    int64_t head_dim, float scale, int64_t first_row, int64_t end_row, const void* gate,
+                    int gate_dtype, int64_t gate_stride, uint8_t* q8, void* bf16, float* x,
                     int64_t split_queries, uint32_t* counters, void* partial, int64_t max_splits,
+                    const float* qkv, int64_t qkv_stride, const int32_t* slots, const float* table,
+                    const float* q_norm, const float* k_norm, float eps, int64_t num_pairs, bool interleaved,
                     void* stream) {
-  if (first_row >= end_row || num_sequences == 0) return;
-  const int group = static_cast<int>(num_heads / num_kv_heads);
-  const auto group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + group - 1) / group);
-  const AttentionCall call{
-      q,          k_cache,       v_cache,   cache_dtype, page_table,   query_start, kv_lengths,
-      num_tokens, num_sequences, max_pages, num_heads,   num_kv_heads, head_dim,    scale,
-      first_row,  end_row,       gate,      gate_dtype,  gate_stride,  q8,          bf16,
-      x,          split_queries, counters,  partial,     max_splits,   group,       group_inverse,
-      false};
+  if (num_sequences == 0 || (first_row >= end_row && qkv == nullptr)) return;
+  AttentionCall call = {};
+  call.q = q;
+  call.k_cache = k_cache;
+  call.v_cache = v_cache;
+  call.cache_dtype = cache_dtype;
+  call.page_table = page_table;
+  call.query_start = query_start;
+  call.kv_lengths = kv_lengths;
+  call.num_tokens = num_tokens;
+  call.num_sequences = num_sequences;
+  call.max_pages = max_pages;
+  call.num_heads = num_heads;
+  call.num_kv_heads = num_kv_heads;
+  call.head_dim = head_dim;
+  call.scale = scale;
+  call.first_row = first_row;
+  call.end_row = end_row;
+  call.gate = gate;
+  call.gate_dtype = gate_dtype;
+  call.gate_stride = gate_stride;
+  call.q8 = q8;
+  call.bf16 = bf16;
+  call.x = x;
+  call.split_queries = split_queries;
+  call.counters = counters;
+  call.partial = partial;
+  call.max_splits = max_splits;
+  call.group = static_cast<int>(num_heads / num_kv_heads);
+  call.group_inverse = static_cast<uint32_t>(((uint64_t{1} << 32) + call.group - 1) / call.group);
+  call.qkv = qkv;
+  call.qkv_stride = qkv_stride;
+  call.slots = slots;
+  call.how = {
+      reinterpret_cast<const float2*>(table), q_norm, k_norm, eps, static_cast<int>(num_pairs), interleaved};
   if (!is_attention_tiled(head_dim, cache_dtype)) return attention_plain(call, stream);
   switch (head_dim) {
     case 64: return attention_64_cuda(call, stream);

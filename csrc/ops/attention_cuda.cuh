@@ -7,7 +7,8 @@
 // split_kernel: the others in steps of few tokens, with their keys split.
 // prompt_kernel: the others in steps of many tokens, a block for each kRows rows.
 //
-// Tables and keys of earlier steps are read before the kernel just before has ended; that one writes neither (it appends the new keys).
+// Tables and keys of earlier steps are read before the kernel just before has ended; that one writes neither (it may append the new
+// keys).
 #include "ops/attention_decode.cuh"
 
 namespace helexa {

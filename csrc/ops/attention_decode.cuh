@@ -8,6 +8,8 @@
 // Eight rows are the columns of both products: scores^T = k q^T and result^T = v^T weights^T.  Which dims make an operand's depth is
 // free in the first as long as k and q agree, so a lane reads eight neighbouring dims of a key (16 bytes); in the second, pairs of keys
 // come together from the eight neighbouring dims that a lane has read of each.  In the following lane = 4 quad + t, as in core/ptx.cuh.
+#include <climits>
+
 #include "ops/attention_split.cuh"
 
 namespace helexa {
@@ -17,6 +19,7 @@ constexpr int kDecodeWarps = 8;
 constexpr int kDecodeRows = 8;      // of a block
 constexpr int kWarpKeys = 16;       // of a warp at a time
 constexpr int kMinDecodeKeys = 64;  // of a split
+constexpr int kMaxNewTokens = 16;   // of a sequence, that have yet to be appended
 
 // Up to so many keys one block reads faster than several whose results have to be joined.
 template <int kDim>
@@ -39,6 +42,9 @@ struct Decoder {
     float max[kDecodeWarps][kDecodeRows];
     float weights[kDecodeWarps][kDecodeRows];
     float sums[kDecodeWarps][kDecodeRows][kResultStride];
+    // Keys and values that this step adds to the block's range.
+    C new_keys[kMaxNewTokens * kDim], new_values[kMaxNewTokens * kDim];
+    float new_key_scales[kMaxNewTokens], new_value_scales[kMaxNewTokens];
   };
 
   const AttentionCall& call;
@@ -96,6 +102,31 @@ struct Decoder {
     }
   }
 
+  // Takes those of the loaded keys and values that this step adds from where they were staged, of which the first is key `from`.
+  __device__ void take_new(int key, int from, const Shared& shared) {
+    const int lane = threadIdx.x % 32, last = part.end_key - 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = min(key + lane / 4 + 8 * half, last) - from;
+      if (at < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kDim / 32; ++i)
+        keys[half][i] = *reinterpret_cast<const Raw*>(shared.new_keys + at * kDim + 32 * i + lane % 4 * 8);
+      if constexpr (kScaled) {
+        key_scales[half] = shared.new_key_scales[at];
+        value_scales[half] = shared.new_value_scales[at];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int at = min(key + lane % 4 * 2 + n % 2 + n / 2 * 8, last) - from;
+      if (at < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i)
+        values[i][n] = *reinterpret_cast<const Raw*>(shared.new_values + at * kDim + 64 * i + lane / 4 * 8);
+    }
+  }
+
   static __device__ uint4 operand(uint4 raw) { return raw; }
   static __device__ uint4 operand(uint2 raw) { return widen(raw, 1.0f, C()); }
 
@@ -119,8 +150,9 @@ struct Decoder {
     }
   }
 
-  // Rows `first_row` … over the keys of this warp, part of which may be on their way.  Its results go to shared memory.
-  __device__ void attend(int first_row, int first_key, Shared& shared) {
+  // Rows `first_row` … over the keys of this warp, part of which may be on their way; those from first_new on are staged.  Its results
+  // go to shared memory.
+  __device__ void attend(int first_row, int first_key, int first_new, Shared& shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float scale = call.scale * 1.44269504f;  // of exponents to base 2
     float max[2], weights[2];
@@ -142,6 +174,7 @@ struct Decoder {
     for (int key = first_key; key < part.end_key;) {
       const int next = key + kWarpKeys * kDecodeWarps;
       float scores[4], former_scales[2];
+      if (key + kWarpKeys > first_new) take_new(key, first_new, shared);
       score(shared.queries, scores);
       if (next < part.end_key) load_keys(next);
       if (key + kWarpKeys > least_limit) {
@@ -210,6 +243,74 @@ struct Decoder {
         *reinterpret_cast<float4*>(to) = make_float4(sum[0][n], sum[0][2 + n], sum[1][n], sum[1][2 + n]);
         *reinterpret_cast<float4*>(to + 4) = make_float4(sum[2][n], sum[2][2 + n], sum[3][n], sum[3][2 + n]);
       }
+    }
+  }
+
+  // Reads the queries of first_row … end_row and leaves them in shared memory.
+  __device__ void stage_queries(int first_row, int end_row, Shared& shared) const {
+    constexpr int kRowChunks = kDim / 8;
+    static_assert(kDecodeRows * kRowChunks <= 32 * kDecodeWarps);
+    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
+    uint4 query = make_uint4(0, 0, 0, 0);
+    if (first_row + row < end_row) {
+      const int64_t from =
+          static_cast<int64_t>(part.token(first_row + row)) * call.num_heads + part.head(first_row + row);
+      ptx::load_fresh(query, static_cast<const T*>(call.q) + from * kDim + chunk * 8);
+    }
+    if (row < kDecodeRows) *reinterpret_cast<uint4*>(shared.queries + row * kQueryStride + chunk * 8) = query;
+  }
+
+  // The same from what the matmul left, with the keys and values from first_new on; `stores`: these go to the caches too.  A warp takes
+  // a head at a time while its next one is on the way.
+  __device__ void stage_new(int first_row, int end_row, int first_new, bool stores, Shared& shared) const {
+    struct Unit {
+      Head<kDim / 32> values;
+      int slot;
+    };
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int num_heads = static_cast<int>(call.num_heads),
+              num_kv_heads = static_cast<int>(call.num_kv_heads);
+    // The rows come first, then the new keys, then their values.
+    const int num_rows = end_row - first_row, num_new = max(part.end_key - first_new, 0);
+    const int num_units = num_rows + 2 * num_new;
+    auto read = [&](int index) {
+      Unit unit;
+      const bool is_query = index < num_rows, is_value = index >= num_rows + num_new;
+      const int row = first_row + index, key = index - num_rows - (is_value ? num_new : 0);
+      const int token = is_query ? part.token(row) : part.first_query + first_new - part.first_position + key;
+      const int head = is_query ? part.head(row) : num_heads + (is_value ? num_kv_heads : 0) + part.kv_head;
+      unit.slot = stores && !is_query ? call.slots[token] : -1;
+      unit.values.read(call.qkv + token * call.qkv_stride + head * kDim, kDim,
+                       is_query   ? call.how.q_norm
+                       : is_value ? nullptr
+                                  : call.how.k_norm,
+                       is_value ? nullptr : call.how.table + static_cast<int64_t>(token) * call.how.num_pairs,
+                       call.how.num_pairs);
+      return unit;
+    };
+    float* const x = &shared.sums[warp][0][0];
+    constexpr bool kAhead = kDim <= 128;  // beyond, there are not the registers for it
+    Unit unit;
+    if (kAhead && warp < num_units) unit = read(warp);
+    for (int index = warp; index < num_units; index += kDecodeWarps) {
+      const Unit current = kAhead ? unit : read(index);
+      if (kAhead && index + kDecodeWarps < num_units) unit = read(index + kDecodeWarps);
+      current.values.transform(call.how, kDim, x);
+      if (index < num_rows) {
+        for (int i = lane; i < kDim; i += 32) assign(shared.queries[index * kQueryStride + i], x[i]);
+      } else {
+        const bool is_value = index >= num_rows + num_new;
+        const int key = index - num_rows - (is_value ? num_new : 0);
+        write_head(x, kDim, (is_value ? shared.new_values : shared.new_keys) + key * kDim,
+                   (is_value ? shared.new_value_scales : shared.new_key_scales) + key);
+        if (current.slot >= 0)
+          append_head(x, kDim, static_cast<C*>(is_value ? call.v_cache : call.k_cache), num_kv_heads,
+                      part.kv_head, current.slot);
+      }
+      __syncwarp();
+    }
+    for (int row = num_rows + warp; row < kDecodeRows; row += kDecodeWarps) {
+      for (int i = lane; i < kDim; i += 32) assign(shared.queries[row * kQueryStride + i], 0.0f);
     }
   }
 
@@ -283,27 +384,25 @@ __global__ void __launch_bounds__(kDecodeThreads<kDim>, kDecodeBlocks<kDim>)
 
     Decoder decoder(call, part);
     const int first_key = part.first_key + static_cast<int>(threadIdx.x / 32) * kWarpKeys;
-    const bool has_keys = first_key < part.end_key;
-    if (first_key + kWarpKeys > part.first_position) ptx::wait_for_producers();
-    if (has_keys) {
+    // From the first of this range that the step adds on, keys and values are staged; others may be read before the kernel ahead has
+    // ended, unless that one is to append them.
+    const bool appends = call.qkv != nullptr;
+    const int first_new = appends ? max(part.first_key, part.first_position) : INT_MAX;
+    if (!appends && first_key + kWarpKeys > part.first_position) ptx::wait_for_producers();
+    if (first_key < part.end_key) {
       decoder.load_keys(first_key);
       decoder.load_values(first_key);
     }
     ptx::wait_for_producers();
     ptx::allow_consumers();
-    constexpr int kRowChunks = kDim / 8;
-    static_assert(kDecodeRows * kRowChunks <= 32 * kDecodeWarps);
-    const int row = threadIdx.x / kRowChunks, chunk = threadIdx.x % kRowChunks;
-    uint4 query = make_uint4(0, 0, 0, 0);
-    if (first_row + row < end_row) {
-      const int64_t from =
-          static_cast<int64_t>(part.token(first_row + row)) * call.num_heads + part.head(first_row + row);
-      ptx::load_fresh(query, static_cast<const T*>(call.q) + from * kDim + chunk * 8);
+    if (appends) {
+      const bool stores = piece.row_block == piece.cut.row_blocks - 1;
+      decoder.stage_new(first_row, end_row, first_new, stores, shared);
+    } else {
+      decoder.stage_queries(first_row, end_row, shared);
     }
-    if (row < kDecodeRows)
-      *reinterpret_cast<uint4*>(shared.queries + row * Decoder::kQueryStride + chunk * 8) = query;
     __syncthreads();
-    decoder.attend(first_row, first_key, shared);
+    decoder.attend(first_row, first_key, first_new, shared);
     __syncthreads();
     decoder.finish(first_row, piece.split, piece.cut.num_splits, shared);
     __syncthreads();  // shared memory takes the next piece

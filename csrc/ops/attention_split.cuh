@@ -32,7 +32,9 @@ struct Cut {
 __device__ inline Cut cut_keys(const AttentionCall& call, const Part& part, int block_rows, int whole_keys,
                                int min_keys) {
   const int num_queries = part.query(part.num_rows);
-  const bool is_wanted = part.first_query < call.end_row && part.first_query + num_queries > call.first_row;
+  // The keys of new tokens are wanted, too.
+  const bool is_wanted = call.qkv != nullptr ||
+                         (part.first_query < call.end_row && part.first_query + num_queries > call.first_row);
   const int row_blocks = is_wanted ? (part.num_rows + block_rows - 1) / block_rows : 0;
   if (part.end_key <= whole_keys) return {row_blocks, 1, whole_keys};
   const int max_splits = static_cast<int>(call.max_splits);

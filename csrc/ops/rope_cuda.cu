@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// One warp to a head, whether of q, k or v: the head lies in shared memory between its norm and its rotation, since the two values
-// of a pair are read by the same lane but were not normed by it.
-#include "core/cuda.cuh"
-#include "ops/activation.cuh"
-#include "ops/attention.h"
-#include "ops/kv_cache.cuh"
-#include "ops/rope.h"
+// One warp to a head, whether of q, k or v.
+#include "ops/rope.cuh"
 
 namespace helexa {
 namespace {
@@ -30,28 +25,18 @@ __global__ void __launch_bounds__(kTableThreads)
 }
 
 struct Append {
-  const float2* table;   // [num_tokens, num_pairs]
+  HeadTransform how;
   const int32_t* slots;  // [num_tokens]
   void* k_cache;         // [pages, num_kv_heads, kPageTokens, head_dim]
   void* v_cache;
-  const float* q_norm;  // [head_dim] or null
-  const float* k_norm;
   int64_t qkv_stride;
-  float eps;
-  int num_heads, num_kv_heads, head_dim, num_pairs;
-  bool interleaved;
+  int num_heads, num_kv_heads, head_dim;
 };
 
-// Rounds to nearest; what is beyond 448 becomes that.
-__device__ void assign(__nv_fp8_e4m3& to, float x) { to = __nv_fp8_e4m3(x); }
-template <class T>
-__device__ void assign(T& to, float x) {
-  to = from_float<T>(x);
-}
-
-template <class X,  // type of qkv
-          class C,  // type of the caches
-          class Q>  // type of q_out
+template <class X,      // type of qkv
+          class C,      // type of the caches
+          class Q,      // type of q_out
+          int kValues>  // of a lane
 __global__ void __launch_bounds__(32 * kWarps)
     rope_append_kernel(const X* qkv,  // [num_tokens, qkv_stride]
                        Q* q_out,      // [num_tokens, num_heads, head_dim]
@@ -63,55 +48,23 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int head = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (head >= H + 2 * Hkv) return;
   const int64_t t = blockIdx.y;
-  const X* from = qkv + t * call.qkv_stride + static_cast<int64_t>(head) * D;
-
   const int64_t slot = head < H ? 0 : call.slots[t];
   if (slot < 0) return;
 
   float* x = dynamic_shared<float>() + threadIdx.x / 32 * D;
-  float squares = 0.0f;
-  for (int i = lane; i < D; i += 32) {
-    const float value = to_float(from[i]);
-    x[i] = value;
-    squares += value * value;
-  }
-  if (head < H + Hkv) {
-    const float* norm = head < H ? call.q_norm : call.k_norm;
-    if (norm != nullptr) {
-      const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(D) + call.eps);
-      for (int i = lane; i < D; i += 32) x[i] = x[i] * scale * norm[i];
-    }
-    __syncwarp();
-    const float2* rotation = call.table + t * call.num_pairs;
-    for (int i = lane; i < call.num_pairs; i += 32) {
-      float& a = x[call.interleaved ? 2 * i : i];
-      float& b = x[call.interleaved ? 2 * i + 1 : call.num_pairs + i];
-      const float2 r = rotation[i];
-      const float turned = a * r.x - b * r.y;
-      b = b * r.x + a * r.y;
-      a = turned;
-    }
-  }
-  __syncwarp();
+  const bool is_value = head >= H + Hkv;
+  Head<kValues> values;
+  values.read(qkv + t * call.qkv_stride + static_cast<int64_t>(head) * D, D,
+              head < H   ? call.how.q_norm
+              : is_value ? nullptr
+                         : call.how.k_norm,
+              is_value ? nullptr : call.how.table + t * call.how.num_pairs, call.how.num_pairs);
+  values.transform(call.how, D, x);
   if (head < H) {
     Q* q = q_out + (t * H + head) * D;
     for (int i = lane; i < D; i += 32) assign(q[i], x[i]);
   } else {
-    const int kv_head = (head - H) % Hkv;
-    const int64_t place = slot / kPageTokens * Hkv + kv_head, offset = slot % kPageTokens;
-    C* const cache = static_cast<C*>(head < H + Hkv ? call.k_cache : call.v_cache);
-    if constexpr (std::is_same_v<C, int8_t>) {
-      int8_t* const page = cache + place * Cache<C>::head_stride(D);
-      float most = 0.0f;
-      for (int i = lane; i < D; i += 32) most = fmaxf(most, q8_magnitude(x[i]));
-      for (int bit = 16; bit > 0; bit /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
-      const Q8Scale scale(most);
-      for (int i = lane; i < D; i += 32) page[offset * D + i] = static_cast<int8_t>(scale.code(x[i]));
-      if (lane == 0) scales_of(page, D)[offset] = scale.scale;
-    } else {
-      C* const values = cache + (place * kPageTokens + offset) * D;
-      for (int i = lane; i < D; i += 32) assign(values[i], x[i]);
-    }
+    append_head(x, D, static_cast<C*>(is_value ? call.v_cache : call.k_cache), Hkv, (head - H) % Hkv, slot);
   }
 }
 
@@ -134,29 +87,27 @@ void rope_append_cuda(const void* qkv, int qkv_dtype, int64_t qkv_stride, const 
   const int64_t num_blocks = (num_heads + 2 * num_kv_heads + kWarps - 1) / kWarps;
   // The second dimension of a grid ends at 65,535.
   constexpr int64_t kMaxTokens = 65535;
-  const Append call{reinterpret_cast<const float2*>(table),
-                    slots,
-                    k_cache,
-                    v_cache,
-                    q_norm,
-                    k_norm,
-                    qkv_stride,
-                    eps,
-                    static_cast<int>(num_heads),
-                    static_cast<int>(num_kv_heads),
-                    static_cast<int>(head_dim),
-                    static_cast<int>(num_pairs),
-                    interleaved};
+  const Append call{
+      {reinterpret_cast<const float2*>(table), q_norm, k_norm, eps, static_cast<int>(num_pairs), interleaved},
+      slots,
+      k_cache,
+      v_cache,
+      qkv_stride,
+      static_cast<int>(num_heads),
+      static_cast<int>(num_kv_heads),
+      static_cast<int>(head_dim)};
   auto append = [&](auto x, auto c, auto q) {
     using X = decltype(x);
     using C = decltype(c);
     using Q = decltype(q);
+    const auto kernel =
+        head_dim <= 128 ? rope_append_kernel<X, C, Q, 4> : rope_append_kernel<X, C, Q, kMaxHeadDim / 32>;
     for (int64_t first = 0; first < num_tokens; first += kMaxTokens) {
       const int64_t count = num_tokens - first < kMaxTokens ? num_tokens - first : kMaxTokens;
       Append part = call;
-      part.table += first * num_pairs;
+      part.how.table += first * num_pairs;
       part.slots += first;
-      launch_kernel(rope_append_kernel<X, C, Q>,
+      launch_kernel(kernel,
                     {dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(32 * kWarps),
                      stream, kWarps * head_dim * sizeof(float), true},
                     static_cast<const X*>(qkv) + first * qkv_stride,

@@ -74,26 +74,21 @@ class Attention:
         """
         k_cache, v_cache = step.k_cache[self.layer_index], step.v_cache[self.layer_index]
         qkv, gate = self._project(x, rows)
-        q = ops.rope_append(
+        out = ops.rope_attention(
             qkv,  # [T, (H + 2·Hkv)·D]
             rope,
             step.slots,
-            k_cache,
-            v_cache,
-            num_heads=self.num_heads,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=self.eps,
-            interleaved=self.rope_interleaved,
-        )  # [T, H, D]
-        out = ops.attention(
-            q,
             k_cache,
             v_cache,
             step.page_table,
             step.query_start,
             step.kv_lengths,
             self.scale,
+            num_heads=self.num_heads,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
+            interleaved=self.rope_interleaved,
             gate=gate,
             rows=rows,
         )  # [R, H·D]

@@ -59,6 +59,7 @@ from helexa.ops.quant_matmul import MAX_MIDDLE_ROWS, gated_matmul, quant_matmul,
 from helexa.ops.quantize import ENCODED, quantize, quantize_on_device
 from helexa.ops.rms_norm import rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
+from helexa.ops.rope_attention import rope_attention
 from helexa.ops.sample import (
     ANY_TOKEN,
     FORCED,
@@ -152,6 +153,7 @@ __all__ = [
     "rms_norm_reference",
     "rope_append",
     "rope_append_reference",
+    "rope_attention",
     "rope_table",
     "rope_table_reference",
     "sample",

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -75,27 +76,22 @@ def attention(
     check(fits, lambda: f"attention: q {tuple(q.shape)} {q.dtype} is not a contiguous [T, H, D] float32")
     num_heads, head_dim = q.shape[1:]
     check_cache("attention", k_cache, v_cache, head_dim)
-    num_kv_heads = k_cache.shape[1]
-    check(
-        num_heads % num_kv_heads == 0,
-        lambda: f"attention: {num_heads} query heads do not share {num_kv_heads} kv heads evenly",
-    )
-    num_sequences = kv_lengths.shape[0]
-    for name, table, shape in (
-        ("page_table", page_table, (num_sequences, page_table.shape[-1])),
-        ("query_start", query_start, (num_sequences + 1,)),
-        ("kv_lengths", kv_lengths, (num_sequences,)),
-    ):
-        check_tensor("attention", name, table, shape, torch.int32)
-        check_device("attention", name, table, q)
-    check_device("attention", "k_cache", k_cache, q)
+    tables = (page_table, query_start, kv_lengths)
+    check_attention("attention", q, num_heads, k_cache, tables)
     first_row, end_row, step = rows.indices(q.shape[0])
     check(step == 1, lambda: f"attention: {rows} leaves rows out")
-    _check_gate(gate, max(0, end_row - first_row), q)
+    check_gate("attention", gate, (max(0, end_row - first_row), num_heads * head_dim), q)
+    num_kv_heads, num_sequences = k_cache.shape[1], kv_lengths.shape[0]
     if on_cuda(q):
-        tables = (page_table, query_start, kv_lengths)
-        return _on_cuda(
-            q, k_cache, v_cache, tables, scale, gate, slice(first_row, max(first_row, end_row)), out
+        return attention_on_cuda(
+            q.to(query_dtype(k_cache)),
+            k_cache,
+            v_cache,
+            tables,
+            scale,
+            gate,
+            slice(first_row, max(first_row, end_row)),
+            out,
         )
     out = torch.empty((q.shape[0], num_heads * head_dim), dtype=torch.float32) if out is None else out
     fits = isinstance(out, Tensor) and out.shape == (q.shape[0], num_heads * head_dim)
@@ -123,7 +119,34 @@ def attention(
     return wanted if gate is None else sigmoid_mul(wanted, gate)  # type: ignore[arg-type]
 
 
-def _on_cuda(
+@dataclass(frozen=True)
+class Unappended:
+    """What attention on CUDA takes the queries from where keys and values have yet to be appended."""
+
+    table: Tensor
+    slots: Tensor
+    num_heads: int
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    interleaved: bool
+
+    def arguments(self, qkv: Tensor) -> tuple[int, int, int, int, int, int, float, int, bool]:
+        """Those of _C.attention_cuda."""
+        return (
+            qkv.data_ptr(),
+            qkv.stride(0),
+            self.slots.data_ptr(),
+            self.table.data_ptr(),
+            address(self.q_norm),
+            address(self.k_norm),
+            self.eps,
+            self.table.shape[1],
+            self.interleaved,
+        )
+
+
+def attention_on_cuda(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -132,13 +155,15 @@ def _on_cuda(
     gate: Tensor | None,
     rows: slice,
     out: Rows | None,
+    unappended: Unappended | None = None,
 ) -> Rows:
-    num_tokens, num_heads, head_dim = q.shape
+    """`attention` of arguments that were checked; q is qkv where it is unappended."""
+    num_tokens, head_dim = q.shape[0], k_cache.shape[3]
+    num_heads = q.shape[1] if unappended is None else unappended.num_heads
     num_kv_heads, width = k_cache.shape[1], num_heads * head_dim
     num_rows = rows.stop - rows.start
     page_table, query_start, kv_lengths = tables
     num_sequences, max_pages = page_table.shape
-    q = q.to(query_dtype(k_cache))
     cache_dtype = CACHE_DTYPE_IDS[k_cache.dtype]
     is_tiled = _C.is_attention_tiled(head_dim, cache_dtype)
     if out is None:
@@ -168,7 +193,7 @@ def _on_cuda(
         counters = _counters(q.device, num_queries * num_heads)
     q8, bf16, x = (out.q8, out.bf16, None) if isinstance(out, Activation) else (None, None, out)
     _C.attention_cuda(
-        q.data_ptr(),
+        q.data_ptr() if unappended is None else 0,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         cache_dtype,
@@ -194,6 +219,7 @@ def _on_cuda(
         address(counters),
         address(partial),
         max_splits,
+        *((0, 0, 0, 0, 0, 0, 0.0, 0, False) if unappended is None else unappended.arguments(q)),
         stream(q),
     )
     return out
@@ -207,21 +233,42 @@ def _is_output(out: Rows, num_rows: int, width: int, is_tiled: bool) -> bool:
     )
 
 
-def _check_gate(gate: Tensor | None, num_rows: int, q: Tensor) -> None:
+def check_attention(
+    op: str, q: Tensor, num_heads: int, k_cache: Tensor, tables: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Raises ValueError unless the heads and tables are such as `attention` takes, on q's device."""
+    num_kv_heads = k_cache.shape[1]
+    check(
+        num_heads % num_kv_heads == 0,
+        lambda: f"{op}: {num_heads} query heads do not share {num_kv_heads} kv heads evenly",
+    )
+    page_table, query_start, kv_lengths = tables
+    num_sequences = kv_lengths.shape[0]
+    for name, table, shape in (
+        ("page_table", page_table, (num_sequences, page_table.shape[-1])),
+        ("query_start", query_start, (num_sequences + 1,)),
+        ("kv_lengths", kv_lengths, (num_sequences,)),
+    ):
+        check_tensor(op, name, table, shape, torch.int32)
+        check_device(op, name, table, q)
+    check_device(op, "k_cache", k_cache, q)
+
+
+def check_gate(op: str, gate: Tensor | None, shape: tuple[int, int], q: Tensor) -> None:
+    """Raises ValueError unless it is an output gate of that shape, on q's device."""
     if gate is None:
         return
-    shape = (num_rows, q.shape[1] * q.shape[2])
     fits = gate.shape == shape and gate.device == q.device
     if on_cuda(q):
         # Kernels read four values at once.
         is_aligned = gate.stride(0) % 4 == 0 and gate.data_ptr() % (4 * gate.element_size()) == 0
         fits = fits and gate.dtype in (torch.float32, torch.bfloat16)
-        fits = fits and (num_rows == 0 or (gate.stride(1) == 1 and is_aligned))
+        fits = fits and (shape[0] == 0 or (gate.stride(1) == 1 and is_aligned))
     else:
         fits = fits and gate.dtype == torch.float32 and gate.is_contiguous()
     check(
         fits,
-        lambda: f"attention: gate {tuple(gate.shape)} {gate.dtype} is not {shape} float32 rows on {q.device}",
+        lambda: f"{op}: gate {tuple(gate.shape)} {gate.dtype} is not {shape} float32 rows on {q.device}",
     )
 
 

@@ -65,36 +65,18 @@ def rope_append(
     out: float32; on CUDA of the dtype that attention multiplies.
     Raises ValueError if a shape, dtype or device does not fit.  Capturable: allocates only `out`.
     """
+    check_append("rope_append", qkv, table, slots, k_cache, v_cache, num_heads, q_norm, k_norm)
     num_tokens, num_pairs = table.shape[:2]
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     is_cuda = on_cuda(qkv)
-    check_cache("rope_append", k_cache, v_cache, head_dim)
-    check(head_dim <= _MAX_HEAD_DIM, lambda: f"rope_append: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
-    check(
-        2 * num_pairs <= head_dim,
-        lambda: f"rope_append: the table rotates {2 * num_pairs} values of heads of {head_dim}",
+    out_shape, out_dtype = (
+        (num_tokens, num_heads, head_dim),
+        query_dtype(k_cache) if is_cuda else torch.float32,
     )
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    in_dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
-    has_rows = qkv.is_contiguous() or (is_cuda and qkv.stride(-1) == 1)
-    check(
-        qkv.shape == (num_tokens, width) and qkv.dtype in in_dtypes and has_rows,
-        lambda: f"rope_append: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
-    )
-    out_dtype = query_dtype(k_cache) if is_cuda else torch.float32
     if out is None:
-        out = torch.empty(num_tokens, num_heads, head_dim, dtype=out_dtype, device=qkv.device)
-    for name, tensor, shape, dtype in (
-        ("table", table, (num_tokens, num_pairs, 2), torch.float32),
-        ("slots", slots, (num_tokens,), torch.int32),
-        ("out", out, (num_tokens, num_heads, head_dim), out_dtype),
-        ("q_norm", q_norm, (head_dim,), torch.float32),
-        ("k_norm", k_norm, (head_dim,), torch.float32),
-    ):
-        if tensor is not None:
-            check_tensor("rope_append", name, tensor, shape, dtype)
-            check_device("rope_append", name, tensor, qkv)
-    check_device("rope_append", "k_cache", k_cache, qkv)
+        out = torch.empty(out_shape, dtype=out_dtype, device=qkv.device)
+    check_tensor("rope_append", "out", out, out_shape, out_dtype)
+    check_device("rope_append", "out", out, qkv)
     common = (
         table.data_ptr(),
         slots.data_ptr(),
@@ -117,6 +99,46 @@ def rope_append(
     else:
         _C.rope_append_cpu(qkv.data_ptr(), *common)
     return out
+
+
+def check_append(
+    op: str,
+    qkv: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    """Raises ValueError unless these fit each other as `rope_append` says."""
+    num_tokens, num_pairs = table.shape[:2]
+    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    is_cuda = on_cuda(qkv)
+    check_cache(op, k_cache, v_cache, head_dim)
+    check(head_dim <= _MAX_HEAD_DIM, lambda: f"{op}: head_dim {head_dim} is above {_MAX_HEAD_DIM}")
+    check(
+        2 * num_pairs <= head_dim,
+        lambda: f"{op}: the table rotates {2 * num_pairs} values of heads of {head_dim}",
+    )
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    in_dtypes = (torch.float32, torch.bfloat16) if is_cuda else (torch.float32,)
+    has_rows = qkv.is_contiguous() or (is_cuda and qkv.stride(-1) == 1)
+    check(
+        qkv.shape == (num_tokens, width) and qkv.dtype in in_dtypes and has_rows,
+        lambda: f"{op}: qkv {tuple(qkv.shape)} {qkv.dtype} is not rows {(num_tokens, width)} float32",
+    )
+    for name, tensor, shape, dtype in (
+        ("table", table, (num_tokens, num_pairs, 2), torch.float32),
+        ("slots", slots, (num_tokens,), torch.int32),
+        ("q_norm", q_norm, (head_dim,), torch.float32),
+        ("k_norm", k_norm, (head_dim,), torch.float32),
+    ):
+        if tensor is not None:
+            check_tensor(op, name, tensor, shape, dtype)
+            check_device(op, name, tensor, qkv)
+    check_device(op, "k_cache", k_cache, qkv)
 
 
 def rope_append_reference(
