@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from helexa import ops
-from support.kv_caches import make_cache
+from support.kv_caches import make_cache, random_pages
+from support.rope_calls import inverse_frequencies
 
 pytestmark = pytest.mark.cuda
 
@@ -72,29 +73,21 @@ def make_call(
     more_columns=0,
 ) -> Call:
     """A step of sequences in shuffled pages; what belongs to no key of an earlier step is NaN."""
-    pages_each = [-(-length // ops.PAGE_TOKENS) for length in kv_lengths]
-    order = torch.randperm(sum(pages_each) + 2).tolist()
-    shape = (len(order), num_kv_heads, ops.PAGE_TOKENS, head_dim)
-    k_cache, v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-    page_table = torch.full((len(kv_lengths), max(pages_each, default=0) + 1), 2**31 - 1, dtype=torch.int32)
+    k_cache, v_cache, page_table = random_pages(kv_lengths, num_kv_heads, head_dim)
     slots, positions = [], []
     for s, (num_queries, length) in enumerate(zip(query_lengths, kv_lengths, strict=True)):
-        for p in range(pages_each[s]):
-            page_table[s, p] = page = order.pop()
-            filled = max(0, min(ops.PAGE_TOKENS, length - num_queries - p * ops.PAGE_TOKENS))
-            for pages in (k_cache, v_cache):
-                pages[page, :, :filled] = torch.randn(num_kv_heads, filled, head_dim)
         for position in range(length - num_queries, length):
-            page = int(page_table[s, position // ops.PAGE_TOKENS])
-            slots.append(page * ops.PAGE_TOKENS + position % ops.PAGE_TOKENS)
+            page, offset = int(page_table[s, position // ops.PAGE_TOKENS]), position % ops.PAGE_TOKENS
+            slots.append(page * ops.PAGE_TOKENS + offset)
             positions.append(position)
+            for cache in (k_cache, v_cache):
+                cache[page, :, offset] = torch.nan
     num_rotated = head_dim if num_rotated is None else num_rotated
-    inv_freq = 1e4 ** -(torch.arange(0, num_rotated, 2) / num_rotated)
     num_heads = num_kv_heads * group
     width = (num_heads + 2 * num_kv_heads) * head_dim
     call = Call(
         qkv=torch.randn(len(slots), width + more_columns)[:, :width],
-        table=ops.rope_table_reference(torch.tensor(positions).int(), inv_freq),
+        table=ops.rope_table_reference(torch.tensor(positions).int(), inverse_frequencies(num_rotated)),
         slots=torch.tensor(slots).int(),
         k_cache=make_cache(k_cache, dtype),
         v_cache=make_cache(v_cache, dtype),
