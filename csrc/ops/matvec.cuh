@@ -11,9 +11,9 @@
 // Offsets (minimums) of 8 steps are a product of matrices by themselves, weight rows x steps times steps x sums of activations, and one
 // mma m16n8k8 in tf32, in which they are exact.  The sums of activations come in two parts of 11 bits each.
 //
-// Sums of a row run in the same order whatever kSplit and kTiles are: each pair of steps has a float32 sum of its own over all chunks
-// of a warp, first step before second; then (pair 0 + pair 1) + (pair 2 + pair 3) + offsets; then the warps one after the other.  So a
-// row's result does not depend on the rows beside it.
+// Sums of a row run in the same order whatever kSplit and kTiles are: in a chunk each pair of steps has a float32 sum of its own, first
+// step before second; then (pair 0 + pair 1) + (pair 2 + pair 3) + offsets; then the chunks of a warp and the warps one after the
+// other.  So a row's result does not depend on the rows beside it.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -70,40 +70,35 @@ struct LaneColumns {
 constexpr int kSumStart = 0x4b400000;
 constexpr float kSumBias = 12582912.0f;
 
-// Sums of kTiles tiles of activations: [j][2 * r + i] for the weight row g + 8r and the lane's i-th result column.  With kSplit 8 both
-// columns belong to one row and the sum is that of i = 0.
-template <int kSplit, int kTiles>
-struct LaneSums {
-  using Columns = LaneColumns<kSplit>;
-  float sum[kTiles][Columns::kOwnPairs][4];
-  float offset[kTiles][4];  // of all pairs
+// What a lane holds of the sums of a tile of activations: [2 * r + i] for the weight row g + 8r and the lane's i-th result column.  With
+// kSplit 8 both columns belong to one row, whose sum is that of i = 0; lanes whose t is 4 / kSplit or more have the same as others.
+using LaneSums = float[4];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        offset[n][i] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < Columns::kOwnPairs; ++j) sum[n][j][i] = 0.0f;
-      }
-    }
+// Where a warp keeps the sums of 16 weight rows and 8 / kSplit rows in memory: each lane that has some, side by side.
+template <int kSplit>
+struct SumsInMemory {
+  static constexpr int kFloats = kDeviceTileRows * 8 / kSplit;
+  static constexpr int kLanes = kSplit == 8 ? 1 : 4 / kSplit;  // of four neighbours
+
+  // One of them.
+  static __device__ __forceinline__ int place(int row, int weight_row) {
+    if constexpr (kSplit == 8) return weight_row % 8 * 2 + weight_row / 8;
+    return (weight_row % 8 * kLanes + row / 2) * 4 + weight_row / 8 * 2 + row % 2;
   }
 
-  // The sums over all pairs of tile n, out[2 * r + i]; meaningful in lanes with t < 4 / kSplit.
-  __device__ __forceinline__ void total(int n, float (&out)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kSplit == 1) {
-        out[i] = (sum[n][0][i] + sum[n][1][i]) + (sum[n][2][i] + sum[n][3][i]);
-      } else if constexpr (kSplit == 2) {
-        const float half = sum[n][0][i] + sum[n][1][i];
-        out[i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
-      } else {
-        const float half = sum[n][0][i] + __shfl_xor_sync(0xffffffffu, sum[n][0][i], 1);
-        out[i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
-      }
-      out[i] += offset[n][i];
+  // Adds the lane's, or sets them.
+  static __device__ __forceinline__ void add(float* sums, const LaneSums& lane_sums, bool set, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    if (t >= kLanes) return;
+    if constexpr (kSplit == 8) {
+      float2* at = reinterpret_cast<float2*>(sums) + g;
+      const float2 old = set ? make_float2(0.0f, 0.0f) : *at;
+      *at = make_float2(old.x + lane_sums[0], old.y + lane_sums[2]);
+    } else {
+      float4* at = reinterpret_cast<float4*>(sums) + g * kLanes + t;
+      const float4 old = set ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *at;
+      *at =
+          make_float4(old.x + lane_sums[0], old.y + lane_sums[1], old.z + lane_sums[2], old.w + lane_sums[3]);
     }
   }
 };
@@ -149,18 +144,42 @@ struct LaneActivations {
     load_scales<kWhole>(row, padded_cols, lane, first_pair, num_pairs);
   }
 
-  // The scale of a step of result pair j, of the i-th result column.  All lanes of the warp have to ask for it.
-  __device__ __forceinline__ float step_scale(int t, int j, int i, int step) const {
-    const float own = step == 0 ? scale.x : scale.z;
-    if constexpr (kSplit == 8) return own;
-    return __shfl_sync(0xffffffffu, own, 4 * Columns::result_row(t, i) + Columns::result_pair(t, j));
-  }
-
  private:
   // The pair, or the chunk's last one for those beyond it, whose products are scaled by zero.
   template <bool kWhole>
   static __device__ __forceinline__ int existing(int pair, int num_pairs) {
     return kWhole ? pair : min(pair, num_pairs - 1);
+  }
+};
+
+// The scales of a lane's part of one chunk of activations, ready for products.
+template <int kSplit>
+struct LaneScales {
+  using Columns = LaneColumns<kSplit>;
+  static constexpr int kResults = kSplit == 8 ? 1 : 2;
+  float step[Columns::kOwnPairs][2][kResults];  // [pair][step][result column]
+  uint32_t high[2], low[2];  // parts of the sums of the steps of pair t, of the lane's column of the operand
+
+  // All lanes of the warp have to take part.
+  __device__ __forceinline__ LaneScales(const LaneActivations<kSplit>& x, int lane) {
+    const int t = lane & 3;
+    const float own[2] = {x.scale.x, x.scale.z}, sums[2] = {x.scale.y, x.scale.w};
+#pragma unroll
+    for (int j = 0; j < Columns::kOwnPairs; ++j) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int i = 0; i < kResults; ++i) {
+          const int from = 4 * Columns::result_row(t, i) + Columns::result_pair(t, j);
+          step[j][s][i] = kSplit == 8 ? own[s] : __shfl_sync(0xffffffffu, own[s], from);
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      high[s] = __float_as_uint(sums[s]) & 0xffffe000u;
+      low[s] = ptx::to_tf32(sums[s] - __uint_as_float(high[s]));
+    }
   }
 };
 
@@ -200,12 +219,12 @@ struct StepProducts {
     }
   }
 
-  // sum[2 * r + i] += the scaled products; `weights` are the scales of the rows g and g + 8, in which the pair's first step is
-  // number `first_step`, x_scales those of the activations, [step][column].
-  __device__ __forceinline__ void scale_into(float (&sum)[4], const RowScales<F> (&weights)[2],
-                                             int first_step, const float (&x_scales)[2][2],
-                                             const LaneActivations<kSplit>& x, int j,
-                                             const int (&start)[4]) const {
+  // The sum of both steps' scaled products; `weights` are the scales of the rows g and g + 8, in which the pair's first step is number
+  // `first_step`, x_scales those of the activations.
+  __device__ __forceinline__ void scale(LaneSums& sum, const RowScales<F> (&weights)[2], int first_step,
+                                        const float (&x_scales)[2][kResults],
+                                        const LaneActivations<kSplit>& x, int j,
+                                        const int (&start)[4]) const {
     float half_sum[kResults][2][2];  // [step][column][half]: of formats with an offset per half
     if constexpr (U::kHalves == 2 && U::kHasOffset) sum_halves(half_sum, x, j, start);
 #pragma unroll
@@ -227,7 +246,8 @@ struct StepProducts {
               product = fmaf(half_sum[result][column][1], weights[r].offset(first_step + step, 1), product);
             }
           }
-          sum[2 * r + i] = fmaf(product, x_scales[step][i], sum[2 * r + i]);
+          float& s = sum[2 * r + i];
+          s = step == 0 ? product * x_scales[step][i] : fmaf(product, x_scales[step][i], s);
         }
       }
     }
@@ -251,36 +271,31 @@ struct StepProducts {
   }
 };
 
-// offset[2 * r + i] += the chunk's offsets of the rows g + 8r times the sums of the activations; for formats with an offset per step.  The
+// sum[2 * r + i] += the chunk's offsets of the rows g + 8r times the sums of the activations; for formats with an offset per step.  The
 // lane's steps are those of pair t, whose scales are `weights`.
-template <class F>
-__device__ __forceinline__ void add_offsets(float (&offset)[4], const RowScales<F> (&weights)[2],
-                                            float4 x_scale, int t) {
+template <class F, int kSplit>
+__device__ __forceinline__ void add_offsets(LaneSums& sum, const RowScales<F> (&weights)[2],
+                                            const LaneScales<kSplit>& x, int t) {
   const uint32_t a[4] = {weights[0].exact_offset(t, 0), weights[1].exact_offset(t, 0),
                          weights[0].exact_offset(t, 1), weights[1].exact_offset(t, 1)};
-  const float sums[2] = {x_scale.y, x_scale.w};
-  uint32_t high[2], low[2];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    high[k] = __float_as_uint(sums[k]) & 0xffffe000u;
-    low[k] = ptx::to_tf32(sums[k] - __uint_as_float(high[k]));
-  }
   float products[4] = {};
-  ptx::mma_tf32(products, a, high);
-  ptx::mma_tf32(products, a, low);
+  ptx::mma_tf32(products, a, x.high);
+  ptx::mma_tf32(products, a, x.low);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) offset[i] = fmaf(weights[i / 2].offset_scale(), products[i], offset[i]);
+  for (int i = 0; i < 4; i += kSplit == 8 ? 2 : 1)
+    sum[i] = fmaf(weights[i / 2].offset_scale(), products[i], sum[i]);
 }
 
 struct NoRefill {
   __device__ __forceinline__ void operator()(int) const {}
 };
 
-// sums += chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns.  Calls refill(j) when the
-// codes of the lane's pair j were used and may be overwritten, last with j = the number of its pairs for the scales.
+// sums = chunk · activations.  `chunk`: shared (or global) memory with num_pairs (1 … 4) pairs of 64 columns.  Calls refill(j) when the
+// codes of the lane's pair j were used and may be overwritten.
 template <class F, int kSplit, int kTiles, class Refill = NoRefill>
-__device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, const uint8_t* chunk, int lane,
+__device__ __forceinline__ void multiply_chunk(LaneSums (&sums)[kTiles], const uint8_t* chunk, int lane,
                                                int num_pairs, const LaneActivations<kSplit> (&x)[kTiles],
+                                               const LaneScales<kSplit> (&x_scales)[kTiles],
                                                Refill&& refill = {}) {
   static_assert(kSplit == 1 || kTiles == 1);
   using U = Unit<F>;
@@ -302,6 +317,7 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
     scales[0].load(unit, g), scales[1].load(unit, g + 8);
   };
   if constexpr (kWhole) load_scales(0);
+  LaneSums pair_sums[kTiles][Columns::kOwnPairs];
 #pragma unroll
   for (int j = 0; j < Columns::kOwnPairs; ++j) {
     PairCodes<F> codes[kGroups];
@@ -328,24 +344,29 @@ __device__ __forceinline__ void multiply_chunk(LaneSums<kSplit, kTiles>& sums, c
         codes[q].template operand<1>(a);
         products.add(a, x[n], j, 1, g, q, start);
       }
-      float x_scales[2][2];
-#pragma unroll
-      for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-#pragma unroll
-        for (int step = 0; step < 2; ++step) x_scales[step][i] = x[n].step_scale(t, j, i, step);
-      }
-      products.scale_into(sums.sum[n][j], scales, kWhole ? 2 * pair : 0, x_scales, x[n], j, start);
+      products.scale(pair_sums[n][j], scales, kWhole ? 2 * pair : 0, x_scales[n].step[j], x[n], j, start);
     }
     refill(j);
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; i += kSplit == 8 ? 2 : 1) {
+      float half = pair_sums[n][0][i];
+      if constexpr (kSplit == 8) half += __shfl_xor_sync(0xffffffffu, half, 1);
+      if constexpr (kSplit != 8) half += pair_sums[n][1][i];
+      if constexpr (kSplit == 1) {
+        sums[n][i] = half + (pair_sums[n][2][i] + pair_sums[n][3][i]);
+      } else {
+        sums[n][i] = half + __shfl_xor_sync(0xffffffffu, half, 2);
+      }
+    }
   }
   if constexpr (U::kHasOffset && U::kHalves == 1) {
     if constexpr (!kWhole && kSplit != 8) load_scales(t);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      add_offsets(sums.offset[n], scales, x[n].scale, t);
-    }
+    for (int n = 0; n < kTiles; ++n) add_offsets(sums[n], scales, x_scales[n], t);
   }
-  refill(Columns::kOwnPairs);
 }
 
 }  // namespace helexa

@@ -254,21 +254,26 @@ struct TileProduct {
 
   // sums += the chunks of the stream · activations.
   template <class F, class Walk>
-  __device__ __forceinline__ void run(LaneSums<kSplit, 1>& sums, Stream& stream, Walk& walk, int lane) {
+  __device__ __forceinline__ void run(LaneSums& sums, Stream& stream, Walk& walk, int lane) {
     constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;  // such tiles have no short chunks
     for (int chunk = split; chunk < num_chunks; chunk += num_splits) {
       const int pairs = min(kChunkPairs, row.num_pairs(chunk));
+      const LaneScales<kSplit> scales[1] = {LaneScales<kSplit>(x[0][0], lane)};
+      LaneSums chunk_sums[1];
       if constexpr (kAhead == 1) {
         const int next = chunk + num_splits < num_chunks ? chunk + num_splits : chunk;
-        multiply_chunk<F>(sums, stream.wait(), lane, pairs, x[0],
+        row.template load<kWhole>(x[0][0], next, lane, LaneColumns<kSplit>::kOwnPairs);
+        multiply_chunk<F>(chunk_sums, stream.wait(), lane, pairs, x[0], scales,
                           [&](int j) { row.template load<kWhole>(x[0][0], next, lane, j); });
         stream.release(walk);
       } else {
-        multiply_chunk<F>(sums, stream.wait(), lane, pairs, x[0]);
+        multiply_chunk<F>(chunk_sums, stream.wait(), lane, pairs, x[0], scales);
         stream.release(walk);
         x[0][0] = x[1][0];
         load<kWhole>(x[1][0], chunk + 2 * num_splits, lane);
       }
+#pragma unroll
+      for (int i = 0; i < 4; i += kSplit == 8 ? 2 : 1) sums[i] += chunk_sums[0][i];
     }
   }
 
@@ -286,8 +291,7 @@ __device__ __forceinline__ void multiply_quantized(int format, TileProduct<kSpli
                                                    Stream& stream, Walk& walk, Store&& store) {
   using Columns = LaneColumns<kSplit>;
   const int lane = threadIdx.x % 32, t = lane % 4;
-  LaneSums<kSplit, 1> sums;
-  sums.clear();
+  LaneSums sums = {};
   if constexpr (std::is_void_v<F>) {
     switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name)                                        \
@@ -302,15 +306,13 @@ __device__ __forceinline__ void multiply_quantized(int format, TileProduct<kSpli
   } else {
     product.template run<F>(sums, stream, walk, lane);
   }
-  float total[4];
-  sums.total(0, total);
   if (kSplit == 8 && t > 0) return;
 #pragma unroll
   for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
     const int token = Columns::result_row(t, i);
     if (token >= num_tokens) continue;
-    store(token, lane / 4, total[i]);
-    store(token, lane / 4 + 8, total[2 + i]);
+    store(token, lane / 4, sums[i]);
+    store(token, lane / 4 + 8, sums[2 + i]);
   }
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 // Products of quantized weights with 1 to 16 rows, which memory's bandwidth bounds.
 //
-// A block has 16 weight rows of one weight (gated: 32 rows of both) and all of K: its warps take the chunks of 256 columns in turn, so
-// that even a small matrix keeps many of them busy, and their sums meet in shared memory.  Each warp streams its chunks, which are
-// contiguous runs of bytes whatever the format, through a ring in shared memory that it fills by itself: no barrier stands between
-// a warp and its next bytes, and the bytes in flight do not depend on registers.  The ring is filled before the kernel waits for its
+// A block has one or a few tiles of 16 weight rows of one weight (gated: 32 rows of both) and all of K: its warps take the chunks of 256
+// columns in turn, so that even a small matrix keeps many of them busy, each of them a chunk of all tiles before the next, so that
+// activations are read and prepared once.  Their sums meet in shared memory.  Each warp streams its chunks, which are contiguous runs
+// of bytes whatever the format, through a ring in shared memory that it fills by itself: no barrier stands between a warp and its next
+// bytes, and the bytes in flight do not depend on registers.  The ring is filled before the kernel waits for its
 // input, so that weights arrive while the kernels before this one still run; with a few thousand columns that is all of a block's
 // weights.
 //
@@ -13,6 +14,7 @@
 // loop of each warp over whole rows.
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "ops/matvec.cuh"
 #include "ops/quant_matmul.h"
@@ -29,14 +31,13 @@ constexpr int blocks_per_multiprocessor(int num_tokens) {
 }
 constexpr int kMaxTokens = 16;  // of a launch; of more the sums of a warp do not fit into its registers
 constexpr int kTileRows = kDeviceTileRows;
-constexpr int kMaxBlockTiles = 8;
+constexpr int kMaxBlockTiles = 4;
 constexpr int kMinBlocksPerMultiprocessor = 6;  // of a block with several tiles
 constexpr int kGatedRows = 32;  // outputs of a gated block: one block of columns of the next matmul
-constexpr int kNormRows = 32;   // outputs of a block that a norm follows: the same
-constexpr int kMaxNormWarps = 16, kFewestTileWarps = 4;  // so that each of 8 input rows has a warp
-// Floats between the rows of a warp's sums of 8 activations x 16 weight rows; the 4 keep a warp's stores in different banks.
-constexpr int kPartStride = kTileRows + 4;
-constexpr int kPartFloats = 8 * kPartStride;
+constexpr int kGatedTiles = 4;
+constexpr int kNormRows = 32;  // outputs of a block that a norm follows: the same
+constexpr int kNormTiles = 2;
+constexpr int kMaxNormWarps = 16, kFewestNormWarps = 8;  // so that each of 8 input rows has a warp
 
 struct Part {
   const uint8_t* weight;
@@ -66,17 +67,20 @@ struct Arguments {
 
 __device__ __forceinline__ bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
 
-// The tiles that a block computes, one after the other: of one weight, but those of a gated block are by turns gate's and up's.
+// The tiles that a block computes: of one weight, but those of a gated block are by turns gate's and up's.  Tiles of one format are a
+// group, whose chunks are taken together: all, or gate's and up's where these differ.
 struct BlockTiles {
-  int first_part, first_tile, count;
+  int first_part, first_tile, count, num_groups;
   bool is_gated;
 
   __device__ __forceinline__ explicit BlockTiles(const Arguments& a) : is_gated(a.gated != nullptr) {
     const int block = static_cast<int>(blockIdx.x);
     first_part = 0;
+    num_groups = 1;
     if (is_gated) {
       first_tile = 2 * block;
       count = (first_tile + 1) * kTileRows < a.parts[0].rows ? 4 : 2;
+      if (a.parts[0].format != a.parts[1].format) num_groups = 2;
     } else {
       while (first_part + 1 < a.num_parts && block >= a.parts[first_part + 1].first_block) ++first_part;
       const Part& part = a.parts[first_part];
@@ -84,30 +88,36 @@ struct BlockTiles {
       count = min(a.block_tiles, (part.rows + kTileRows - 1) / kTileRows - first_tile);
     }
   }
-  // One tile of the only weight, or none if it has no such tile.
-  __device__ __forceinline__ BlockTiles(const Arguments& a, int tile)
-      : first_part(0), first_tile(tile), count(tile * kTileRows < a.parts[0].rows ? 1 : 0), is_gated(false) {}
-
   __device__ __forceinline__ int part(int i) const { return is_gated ? i % 2 : first_part; }
   __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
+  // Tile i is followed by tile i + num_groups of its group.
+  __device__ __forceinline__ int group_size() const { return num_groups == 2 ? count / 2 : count; }
 };
 
-// The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next.  Where there are bulk
-// copies a lane starts one for a chunk, else all lanes copy 16 bytes at a time.
+// The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next.  Lane i knows where
+// those of tile i are.  Where there are bulk copies it starts one for a chunk, else all lanes copy 16 bytes at a time.
 struct Ring {
   uint8_t* memory;
   uint64_t* barriers;   // one for each stage
   int stage = 0;        // that is used next
   uint32_t parity = 0;  // of the phase in which the stages' copies are waited for
-  int tile = -1;        // that is being fetched
+  int group = -1;       // that is being fetched
+  int tile = 0;         // of it that comes next
+  int left = 0;         // chunks of the group to be fetched
+  // Of the lane's tile: its next chunk, its bytes from there on, and those of a chunk.
   const uint8_t* from = nullptr;
-  int left = 0;  // chunks of it to be fetched
-  int bytes = 0, last_bytes = 0;
+  int tile_bytes = 0, bytes = 0;
 
   __device__ __forceinline__ void start(const Arguments& a, const BlockTiles& tiles, uint8_t* stages,
                                         uint64_t* stage_barriers, int warp, int num_warps, int lane) {
     memory = stages;
     barriers = stage_barriers;
+    if (lane < tiles.count) {
+      const Part& part = a.parts[tiles.part(lane)];
+      bytes = part.chunk_bytes;
+      tile_bytes = part.tile_bytes - warp * bytes;
+      from = part.weight + (static_cast<int64_t>(tiles.tile(lane)) * part.tile_bytes + warp * bytes);
+    }
     if (ptx::has_bulk_copies()) {
       if (lane < kMaxStages) ptx::make_copy_barrier(barriers + lane);
       __syncwarp();
@@ -142,50 +152,47 @@ struct Ring {
  private:
   __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int into, int warp,
                                         int num_warps, int lane) {
-    if (left == 0 && tile < tiles.count) begin_tile(a, tiles, warp, num_warps);
+    while (left == 0 && group + 1 < tiles.num_groups) {
+      tile = ++group;
+      if (!is_float(a.parts[tiles.part(group)].format)) {
+        left = (a.warp_chunks + (warp < a.extra_chunks)) * tiles.group_size();
+      }
+    }
     if (left > 0) {
       --left;
-      const int size = left == 0 ? last_bytes : bytes;
       uint8_t* to = memory + into * a.stage_bytes;
+      const int size = min(bytes, tile_bytes);
       if (ptx::has_bulk_copies()) {
-        if (lane == 0) ptx::copy_bulk(to, from, size, barriers + into);
+        if (lane == tile) ptx::copy_bulk(to, from, size, barriers + into);
         __syncwarp();
       } else {
-        for (int i = 16 * lane; i < size; i += 512) ptx::copy_async(to + i, from + i);
+        const auto source = __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(from), tile);
+        const int all = __shfl_sync(0xffffffffu, size, tile);
+        for (int i = 16 * lane; i < all; i += 512)
+          ptx::copy_async(to + i, reinterpret_cast<const uint8_t*>(source) + i);
       }
-      from += num_warps * bytes;
+      if (lane == tile) from += num_warps * bytes, tile_bytes -= num_warps * bytes;
+      tile += tiles.num_groups;
+      if (tile >= tiles.count) tile = group;
     }
     if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
-  }
-
-  // Goes on to the next tile that is streamed, if there is one.
-  __device__ __forceinline__ void begin_tile(const Arguments& a, const BlockTiles& tiles, int warp,
-                                             int num_warps) {
-    do {
-      if (++tile >= tiles.count) return;
-    } while (is_float(a.parts[tiles.part(tile)].format));
-    const Part& part = a.parts[tiles.part(tile)];
-    left = a.warp_chunks + (warp < a.extra_chunks);
-    bytes = part.chunk_bytes;
-    last_bytes = min(bytes, part.tile_bytes - (warp + (left - 1) * num_warps) * bytes);
-    from = part.weight + (static_cast<int64_t>(tiles.tile(tile)) * part.tile_bytes + warp * bytes);
   }
 };
 static_assert(kMaxStages == 4, "Ring::wait");
 
-// The activations that a warp multiplies by: those of a chunk, each of which is replaced by that of the next chunk as soon as it was used.
+// The activations that a warp multiplies by: those of a chunk, each of which makes room for that of the next chunk after its last use.
 template <int kSplit, int kTiles>
-struct Stream {
+struct Input {
   LaneActivations<kSplit> x[kTiles];
   const uint8_t* rows[kTiles];
   int padded_cols;
 
-  __device__ __forceinline__ Stream(const Arguments& a, int lane) {
-    const InputRows input(a.q8, a.num_tokens, a.cols);
-    padded_cols = input.padded_cols;
+  __device__ __forceinline__ Input(const Arguments& a, int lane) {
+    const InputRows all(a.q8, a.num_tokens, a.cols);
+    padded_cols = all.padded_cols;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      rows[n] = kSplit == 8 ? a.q8 : input.row(8 * n + LaneColumns<kSplit>::operand_row(lane >> 2));
+      rows[n] = kSplit == 8 ? a.q8 : all.row(8 * n + LaneColumns<kSplit>::operand_row(lane >> 2));
     }
   }
 
@@ -197,51 +204,58 @@ struct Stream {
       x[n].template load<false>(rows[n], padded_cols, lane, first_pair, num_pairs);
     }
   }
-  // Pair j of `chunk`, or the scales.
   template <bool kWhole>
-  __device__ __forceinline__ void refill(int lane, int chunk, int j) {
+  __device__ __forceinline__ void load_codes(int lane, int chunk, int j) {
     const int first_pair = chunk * kChunkPairs, num_pairs = padded_cols / 64 - first_pair;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (j < LaneColumns<kSplit>::kOwnPairs) {
-        x[n].template load_codes<kWhole>(rows[n], lane, first_pair, num_pairs, j);
-      } else {
-        x[n].template load_scales<kWhole>(rows[n], padded_cols, lane, first_pair, num_pairs);
-      }
-    }
+    for (int n = 0; n < kTiles; ++n)
+      x[n].template load_codes<kWhole>(rows[n], lane, first_pair, num_pairs, j);
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void load_scales(int lane, int chunk) {
+    const int first_pair = chunk * kChunkPairs, num_pairs = padded_cols / 64 - first_pair;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+      x[n].template load_scales<kWhole>(rows[n], padded_cols, lane, first_pair, num_pairs);
+  }
+
+  // The scales of the chunk whose scales were loaded.
+  struct Scales {
+    LaneScales<kSplit> of[kTiles];
+  };
+  template <int... n>
+  __device__ __forceinline__ Scales scales(int lane, std::integer_sequence<int, n...>) const {
+    return {{LaneScales<kSplit>(x[n], lane)...}};
   }
 };
 
-// The sums of this warp's chunks of one tile.  `rows` has the activations of the first, and of the first again in the end.
+// This warp's chunks of a group of tiles.  `input` has the activations of the first, and of the first again in the end.  sums: the warp's,
+// of the block's first tile; those of the next one are sums_stride floats behind them.
 template <class F, int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_tile(LaneSums<kSplit, kTiles>& sums, const Arguments& a,
-                                              Stream<kSplit, kTiles>& rows, Ring& ring,
-                                              const BlockTiles& tiles, int warp, int num_warps, int lane) {
+__device__ __forceinline__ void multiply_group(float* sums, int sums_stride, const Arguments& a,
+                                               Input<kSplit, kTiles>& input, Ring& ring,
+                                               const BlockTiles& tiles, int group, int warp, int num_warps,
+                                               int lane) {
   constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
-    const int num_pairs = min(kChunkPairs, rows.padded_cols / 64 - chunk * kChunkPairs);
+    const int num_pairs = min(kChunkPairs, input.padded_cols / 64 - chunk * kChunkPairs);
     const int next = chunk + num_warps < a.num_chunks ? chunk + num_warps : warp;
-    const uint8_t* stage = ring.wait(a);
-    multiply_chunk<F>(sums, stage, lane, num_pairs, rows.x,
-                      [&](int j) { rows.template refill<kWhole>(lane, next, j); });
-    ring.next(a, tiles, warp, num_warps, lane);
-  }
-}
-
-// The same of a tile of any format; nothing of one that is not packed.
-template <int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_packed(LaneSums<kSplit, kTiles>& sums, const Arguments& a,
-                                                int format, Stream<kSplit, kTiles>& rows, Ring& ring,
-                                                const BlockTiles& tiles, int warp, int num_warps, int lane) {
-  switch (static_cast<Format>(format)) {
-#define HELEXA_FORMAT(type, name)                                                          \
-  case Format::k##type:                                                                    \
-    if constexpr (type::kScales != Scales::kPlain) {                                       \
-      multiply_tile<type>(sums, a, rows, ring, tiles, warp, num_warps, ptx::opaque(lane)); \
-    }                                                                                      \
-    break;
-#include "quant/formats.def"
-#undef HELEXA_FORMAT
+    const auto scales = input.scales(lane, std::make_integer_sequence<int, kTiles>());
+    input.template load_scales<kWhole>(lane, next);
+    for (int i = group; i < tiles.count; i += tiles.num_groups) {
+      const bool is_last = i + tiles.num_groups >= tiles.count;
+      const uint8_t* stage = ring.wait(a);
+      LaneSums chunk_sums[kTiles];
+      multiply_chunk<F>(chunk_sums, stage, lane, num_pairs, input.x, scales.of, [&](int j) {
+        if (is_last) input.template load_codes<kWhole>(lane, next, j);
+      });
+      ring.next(a, tiles, warp, num_warps, lane);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        SumsInMemory<kSplit>::add(sums + i * sums_stride + n * num_warps * SumsInMemory<kSplit>::kFloats,
+                                  chunk_sums[n], chunk == warp, lane);
+      }
+    }
   }
 }
 
@@ -285,12 +299,12 @@ __device__ __forceinline__ void load_input(const Arguments& a, int64_t row, int 
   }
 }
 
-// Rows of a tile of floats against 8 rows of the input: sums[row of the input * kPartStride + weight row].
-template <class T>
+// Rows of a tile of floats against a tile of rows of the input.
+template <class T, int kSplit>
 __device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& part, int tile,
                                                 int first_token, float* sums, int warp, int num_warps,
                                                 int lane) {
-  const int num_tokens = min(8, a.num_tokens - first_token);
+  const int num_tokens = min(8 / kSplit, a.num_tokens - first_token);
   const int num_rows = min(kTileRows, part.rows - tile * kTileRows);
   for (int i = warp; i < num_rows * num_tokens; i += num_warps) {
     const int r = i / num_tokens, t = i % num_tokens;
@@ -315,36 +329,68 @@ __device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& 
       }
     }
     sum = warp_sum(sum);
-    if (lane == 0) sums[t * kPartStride + r] = sum;
+    if (lane == 0) sums[SumsInMemory<kSplit>::place(t, r)] = sum;
   }
 }
 
-__device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& part, int tile,
-                                                int first_token, float* sums, int warp, int num_warps,
-                                                int lane) {
-  if (part.format == static_cast<int>(Format::kF32)) {
-    multiply_floats<float>(a, part, tile, first_token, sums, warp, num_warps, lane);
-  } else if (part.format == static_cast<int>(Format::kF16)) {
-    multiply_floats<__half>(a, part, tile, first_token, sums, warp, num_warps, lane);
-  } else {
-    multiply_floats<__nv_bfloat16>(a, part, tile, first_token, sums, warp, num_warps, lane);
-  }
-}
-
-// A warp's sums of tile n of activations to memory.
+// The tiles of a group that is not quantized.  sums: the first warp's, as all others' are in multiply_group.
 template <int kSplit, int kTiles>
-__device__ __forceinline__ void store_sums(const LaneSums<kSplit, kTiles>& sums, int n, float* part,
-                                           int lane) {
-  using Columns = LaneColumns<kSplit>;
-  const int g = lane >> 2, t = lane & 3;
-  float total[4];
-  sums.total(n, total);
-  if (t >= 4 / kSplit + (kSplit == 8)) return;
-#pragma unroll
-  for (int i = 0; i < (kSplit == 8 ? 1 : 2); ++i) {
-    float* row = part + Columns::result_row(t, i) * kPartStride;
-    row[g] = total[i], row[g + 8] = total[2 + i];
+__device__ __forceinline__ void multiply_float_group(float* sums, int sums_stride, const Arguments& a,
+                                                     const BlockTiles& tiles, int group, int warp,
+                                                     int num_warps, int lane) {
+  const Part& part = a.parts[tiles.part(group)];
+  for (int i = group; i < tiles.count; i += tiles.num_groups) {
+    for (int n = 0; n < kTiles; ++n) {
+      const int tile = tiles.tile(i);
+      float* to = sums + i * sums_stride + n * num_warps * SumsInMemory<kSplit>::kFloats;
+      if (part.format == static_cast<int>(Format::kF32)) {
+        multiply_floats<float, kSplit>(a, part, tile, 8 * n, to, warp, num_warps, lane);
+      } else if (part.format == static_cast<int>(Format::kF16)) {
+        multiply_floats<__half, kSplit>(a, part, tile, 8 * n, to, warp, num_warps, lane);
+      } else {
+        multiply_floats<__nv_bfloat16, kSplit>(a, part, tile, 8 * n, to, warp, num_warps, lane);
+      }
+    }
   }
+}
+
+// All tiles of the block.  Sums: [tiles][kTiles][num_warps][SumsInMemory::kFloats], of which floats write the first warp's only.
+template <int kSplit, int kTiles>
+__device__ __forceinline__ void multiply_tiles(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
+                                               Ring& ring, const BlockTiles& tiles, int warp, int num_warps,
+                                               int lane) {
+  constexpr int kFloats = SumsInMemory<kSplit>::kFloats;
+  const int sums_stride = kTiles * num_warps * kFloats;
+  for (int group = 0; group < tiles.num_groups; ++group) {
+    const int format = a.parts[tiles.part(group)].format;
+    if (is_float(format)) {
+      multiply_float_group<kSplit, kTiles>(sums, sums_stride, a, tiles, group, warp, num_warps,
+                                           ptx::opaque(lane));
+    }
+    switch (static_cast<Format>(format)) {
+#define HELEXA_FORMAT(type, name)                                                                  \
+  case Format::k##type:                                                                            \
+    if constexpr (type::kScales != Scales::kPlain) {                                               \
+      multiply_group<type>(sums + warp * kFloats, sums_stride, a, input, ring, tiles, group, warp, \
+                           num_warps, ptx::opaque(lane));                                          \
+    }                                                                                              \
+    break;
+#include "quant/formats.def"
+#undef HELEXA_FORMAT
+    }
+  }
+}
+
+// A product that multiply_tiles has left: of weight row r of tile i with row `token` of tile n of the input.
+template <int kSplit, int kTiles>
+__device__ __forceinline__ float find_product(const float* sums, const Arguments& a, int format, int i, int n,
+                                              int token, int r, int num_warps) {
+  constexpr int kFloats = SumsInMemory<kSplit>::kFloats;
+  const float* from = sums + (i * kTiles + n) * num_warps * kFloats + SumsInMemory<kSplit>::place(token, r);
+  float sum = 0.0f;
+  const int num_sums = is_float(format) ? 1 : min(num_warps, a.num_chunks);
+  for (int w = 0; w < num_sums; ++w) sum += from[w * kFloats];
+  return sum;
 }
 
 // Copies the sums of squares of the rows to shared memory, each warp those of its own rows: warp, warp + num_warps, ….
@@ -382,8 +428,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / 
     matvec_kernel(const __grid_constant__ Arguments a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
-  float* parts = dynamic_shared<float>();          // [num_warps][8][kPartStride]
-  float* gated = parts + num_warps * kPartFloats;  // [2][8 * kTiles][kGatedRows] if gated
+  constexpr int kTokens = 8 / kSplit;     // of a tile of input rows
+  float* sums = dynamic_shared<float>();  // of multiply_tiles
+  float* gated = sums + (a.gated != nullptr ? kGatedTiles : a.block_tiles) * kTiles * num_warps *
+                            SumsInMemory<kSplit>::kFloats;
   const BlockTiles tiles(a);
   __shared__ uint64_t barriers[kMaxWarps * kMaxStages];
   __shared__ float factors[8 * kTiles];
@@ -394,44 +442,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_per_multiprocessor(8 / 
   Ring ring;
   ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
              num_warps, lane);
-  Stream<kSplit, kTiles> input(a, lane);
+  Input<kSplit, kTiles> input(a, lane);
   ptx::wait_for_producers();
   input.start(lane, warp);
   fetch_squares(a, squares, warp, num_warps, lane);
 
-  for (int i = 0; i < tiles.count; ++i) {
+  multiply_tiles(sums, a, input, ring, tiles, warp, num_warps, lane);
+  find_factors(a, squares, factors, warp, num_warps, lane);
+  __syncthreads();
+
+  for (int k = static_cast<int>(threadIdx.x); k < tiles.count * kTiles * kTokens * kTileRows;
+       k += static_cast<int>(blockDim.x)) {
+    const int r = k % kTileRows, i = k / (kTileRows * kTokens * kTiles);
+    const int n = k / (kTileRows * kTokens) % kTiles, token = k / kTileRows % kTokens;
     const Part& part = a.parts[tiles.part(i)];
-    const int tile = tiles.tile(i);
-    LaneSums<kSplit, kTiles> sums;
-    sums.clear();
-    multiply_packed(sums, a, part.format, input, ring, tiles, warp, num_warps, lane);
-    for (int n = 0; n < kTiles && 8 * n < a.num_tokens; ++n) {
-      if (i + n > 0) __syncthreads();  // the sums before these are read
-      if (is_float(part.format)) {
-        multiply_floats(a, part, tile, 8 * n, parts, warp, num_warps, ptx::opaque(lane));
-      } else {
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          if (m == n) store_sums(sums, m, parts + warp * kPartFloats, lane);
-        }
-      }
-      if (i + n == 0) find_factors(a, squares, factors, warp, num_warps, lane);
-      __syncthreads();
-      const int count = kTileRows * min(8, a.num_tokens - 8 * n);
-      const int num_parts = is_float(part.format) ? 1 : num_warps;
-      for (int k = static_cast<int>(threadIdx.x); k < count; k += static_cast<int>(blockDim.x)) {
-        const int r = k % kTileRows, token = k / kTileRows, row = tile * kTileRows + r;
-        if (row >= part.rows) continue;
-        float sum = 0.0f;
-        for (int w = 0; w < num_parts; ++w) sum += parts[w * kPartFloats + token * kPartStride + r];
-        sum *= factors[8 * n + token];
-        if (part.bias != nullptr) sum += part.bias[row];
-        if (a.gated == nullptr) {
-          a.out[static_cast<int64_t>(8 * n + token) * a.out_stride + part.column + row] = sum;
-        } else {
-          gated[(i % 2 * 8 * kTiles + 8 * n + token) * kGatedRows + i / 2 * kTileRows + r] = sum;
-        }
-      }
+    const int row = tiles.tile(i) * kTileRows + r, input_row = 8 * n + token;
+    if (row >= part.rows || input_row >= a.num_tokens) continue;
+    float sum = find_product<kSplit, kTiles>(sums, a, part.format, i, n, token, r, num_warps);
+    sum *= factors[input_row];
+    if (part.bias != nullptr) sum += part.bias[row];
+    if (a.gated == nullptr) {
+      a.out[static_cast<int64_t>(input_row) * a.out_stride + part.column + row] = sum;
+    } else {
+      gated[(i % 2 * 8 * kTiles + input_row) * kGatedRows + i / 2 * kTileRows + r] = sum;
     }
   }
 
@@ -457,52 +490,38 @@ struct NormOutput {
   float* squares;       // [num_tokens, activation_squares(rows)]
 };
 
-// A block has 32 weight rows: two tiles, each with half of the warps, and one block of columns of the next matmul.
+// A block has 32 weight rows: two tiles, and one block of columns of the next matmul.
 template <int kSplit>
 __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that there are registers for
     add_norm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ NormOutput out) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int tile_warps = static_cast<int>(blockDim.x) / 64, half = warp / tile_warps;
-  const int own_warp = warp - half * tile_warps;  // among those of its tile
-  float* parts = dynamic_shared<float>();         // [2 * tile_warps][8][kPartStride]
-  uint8_t* rings = reinterpret_cast<uint8_t*>(parts + 2 * tile_warps * kPartFloats);
+  const int num_warps = static_cast<int>(blockDim.x) / 32;
+  float* sums = dynamic_shared<float>();  // of multiply_tiles
+  uint8_t* rings = reinterpret_cast<uint8_t*>(sums + kNormTiles * num_warps * SumsInMemory<kSplit>::kFloats);
   __shared__ uint64_t barriers[kMaxNormWarps * kMaxStages];
   const Part& part = a.parts[0];
-  const BlockTiles tiles(a, 2 * static_cast<int>(blockIdx.x) + half);
+  const BlockTiles tiles(a);
   ptx::allow_consumers();
   Ring ring;
-  ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, own_warp,
-             tile_warps, lane);
+  ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
+             num_warps, lane);
   // In the end a warp has a row, each of its lanes a column.
   const int block = static_cast<int>(blockIdx.x), column = block * kNormRows + lane;
   const bool exists = warp < a.num_tokens && column < part.rows;
   const int64_t place = static_cast<int64_t>(warp) * part.rows + column;
   const float scale = exists ? out.weight[column] : 0.0f;
   const float bias = exists && part.bias != nullptr ? part.bias[column] : 0.0f;
-  Stream<kSplit, 1> input(a, lane);
+  Input<kSplit, 1> input(a, lane);
   ptx::wait_for_producers();
-  input.start(lane, own_warp);
+  input.start(lane, warp);
   const float before = exists ? out.residual[place] : 0.0f;
 
-  LaneSums<kSplit, 1> sums;
-  sums.clear();
-  if (is_float(part.format)) {
-    if (tiles.count > 0)
-      multiply_floats(a, part, tiles.tile(0), 0, parts + half * tile_warps * kPartFloats, own_warp,
-                      tile_warps, ptx::opaque(lane));
-  } else {
-    if (tiles.count > 0)
-      multiply_packed(sums, a, part.format, input, ring, tiles, own_warp, tile_warps, lane);
-    store_sums(sums, 0, parts + warp * kPartFloats, lane);
-  }
+  multiply_tiles(sums, a, input, ring, tiles, warp, num_warps, lane);
   __syncthreads();
   if (warp >= a.num_tokens) return;
 
-  const int num_parts = is_float(part.format) ? 1 : tile_warps;
-  const float* column_sums =
-      parts + lane / kTileRows * tile_warps * kPartFloats + warp * kPartStride + lane % kTileRows;
-  float value = 0.0f;
-  for (int w = 0; w < num_parts; ++w) value += column_sums[w * kPartFloats];
+  float value =
+      find_product<kSplit, 1>(sums, a, part.format, lane / kTileRows, 0, warp, lane % kTileRows, num_warps);
   value = exists ? before + (value + bias) : 0.0f;
   const float square = warp_sum(value * value), scaled = value * scale;
   quantize_lanes(scaled, out.q8 + warp * activation_row_bytes(part.rows), part.rows, block);
@@ -596,13 +615,16 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   a.extra_chunks = a.num_chunks % num_warps;
   for (int left = a.num_tokens; left > 0; left -= kMaxTokens) {
     a.num_tokens = std::min(left, kMaxTokens);
-    const int tiles = a.num_tokens <= 8 ? 1 : 2;
-    const size_t fixed_bytes =
-        sizeof(float) * (num_warps * kPartFloats + (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0) +
-                         (a.squares != nullptr ? a.num_tokens * squares : 0));
+    const int tiles = a.num_tokens <= 8 ? 1 : 2,
+              block_tiles = a.gated != nullptr ? kGatedTiles : a.block_tiles;
+    const int sums = a.num_tokens == 1   ? SumsInMemory<8>::kFloats
+                     : a.num_tokens <= 4 ? SumsInMemory<2>::kFloats
+                                         : SumsInMemory<1>::kFloats;
+    const size_t fixed_bytes = sizeof(float) * (block_tiles * tiles * num_warps * sums +
+                                                (a.gated != nullptr ? 2 * 8 * tiles * kGatedRows : 0) +
+                                                (a.squares != nullptr ? a.num_tokens * squares : 0));
     // As deep as the memory allows, but no deeper than a warp has chunks; two stages where that is too little.
-    const int chunks_per_warp =
-        (a.num_chunks + num_warps - 1) / num_warps * (a.gated != nullptr ? 4 : a.block_tiles);
+    const int chunks_per_warp = (a.num_chunks + num_warps - 1) / num_warps * block_tiles;
     const int stages_bytes = std::max(1, num_warps * stage_bytes);
     const int memory = shared_memory_per_block(std::max(2, blocks_per_multiprocessor(a.num_tokens)));
     const int affordable = (memory - static_cast<int>(fixed_bytes)) / stages_bytes;
@@ -644,22 +666,25 @@ void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* s
   a.num_parts = 1;
   a.num_chunks = (a.cols + kChunkCols - 1) / kChunkCols;
   a.stage_bytes = describe(a.parts[0], weight, a.cols, 0, 0);
-  a.block_tiles = 1;
+  a.block_tiles = kNormTiles;
   const int rows = a.parts[0].rows, num_blocks = (rows + kNormRows - 1) / kNormRows;
   const int neighbours = std::min(3, (num_blocks + num_multiprocessors() - 1) / num_multiprocessors());
   const int shared = shared_memory_of(neighbours);
-  int tile_warps = neighbours == 1 ? kMaxNormWarps / 2 : kFewestTileWarps;
+  int num_warps = neighbours == 1 ? kMaxNormWarps : kFewestNormWarps;
   auto bytes_of = [&](int warps, int stages) {
-    return 2 * warps * static_cast<int>(sizeof(float) * kPartFloats + stages * a.stage_bytes);
+    const int sums = kNormTiles * static_cast<int>(sizeof(float)) * SumsInMemory<1>::kFloats;
+    return warps * (sums + stages * a.stage_bytes);
   };
-  while (tile_warps > kFewestTileWarps && bytes_of(tile_warps, 2) > shared) --tile_warps;
-  const int rounds = (a.num_chunks + tile_warps - 1) / tile_warps;
-  tile_warps = std::max(kFewestTileWarps, (a.num_chunks + rounds - 1) / rounds);
-  a.warp_chunks = a.num_chunks / tile_warps;
-  a.extra_chunks = a.num_chunks % tile_warps;
-  a.num_stages = std::min(2, rounds);
-  while (a.num_stages < std::min(kMaxStages, rounds) && bytes_of(tile_warps, a.num_stages + 1) <= shared)
+  while (num_warps > kFewestNormWarps && bytes_of(num_warps, 2) > shared) --num_warps;
+  const int rounds = (a.num_chunks + num_warps - 1) / num_warps;
+  num_warps = std::max(kFewestNormWarps, (a.num_chunks + rounds - 1) / rounds);
+  a.warp_chunks = a.num_chunks / num_warps;
+  a.extra_chunks = a.num_chunks % num_warps;
+  a.num_stages = 2;
+  while (a.num_stages < std::min(kMaxStages, rounds * kNormTiles) &&
+         bytes_of(num_warps, a.num_stages + 1) <= shared) {
     ++a.num_stages;
+  }
 
   const int64_t row_bytes = activation_row_bytes(a.cols);
   for (int left = a.num_tokens; left > 0; left -= 8) {
@@ -667,8 +692,8 @@ void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* s
     const auto kernel = a.num_tokens == 1   ? add_norm_kernel<8>
                         : a.num_tokens <= 4 ? add_norm_kernel<2>
                                             : add_norm_kernel<1>;
-    const size_t shared_bytes = static_cast<size_t>(bytes_of(tile_warps, a.num_stages));
-    launch_kernel(kernel, {dim3(num_blocks), dim3(64 * tile_warps), stream, shared_bytes, true}, a, out);
+    const size_t shared_bytes = static_cast<size_t>(bytes_of(num_warps, a.num_stages));
+    launch_kernel(kernel, {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a, out);
     a.q8 += 8 * row_bytes;
     if (a.x != nullptr) a.x += 8 * static_cast<int64_t>(a.cols);
     out.residual += 8 * static_cast<int64_t>(rows);
