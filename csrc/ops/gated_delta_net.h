@@ -28,11 +28,11 @@ void gated_delta_net_cpu(const float* x, const float* conv_weight, const float* 
 // zero and are zero again afterwards; `workspace` has as many bytes as gated_delta_net_workspace says.
 //
 // `settled` allows to read everything but x before the launch before this one has ended, so that reading hides behind it.  It promises
-// that a launch which waits for its own producers before it allows consumers (core/ptx.cuh), such as a norm, lies between this one and
-// whatever wrote states, conv_states, state_slots, query_start and kv_lengths.  Why this is enough: this kernel starts after every
-// block of the launch before has allowed consumers, so all of these have started, so every block of the launch before that one has
-// allowed consumers, and so on back to the launch that waited first.  Its waits are over then, which means that everything before it
-// has ended and is visible.
+// that a launch which waits for its own producers before it allows consumers (core/ptx.cuh), such as a norm or the mixer of the layer
+// before, lies between this one and whatever wrote states, conv_states, state_slots, query_start and kv_lengths.  Why this is enough:
+// this kernel starts after every block of the launch before has allowed consumers, so all of these have started, so every block of the
+// launch before that one has allowed consumers, and so on back to the launch that waited first.  Its waits are over then, which means
+// that everything before it has ended and is visible.
 enum class DeltaForm : int {
   kF32,   // [num_tokens, value_dim]
   kBF16,  // [num_tokens, value_dim]

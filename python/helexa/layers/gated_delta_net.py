@@ -70,7 +70,7 @@ class GatedDeltaNet:
             step.state_slots,
             step.query_start,
             step.kv_lengths,
-            settled=True,  # a norm or the layer before in_proj came after all that wrote them
+            settled=True,  # the first norm or the mixer of the layer before came after all that wrote them
         )  # [T, value_dim]
         return norm.after(self.out_proj, out[rows], residual)
 
