@@ -338,8 +338,8 @@ template <int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_float_group(float* sums, int sums_stride, const Arguments& a,
                                                      const BlockTiles& tiles, int group, int warp,
                                                      int num_warps, int lane) {
-  const Part& part = a.parts[tiles.part(group)];
   for (int i = group; i < tiles.count; i += tiles.num_groups) {
+    const Part& part = a.parts[tiles.part(i)];
     for (int n = 0; n < kTiles; ++n) {
       const int tile = tiles.tile(i);
       float* to = sums + i * sums_stride + n * num_warps * SumsInMemory<kSplit>::kFloats;

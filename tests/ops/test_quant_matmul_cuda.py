@@ -158,13 +158,16 @@ def test_products_of_a_norm_that_is_not_finished_equal_those_of_the_norm(
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 14])
+@pytest.mark.parametrize(("first", "second"), [("q4_k", "q6_k"), ("f32", "f32"), ("q5_0", "q5_0")])
 def test_the_gated_product_of_a_norm_that_is_not_finished_equals_that_of_the_norm(
     make: Callable[..., PackedWeight],
     rows_of: Callable[..., Tensor],
     decoded: Callable[[Rows], Tensor],
+    first: str,
+    second: str,
     num_rows: int,
 ) -> None:
-    weights = [make("q4_k", 80, 512, 1), make("q6_k", 80, 512, 2)]
+    weights = [make(first, 80, 512, 1), make(second, 80, 512, 2)]
     biases = [torch.randn(80), torch.randn(80)]
     rows, normed = unfinished(rows_of(num_rows, 512), keep_float=False)
     biases = [bias.to(normed.device) for bias in biases]
