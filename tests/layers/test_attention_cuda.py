@@ -8,6 +8,7 @@ from torch import Tensor
 from helexa import ops
 from helexa.layers.attention import Attention
 from helexa.layers.linear import Scope
+from helexa.layers.norm import RMSNorm
 from helexa.layers.step import Step
 
 pytestmark = pytest.mark.cuda
@@ -147,12 +148,17 @@ def test_it_equals_the_same_in_torch(cuda_device, query_lengths, former_lengths,
     step, rope = make_step(query_lengths, former_lengths)
     x = torch.randn(sum(query_lengths), HIDDEN)
     device_step = on(cuda_device, step)
-    found = layer(ops.quantize_rows(x.to(cuda_device)), rope.to(cuda_device), device_step, rows)
     expected = reference(arrays, x, rope, step, rows)
-    assert found.shape == expected.shape
-    error = (found.float().cpu() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    before = torch.randn(expected.shape)
+    residual, norm = before.to(cuda_device), RMSNorm(torch.ones(HIDDEN, device=cuda_device), 1e-6)
+    normed = layer(
+        ops.quantize_rows(x.to(cuda_device)), rope.to(cuda_device), device_step, rows, residual, norm
+    )
+    found = residual.cpu() - before
+    assert normed.num_rows == len(expected)
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < 0.03
     for cache, expected_cache in ((device_step.k_cache, step.k_cache), (device_step.v_cache, step.v_cache)):
         assert torch.equal(cache[0].isnan().cpu(), expected_cache[0].isnan())
     ungated = reference(arrays | {"q.weight": arrays["q.weight"].roll(64, 0)}, x, rope, step, rows)
-    assert (found.float().cpu() - ungated).square().mean() > 0.1 * expected.square().mean()
+    assert (found - ungated).square().mean() > 0.1 * expected.square().mean()
