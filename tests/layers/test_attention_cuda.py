@@ -150,7 +150,7 @@ def test_it_equals_the_same_in_torch(cuda_device, query_lengths, former_lengths,
     device_step = on(cuda_device, step)
     expected = reference(arrays, x, rope, step, rows)
     before = torch.randn(expected.shape)
-    residual, norm = before.to(cuda_device), RMSNorm(torch.ones(HIDDEN, device=cuda_device), 1e-6)
+    residual, norm = before.clone().to(cuda_device), RMSNorm(torch.ones(HIDDEN, device=cuda_device), 1e-6)
     normed = layer(
         ops.quantize_rows(x.to(cuda_device)), rope.to(cuda_device), device_step, rows, residual, norm
     )
