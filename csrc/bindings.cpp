@@ -139,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("reads_main_memory", &reads_main_memory);
   m.def("pin", &pin, py::call_guard<py::gil_scoped_release>());
   m.def("unpin", &unpin, py::call_guard<py::gil_scoped_release>());
+  m.def("copy_runs_cuda", cuda(&copy_runs_cuda));
   m.def("tiled_bytes", &tiled_bytes);
   m.def("attention_cuda", cuda(&attention_cuda));
   m.def("is_attention_tiled", &is_attention_tiled);

@@ -1,5 +1,6 @@
 """Where models may go."""
 
+import dataclasses
 import queue
 import threading
 
@@ -13,7 +14,7 @@ from helexa.engine.cache import KVCache
 from helexa.engine.device import Device, HostCopy, cuda_problem, find_devices, request_errors
 from helexa.engine.options import EngineOptions
 from helexa.engine.workspace import workspace_nbytes
-from helexa.errors import InvalidParameter, OutOfMemory
+from helexa.errors import InvalidParameter, OutOfMemory, UnsupportedModel
 from helexa.models import config_from_gguf
 from helexa.weights.model_file import open_model
 from support.hf_checkpoint import GOLDEN
@@ -122,6 +123,47 @@ def test_a_workspace_grows_with_what_a_step_computes(model):
 def test_an_allocation_that_fails_in_a_request_is_an_error_of_its_own():
     with pytest.raises(OutOfMemory, match="too little free memory for this request"), request_errors():
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasGemmEx( handle, opa, opb)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_cublas_is_refused_ends_one_request(words):
+    with pytest.raises(OutOfMemory, match="CUBLAS_STATUS"), request_errors():
+        raise RuntimeError(words)
+
+
+@pytest.mark.parametrize("code", [2, 700])
+def test_only_refused_memory_is_no_fault_of_the_device(code):
+    error = ops.CudaError("launch")
+    error.code = code
+    with pytest.raises(OutOfMemory if code == 2 else ops.CudaError), request_errors():
+        raise error
+
+
+@pytest.mark.parametrize("code", [2, 719])
+def test_errors_of_torch_say_by_their_number_what_they_are(code):
+    error = RuntimeError("CUDA error")
+    error.error_code = code
+    with pytest.raises(OutOfMemory if code == 2 else RuntimeError) as caught, request_errors():
+        raise error
+    assert isinstance(caught.value, OutOfMemory) == (code == 2)
+
+
+def test_a_model_that_is_too_wide_for_devices_goes_to_the_cpu_or_is_refused(two_gpus, model, monkeypatch):
+    tensors, config = model
+    config = dataclasses.replace(config, hidden_size=16448)
+
+    def place(**options):
+        return preflight.place(tensors, config, EngineOptions(**options))[0].device
+
+    assert place(device="auto") == "cpu"
+    with pytest.raises(UnsupportedModel, match="hidden size is 16448; CUDA devices take up to 16384"):
+        place(device="cuda:0")
 
 
 def test_copies_in_main_memory_are_whole():

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helexa import ops
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.device import HostCopy
 from helexa.engine.prefix_cache import Node, PrefixCache
@@ -94,7 +95,7 @@ class Archive:
         offset = 0
         for target in targets:
             source = torch.frombuffer(data, dtype=target.dtype, count=target.numel(), offset=offset)
-            target.copy_(source.view(target.shape))
+            ops.copy_across(target, source.view(target.shape))
             offset += target.nbytes
         return True
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helexa import ops
-from helexa.engine.memory import available_bytes
+from helexa.engine.memory import available_bytes, is_out_of_memory
 from helexa.errors import InvalidParameter, OutOfMemory
 from helexa.log import fields
 from helexa.ops.tensor import EMULATED
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 OLDEST = (8, 0)  # compute capability
-_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 _NAME = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -138,7 +137,8 @@ class HostCopy:
         self._event: torch.cuda.Event | None = None
         for tensor in tensors:
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._tensors.append(target.copy_(tensor, non_blocking=True))
+            ops.copy_across(target, tensor)
+            self._tensors.append(target)
             if tensor.is_cuda and self._event is None:
                 self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         if self._event is not None:
@@ -156,10 +156,8 @@ def request_errors() -> Iterator[None]:
     """Makes OutOfMemory of an allocation that failed on the device: no fault, it ends one request."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"the device has too little free memory for this request: {error}") from error
-    except ops.CudaError as error:  # of a launch, whose code is loaded when it is first needed
-        if error.code != _OUT_OF_MEMORY:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"the device has too little free memory for this request: {error}") from error
 

@@ -17,6 +17,10 @@ import torch
 from helexa import ops
 from helexa.errors import OutOfMemory
 
+_CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+# Of cuBLAS, which has memory of its own for each thread and stream, and says no more when that is refused.
+_CUBLAS_OUT_OF_MEMORY = "CUBLAS_STATUS_ALLOC_FAILED", "calling `cublasCreate"
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -63,17 +67,21 @@ def allocation_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"the memory does not suffice: {error}") from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of the host or of a device was refused, of which nothing is left that hurts others."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
+    code = getattr(error, "code" if isinstance(error, ops.CudaError) else "error_code", None)
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or code == _CUDA_OUT_OF_MEMORY  # also of a launch, whose code is loaded when it is first needed
+        or any(words in str(error) for words in _CUBLAS_OUT_OF_MEMORY)
         or "can't allocate memory" in text
         or "not enough memory" in text
     )

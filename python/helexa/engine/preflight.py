@@ -11,7 +11,7 @@ from helexa.engine.device import Device, find_devices
 from helexa.engine.memory import available_bytes
 from helexa.engine.options import EngineOptions
 from helexa.engine.workspace import workspace_nbytes
-from helexa.errors import OutOfMemory
+from helexa.errors import OutOfMemory, UnsupportedModel
 from helexa.layers.step import PAGE_TOKENS
 from helexa.models import ModelConfig, kv_cache_shapes, state_shapes, table_names
 
@@ -38,22 +38,27 @@ def place(
     """The options for the device that the model goes to, and bytes of the weights there.
 
     tensors: as they will be loaded, after quantization. Raises InvalidParameter for a device that cannot be
-    used, and OutOfMemory if the model fits none that may be used.
+    used, and OutOfMemory or UnsupportedModel if the model fits none that may be used.
     """
     *others, last = find_devices(options.device)
     for device in others:
-        with suppress(OutOfMemory):
+        with suppress(OutOfMemory, UnsupportedModel):
             return options.on(device), check_memory(tensors, config, options.on(device))
     return options.on(last), check_memory(tensors, config, options.on(last))
 
 
 def check_memory(tensors: Mapping[str, HasLayout], config: ModelConfig, options: EngineOptions) -> int:
-    """Bytes of the weights; raises OutOfMemory if they, states and cache cannot all fit the device.
+    """Bytes of the weights; raises OutOfMemory if they, states and cache cannot all fit the device, and
+    UnsupportedModel for a model that is too wide for it.
 
     tensors: as they will be loaded, after quantization. The error says how many bytes are missing, and which
     context fits.
     """
     device = Device(options.device)
+    if device.is_cuda and config.hidden_size > ops.MAX_CUDA_WIDTH:
+        raise UnsupportedModel(
+            f"the model's hidden size is {config.hidden_size}; CUDA devices take up to {ops.MAX_CUDA_WIDTH}"
+        )
     weights = weight_nbytes(tensors, device, main_memory_tables(tensors, config, device))
     states = state_nbytes(state_shapes(config, options.max_sequences + 1))
     page = page_nbytes(kv_cache_shapes(config, 1), kv_dtype(options.kv_dtype, on_cuda=device.is_cuda))

@@ -30,7 +30,7 @@ from helexa.ops.device_memory import captured, free_unused
 from helexa.ops.embedding import embedding, embedding_reference
 from helexa.ops.gated_delta_net import DeltaParameters, gated_delta_net, gated_delta_net_reference
 from helexa.ops.graph import CpuGraph
-from helexa.ops.main_memory import RowTable, empty_table, reads_main_memory
+from helexa.ops.main_memory import RowTable, copy_across, empty_table, reads_main_memory
 from helexa.ops.matmul_add_norm import matmul_add_norm, matmul_add_norm_reference
 from helexa.ops.moe import (
     FLOAT_FORMATS,
@@ -57,7 +57,7 @@ from helexa.ops.pack import (
 )
 from helexa.ops.quant_matmul import MAX_MIDDLE_ROWS, gated_matmul, quant_matmul, quant_matmul_reference
 from helexa.ops.quantize import ENCODED, quantize, quantize_on_device
-from helexa.ops.rms_norm import rms_norm, rms_norm_reference
+from helexa.ops.rms_norm import MAX_CUDA_WIDTH, rms_norm, rms_norm_reference
 from helexa.ops.rope import rope_append, rope_append_reference, rope_table, rope_table_reference
 from helexa.ops.rope_attention import rope_attention
 from helexa.ops.sample import (
@@ -85,6 +85,7 @@ __all__ = [
     "FLOAT_FORMATS",
     "FORCED",
     "MASKED_TOKENS",
+    "MAX_CUDA_WIDTH",
     "MAX_MATVEC_ROWS",
     "MAX_MIDDLE_ROWS",
     "MAX_SPLIT_BYTES",
@@ -118,6 +119,7 @@ __all__ = [
     "attention_reference",
     "cache_shape",
     "captured",
+    "copy_across",
     "cpu_isa",
     "default_readers",
     "dequantize_rows",

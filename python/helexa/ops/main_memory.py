@@ -15,7 +15,7 @@ from torch import Tensor
 from helexa import _C
 from helexa.log import fields
 from helexa.ops.pack import anonymous_memory
-from helexa.ops.tensor import EMULATED, check
+from helexa.ops.tensor import EMULATED, check, on_cuda, stream
 from helexa.quant import FORMATS
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,23 @@ def pinned_pieces(data: Tensor) -> list[tuple[int, int]]:
     return [
         (data.data_ptr() + first, min(PIECE_BYTES, spaced - first)) for first in range(0, spaced, PIECE_BYTES)
     ]
+
+
+def copy_across(target: Tensor, source: Tensor) -> None:
+    """Copies between main memory and a device, in the stream's order; waits for memory that is not pinned.
+
+    Of tensors whose first dimension alone has gaps, such as a part of each head's tokens, the device needs no
+    second copy in one piece, as torch would make it.
+    """
+    check(target.shape == source.shape and target.dtype == source.dtype, "copy_across: tensors differ")
+    there = target if target.is_cuda else source
+    is_whole = target.is_contiguous() and source.is_contiguous()
+    if is_whole or not on_cuda(there) or not (target[0].is_contiguous() and source[0].is_contiguous()):
+        target.copy_(source, non_blocking=target.is_pinned())
+        return
+    strides = (x.stride(0) * x.element_size() for x in (target, source))
+    to, from_ = ((x.data_ptr(), stride) for x, stride in zip((target, source), strides, strict=True))
+    _C.copy_runs_cuda(*to, *from_, target[0].nbytes, len(target), stream(there))
 
 
 def reads_main_memory(device: torch.device) -> bool:
