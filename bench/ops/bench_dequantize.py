@@ -1,4 +1,5 @@
-"""Unpacking of weights on a device to bfloat16, packing of the file's rows, and products of many rows."""
+"""Unpacking of weights on a device to bfloat16, packing of the file's rows, products of many rows, and
+rows that are looked up on the device and in main memory."""
 
 from collections.abc import Iterator
 
@@ -42,6 +43,7 @@ def cuda_cases() -> Iterator[Case]:
                 ops.pack_rows(format, raw, 0, rows, weight)
 
         yield Case(f"pack {format} {list(SHAPE)}", pack, 2.0 * raw.numel() * count, 0.0, count)
+    yield from lookups()
     for name, (each, cols) in PRODUCTS.items():
         first = [device_weight("q4_k", rows, cols, index) for index, rows in enumerate(each)]
         nbytes = sum(weight.data.numel() for weight in first)
@@ -62,3 +64,27 @@ def cuda_cases() -> Iterator[Case]:
             yield Case(
                 f"{name} q4_k rows {num_tokens}", multiply, float(nbytes * len(stream)), work, len(stream)
             )
+
+
+def lookups() -> Iterator[Case]:
+    rows, cols = 151_936, 4096
+    packed = device_weight("q4_k", rows, cols, 0)
+    table = ops.empty_table("q4_k", rows, cols, torch.device("cuda", 0))
+    table.data.fill_(1)
+    loader = ops.WeightLoader("cuda:0")
+    loader.pin(table, "table")
+    loader.finish(lambda nbytes: None)
+    for num_tokens in (1, 8, 128, 4096):
+        ids = torch.randint(0, rows, (num_tokens,), dtype=torch.int32, device="cuda")
+        out = torch.empty(num_tokens, cols, device="cuda")
+        nbytes = num_tokens * table.data.nbytes / rows
+        for name, weight in (("device", packed), ("main memory", table)):
+
+            def look_up(
+                ids: torch.Tensor = ids,
+                weight: ops.PackedWeight | ops.RowTable = weight,
+                out: torch.Tensor = out,
+            ) -> None:
+                ops.embedding(ids, weight, out=out)
+
+            yield Case(f"look up in {name}, rows {num_tokens}", look_up, nbytes, 0.0)

@@ -41,17 +41,22 @@ def quantize_on_device(source_format: str, raw: Tensor, format: str) -> Tensor:
     check(raw.data_ptr() % 16 == 0, "the numbers begin at no multiple of 16 bytes")
     blocks = torch.empty(FORMATS[format].nbytes(num_values), dtype=torch.uint8, device=raw.device)
     num_bad = torch.zeros(1, dtype=torch.int64, device=raw.device)
+    queue_blocks(source_format, raw, format, blocks, num_bad)
+    check(not num_bad.item(), lambda: unfit_words(int(num_bad.item()), format))
+    return blocks
+
+
+def queue_blocks(source_format: str, raw: Tensor, format: str, blocks: Tensor, num_bad: Tensor) -> None:
+    """Queues the same on the current stream; num_bad, [1] int64, grows by what cannot be encoded."""
     _C.quantize_cuda(
         FORMAT_IDS[source_format],
         raw.data_ptr(),
-        num_values,
+        _num_values(source_format, raw.nbytes, format),
         FORMAT_IDS[format],
         blocks.data_ptr(),
         num_bad.data_ptr(),
         stream(raw),
     )
-    check(not num_bad.item(), lambda: unfit_words(int(num_bad.item()), format))
-    return blocks
 
 
 def unfit_words(count: int, format: str) -> str:
