@@ -1,5 +1,6 @@
 """Weights in the layout of devices: packed, looked up, unpacked, and multiplied by many rows."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -168,6 +169,16 @@ def test_main_memory_is_given_back_with_the_last_of_its_tensors(cuda_device, mon
     assert not ended
     del part
     assert ended == [(address, 1003520, torch.device(cuda_device))]  # whole pages
+
+
+def test_memory_that_goes_while_a_thread_captures_is_given_back_by_another(monkeypatch):
+    capturing, ended = threading.get_ident(), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: threading.get_ident() == capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    unpin = lambda *where: ended.append((threading.get_ident() == capturing, *where))  # noqa: E731
+    monkeypatch.setattr(main_memory, "_C", type("Extension", (), {"unpin": staticmethod(unpin)}))
+    main_memory._unpin(4096, 8192, torch.device("cuda", 0))
+    assert ended == [(False, 4096, 8192, main_memory.PIECE_BYTES)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

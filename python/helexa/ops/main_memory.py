@@ -110,5 +110,10 @@ def _try_to_pin(device: torch.device) -> bool:
 def _unpin(address: int, nbytes: int, device: torch.device) -> None:
     if device.type != "cuda":
         return
+    if torch.cuda.is_current_stream_capturing():  # whose capture this would end; memory may go at any time
+        other = threading.Thread(target=_unpin, args=(address, nbytes, device))
+        other.start()
+        other.join()
+        return
     with torch.cuda.device(device):  # not one that this thread would be the first to use
         _C.unpin(address, nbytes, PIECE_BYTES)
