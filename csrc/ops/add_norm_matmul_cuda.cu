@@ -31,15 +31,16 @@ __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that ther
     add_norm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ NormOutput out) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
-  float* sums = dynamic_shared<float>();  // of multiply_tiles
-  uint8_t* rings = reinterpret_cast<uint8_t*>(sums + kBlockTiles * num_warps * SumsInMemory<kSplit>::kFloats);
+  float* sums = dynamic_shared<float>();  // of multiply_unit
+  uint8_t* rings =
+      reinterpret_cast<uint8_t*>(sums + kBlockTiles * num_slots(a) * SumsInMemory<kSplit>::kFloats);
   __shared__ uint64_t barriers[kMaxWarps * kMaxStages];
   const Part& part = a.parts[0];
-  const BlockTiles tiles(a);
+  const UnitTiles tiles(a, static_cast<int>(blockIdx.x));
   ptx::allow_consumers();
   Ring ring;
-  ring.start(a, tiles, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp,
-             num_warps, lane);
+  ring.start(a, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp, num_warps,
+             lane);
   // In the end a warp has a row, each of its lanes a column.
   const int block = static_cast<int>(blockIdx.x), column = block * kBlockRows + lane;
   const bool exists = warp < a.num_tokens && column < part.rows;
@@ -51,12 +52,11 @@ __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that ther
   input.start(lane, warp);
   const float before = exists ? out.residual[place] : 0.0f;
 
-  multiply_tiles(sums, a, input, ring, tiles, warp, num_warps, lane);
+  multiply_unit(sums, a, input, ring, tiles, warp, num_warps, lane);
   __syncthreads();
   if (warp >= a.num_tokens) return;
 
-  float value =
-      find_product<kSplit, 1>(sums, a, part.format, lane / kTileRows, 0, warp, lane % kTileRows, num_warps);
+  float value = find_product<kSplit, 1>(sums, a, part.format, lane / kTileRows, 0, warp, lane % kTileRows);
   value = exists ? before + (value + bias) : 0.0f;
   const float square = warp_sum(value * value), scaled = value * scale;
   quantize_lanes(scaled, out.q8 + warp * activation_row_bytes(part.rows), part.rows, block);
@@ -83,24 +83,25 @@ int shared_memory_of(int count) {
 #endif
 }
 
-// Blocks have as many warps as their number allows to be on a multiprocessor at once, but no more than shorten the time.  The number of
-// input rows must not matter: the order of sums depends on the number of warps.
+// Blocks have as many warps as their number allows to be on a multiprocessor at once.
 void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* stream) {
   a.num_parts = 1;
   a.num_chunks = (a.cols + kChunkCols - 1) / kChunkCols;
   a.stage_bytes = describe(a.parts[0], weight, a.cols, 0, 0);
-  a.block_tiles = kBlockTiles;
+  a.unit_tiles = kBlockTiles;
+  a.num_groups = 1;
   const int rows = a.parts[0].rows, num_blocks = (rows + kBlockRows - 1) / kBlockRows;
+  a.num_units = num_blocks;
   const int neighbours = std::min(3, (num_blocks + num_multiprocessors() - 1) / num_multiprocessors());
   const int shared = shared_memory_of(neighbours);
   int num_warps = neighbours == 1 ? kMaxWarps : kFewestWarps;
   auto bytes_of = [&](int warps, int stages) {
     const int sums = kBlockTiles * static_cast<int>(sizeof(float)) * SumsInMemory<1>::kFloats;
-    return warps * (sums + stages * a.stage_bytes);
+    return num_slots(a) * sums + warps * stages * a.stage_bytes;
   };
-  while (num_warps > kFewestWarps && bytes_of(num_warps, 2) > shared) --num_warps;
+  if (bytes_of(num_warps, 2) > shared) num_warps = kFewestWarps;
+  if (a.num_chunks < num_warps) num_warps = std::max(kFewestWarps, a.num_chunks);
   const int rounds = (a.num_chunks + num_warps - 1) / num_warps;
-  num_warps = std::max(kFewestWarps, (a.num_chunks + rounds - 1) / rounds);
   a.warp_chunks = a.num_chunks / num_warps;
   a.extra_chunks = a.num_chunks % num_warps;
   a.num_stages = 2;

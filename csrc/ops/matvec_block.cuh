@@ -16,13 +16,16 @@ namespace helexa::matvec {
 
 constexpr int kMaxStages = 4;
 constexpr int kTileRows = kDeviceTileRows;
+// A warp's chunks are kSlots apart, or half of that; each slot has a sum of its own in memory, so that the order of sums is the same with 8
+// and with 16 warps.
+constexpr int kSlots = 16;
 
 struct Part {
   const uint8_t* weight;
   const float* bias;  // [rows], or null
   int format, rows;
-  int column;       // of out
-  int first_block;  // of the grid
+  int column;  // of out
+  int first_unit;
   int tile_bytes, chunk_bytes;
 };
 
@@ -34,9 +37,10 @@ struct Arguments {
   float eps;
   int num_tokens, cols;
   int num_parts, num_chunks;      // chunks of 256 columns
+  int num_units, num_groups;      // see UnitTiles
   int warp_chunks, extra_chunks;  // num_chunks over and modulo the number of warps
   int num_stages, stage_bytes;
-  int block_tiles;  // of a block that is not gated
+  int unit_tiles;  // of a unit that is not gated
   int out_stride;
   float* out;      // [num_tokens, out_stride]; null if gated
   uint8_t* gated;  // [num_tokens, activation_row_bytes(parts[0].rows)], or null
@@ -45,62 +49,54 @@ struct Arguments {
 
 __device__ __forceinline__ bool is_float(int format) { return format <= static_cast<int>(Format::kBF16); }
 
-// The tiles that a block computes: of one weight, but those of a gated block are by turns gate's and up's.  Tiles of one format are a
-// group, whose chunks are taken together: all, or gate's and up's where these differ.
-struct BlockTiles {
-  int first_part, first_tile, count, num_groups;
+// The tiles of a unit, what a block computes at a time: of one weight, but those of a gated product are by turns gate's and up's.  Tiles
+// of one format are a group, whose chunks are taken together: all, or gate's and up's where these differ.
+struct UnitTiles {
+  int first_part, first_tile, count;
   bool is_gated;
 
-  __device__ __forceinline__ explicit BlockTiles(const Arguments& a) : is_gated(a.gated != nullptr) {
-    const int block = static_cast<int>(blockIdx.x);
+  __device__ __forceinline__ UnitTiles(const Arguments& a, int unit) : is_gated(a.gated != nullptr) {
     first_part = 0;
-    num_groups = 1;
     if (is_gated) {
-      first_tile = 2 * block;
+      first_tile = 2 * unit;
       count = (first_tile + 1) * kTileRows < a.parts[0].rows ? 4 : 2;
-      if (a.parts[0].format != a.parts[1].format) num_groups = 2;
     } else {
-      while (first_part + 1 < a.num_parts && block >= a.parts[first_part + 1].first_block) ++first_part;
+      while (first_part + 1 < a.num_parts && unit >= a.parts[first_part + 1].first_unit) ++first_part;
       const Part& part = a.parts[first_part];
-      first_tile = (block - part.first_block) * a.block_tiles;
-      count = min(a.block_tiles, (part.rows + kTileRows - 1) / kTileRows - first_tile);
+      first_tile = (unit - part.first_unit) * a.unit_tiles;
+      count = min(a.unit_tiles, (part.rows + kTileRows - 1) / kTileRows - first_tile);
     }
   }
+  // Tile i is followed by tile i + num_groups of its group.
   __device__ __forceinline__ int part(int i) const { return is_gated ? i % 2 : first_part; }
   __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
-  // Tile i is followed by tile i + num_groups of its group.
-  __device__ __forceinline__ int group_size() const { return num_groups == 2 ? count / 2 : count; }
 };
 
-// The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next.  Lane i knows where
-// those of tile i are.  Where there are bulk copies it starts one for a chunk, else all lanes copy 16 bytes at a time.
+// The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next, of all units of the
+// block.  Lane i knows where those of tile i are.  Where there are bulk copies it starts one for a chunk, else all lanes copy 16 bytes at
+// a time.
 struct Ring {
   uint8_t* memory;
   uint64_t* barriers;   // one for each stage
   int stage = 0;        // that is used next
   uint32_t parity = 0;  // of the phase in which the stages' copies are waited for
-  int group = -1;       // that is being fetched
-  int tile = 0;         // of it that comes next
-  int left = 0;         // chunks of the group to be fetched
-  // Of the lane's tile: its next chunk, its bytes from there on, and those of a chunk.
+  // What is being fetched: a unit with so many tiles, a group of it, the tile that comes next, chunks of the group to be fetched.
+  int unit, count = 0, group, tile = 0, left = 0;
+  // Of the lane's tile: its next chunk, its bytes from there on, and those of a chunk, 0 if it is not streamed.
   const uint8_t* from = nullptr;
   int tile_bytes = 0, bytes = 0;
 
-  __device__ __forceinline__ void start(const Arguments& a, const BlockTiles& tiles, uint8_t* stages,
-                                        uint64_t* stage_barriers, int warp, int num_warps, int lane) {
+  __device__ __forceinline__ void start(const Arguments& a, uint8_t* stages, uint64_t* stage_barriers,
+                                        int warp, int num_warps, int lane) {
     memory = stages;
     barriers = stage_barriers;
-    if (lane < tiles.count) {
-      const Part& part = a.parts[tiles.part(lane)];
-      bytes = part.chunk_bytes;
-      tile_bytes = part.tile_bytes - warp * bytes;
-      from = part.weight + (static_cast<int64_t>(tiles.tile(lane)) * part.tile_bytes + warp * bytes);
-    }
+    unit = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
+    group = a.num_groups;
     if (ptx::has_bulk_copies()) {
       if (lane < kMaxStages) ptx::make_copy_barrier(barriers + lane);
       __syncwarp();
     }
-    for (int i = 0; i < a.num_stages; ++i) fetch(a, tiles, i, warp, num_warps, lane);
+    for (int i = 0; i < a.num_stages; ++i) fetch(a, i, warp, num_warps, lane);
   }
 
   // The next chunk to use, once it is there.
@@ -120,22 +116,15 @@ struct Ring {
   }
 
   // Done with that chunk: its stage is filled with another one.
-  __device__ __forceinline__ void next(const Arguments& a, const BlockTiles& tiles, int warp, int num_warps,
-                                       int lane) {
+  __device__ __forceinline__ void next(const Arguments& a, int warp, int num_warps, int lane) {
     __syncwarp();  // all lanes are done with it
-    fetch(a, tiles, stage, warp, num_warps, lane);
+    fetch(a, stage, warp, num_warps, lane);
     if (++stage == a.num_stages) stage = 0, parity ^= 1;
   }
 
  private:
-  __device__ __forceinline__ void fetch(const Arguments& a, const BlockTiles& tiles, int into, int warp,
-                                        int num_warps, int lane) {
-    while (left == 0 && group + 1 < tiles.num_groups) {
-      tile = ++group;
-      if (!is_float(a.parts[tiles.part(group)].format)) {
-        left = (a.warp_chunks + (warp < a.extra_chunks)) * tiles.group_size();
-      }
-    }
+  __device__ __forceinline__ void fetch(const Arguments& a, int into, int warp, int num_warps, int lane) {
+    while (left == 0 && unit < a.num_units) begin_group(a, warp, lane);
     if (left > 0) {
       --left;
       uint8_t* to = memory + into * a.stage_bytes;
@@ -150,10 +139,31 @@ struct Ring {
           ptx::copy_async(to + i, reinterpret_cast<const uint8_t*>(source) + i);
       }
       if (lane == tile) from += num_warps * bytes, tile_bytes -= num_warps * bytes;
-      tile += tiles.num_groups;
-      if (tile >= tiles.count) tile = group;
+      tile += a.num_groups;
+      if (tile >= count) tile = group;
     }
     if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
+  }
+
+  // Goes on to the next group, of this unit or of the block's next one, if there is one.
+  __device__ __forceinline__ void begin_group(const Arguments& a, int warp, int lane) {
+    if (++group >= a.num_groups) {
+      group = 0;
+      unit += static_cast<int>(gridDim.x);
+      if (unit >= a.num_units) return;
+      const UnitTiles tiles(a, unit);
+      count = tiles.count;
+      if (lane < count) {
+        const Part& part = a.parts[tiles.part(lane)];
+        bytes = part.chunk_bytes;
+        tile_bytes = part.tile_bytes - warp * bytes;
+        from = part.weight + (static_cast<int64_t>(tiles.tile(lane)) * part.tile_bytes + warp * bytes);
+      }
+    }
+    tile = group;
+    const bool is_streamed = __shfl_sync(0xffffffffu, bytes, group) > 0;
+    if (is_streamed)
+      left = (a.warp_chunks + (warp < a.extra_chunks)) * (a.num_groups == 2 ? count / 2 : count);
   }
 };
 static_assert(kMaxStages == 4, "Ring::wait");
@@ -207,31 +217,39 @@ struct Input {
   }
 };
 
-// This warp's chunks of a group of tiles.  `input` has the activations of the first, and of the first again in the end.  sums: the warp's,
-// of the block's first tile; those of the next one are sums_stride floats behind them.
+// The sums of tile i of a unit and tile n of the input: [num_slots][SumsInMemory::kFloats].
+__host__ __device__ constexpr int num_slots(const Arguments& a) {
+  return a.num_chunks < kSlots ? a.num_chunks : kSlots;
+}
+template <int kSplit, int kTiles>
+__device__ __forceinline__ float* slot_sums(float* sums, const Arguments& a, int i, int n) {
+  return sums + (i * kTiles + n) * num_slots(a) * SumsInMemory<kSplit>::kFloats;
+}
+
+// This warp's chunks of a group of tiles.  `input` has the activations of the first, and of the first again in the end.
 template <class F, int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_group(float* sums, int sums_stride, const Arguments& a,
-                                               Input<kSplit, kTiles>& input, Ring& ring,
-                                               const BlockTiles& tiles, int group, int warp, int num_warps,
-                                               int lane) {
+__device__ __forceinline__ void multiply_group(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
+                                               Ring& ring, const UnitTiles& tiles, int group, int warp,
+                                               int num_warps, int lane) {
   constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
     const int num_pairs = min(kChunkPairs, input.padded_cols / 64 - chunk * kChunkPairs);
     const int next = chunk + num_warps < a.num_chunks ? chunk + num_warps : warp;
     const auto scales = input.scales(lane, std::make_integer_sequence<int, kTiles>());
     input.template load_scales<kWhole>(lane, next);
-    for (int i = group; i < tiles.count; i += tiles.num_groups) {
-      const bool is_last = i + tiles.num_groups >= tiles.count;
+    for (int i = group; i < tiles.count; i += a.num_groups) {
+      const bool is_last = i + a.num_groups >= tiles.count;
       const uint8_t* stage = ring.wait(a);
       LaneSums chunk_sums[kTiles];
       multiply_chunk<F>(chunk_sums, stage, lane, num_pairs, input.x, scales.of, [&](int j) {
         if (is_last) input.template load_codes<kWhole>(lane, next, j);
       });
-      ring.next(a, tiles, warp, num_warps, lane);
+      ring.next(a, warp, num_warps, lane);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        SumsInMemory<kSplit>::add(sums + i * sums_stride + n * num_warps * SumsInMemory<kSplit>::kFloats,
-                                  chunk_sums[n], chunk == warp, lane);
+        SumsInMemory<kSplit>::add(
+            slot_sums<kSplit, kTiles>(sums, a, i, n) + chunk % kSlots * SumsInMemory<kSplit>::kFloats,
+            chunk_sums[n], chunk < kSlots, lane);
       }
     }
   }
@@ -311,16 +329,15 @@ __device__ __forceinline__ void multiply_floats(const Arguments& a, const Part& 
   }
 }
 
-// The tiles of a group that is not quantized.  sums: the first warp's, as all others' are in multiply_group.
+// The tiles of a group that is not quantized, into the first slots.
 template <int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_float_group(float* sums, int sums_stride, const Arguments& a,
-                                                     const BlockTiles& tiles, int group, int warp,
-                                                     int num_warps, int lane) {
-  for (int i = group; i < tiles.count; i += tiles.num_groups) {
+__device__ __forceinline__ void multiply_float_group(float* sums, const Arguments& a, const UnitTiles& tiles,
+                                                     int group, int warp, int num_warps, int lane) {
+  for (int i = group; i < tiles.count; i += a.num_groups) {
     const Part& part = a.parts[tiles.part(i)];
     for (int n = 0; n < kTiles; ++n) {
       const int tile = tiles.tile(i);
-      float* to = sums + i * sums_stride + n * num_warps * SumsInMemory<kSplit>::kFloats;
+      float* to = slot_sums<kSplit, kTiles>(sums, a, i, n);
       if (part.format == static_cast<int>(Format::kF32)) {
         multiply_floats<float, kSplit>(a, part, tile, 8 * n, to, warp, num_warps, lane);
       } else if (part.format == static_cast<int>(Format::kF16)) {
@@ -332,26 +349,22 @@ __device__ __forceinline__ void multiply_float_group(float* sums, int sums_strid
   }
 }
 
-// All tiles of the block.  Sums: [tiles][kTiles][num_warps][SumsInMemory::kFloats], of which floats write the first warp's only.
+// All tiles of a unit; sums: those of slot_sums.
 template <int kSplit, int kTiles>
-__device__ __forceinline__ void multiply_tiles(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
-                                               Ring& ring, const BlockTiles& tiles, int warp, int num_warps,
-                                               int lane) {
-  constexpr int kFloats = SumsInMemory<kSplit>::kFloats;
-  const int sums_stride = kTiles * num_warps * kFloats;
-  for (int group = 0; group < tiles.num_groups; ++group) {
+__device__ __forceinline__ void multiply_unit(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
+                                              Ring& ring, const UnitTiles& tiles, int warp, int num_warps,
+                                              int lane) {
+  for (int group = 0; group < a.num_groups; ++group) {
     const int format = a.parts[tiles.part(group)].format;
     if (is_float(format)) {
-      multiply_float_group<kSplit, kTiles>(sums, sums_stride, a, tiles, group, warp, num_warps,
-                                           ptx::opaque(lane));
+      multiply_float_group<kSplit, kTiles>(sums, a, tiles, group, warp, num_warps, ptx::opaque(lane));
     }
     switch (static_cast<Format>(format)) {
-#define HELEXA_FORMAT(type, name)                                                                  \
-  case Format::k##type:                                                                            \
-    if constexpr (type::kScales != Scales::kPlain) {                                               \
-      multiply_group<type>(sums + warp * kFloats, sums_stride, a, input, ring, tiles, group, warp, \
-                           num_warps, ptx::opaque(lane));                                          \
-    }                                                                                              \
+#define HELEXA_FORMAT(type, name)                                                                   \
+  case Format::k##type:                                                                             \
+    if constexpr (type::kScales != Scales::kPlain) {                                                \
+      multiply_group<type>(sums, a, input, ring, tiles, group, warp, num_warps, ptx::opaque(lane)); \
+    }                                                                                               \
     break;
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
@@ -359,21 +372,20 @@ __device__ __forceinline__ void multiply_tiles(float* sums, const Arguments& a, 
   }
 }
 
-// A product that multiply_tiles has left: of weight row r of tile i with row `token` of tile n of the input.
+// A product that multiply_unit has left: of weight row r of tile i with row `token` of tile n of the input.
 template <int kSplit, int kTiles>
-__device__ __forceinline__ float find_product(const float* sums, const Arguments& a, int format, int i, int n,
-                                              int token, int r, int num_warps) {
-  constexpr int kFloats = SumsInMemory<kSplit>::kFloats;
-  const float* from = sums + (i * kTiles + n) * num_warps * kFloats + SumsInMemory<kSplit>::place(token, r);
+__device__ __forceinline__ float find_product(float* sums, const Arguments& a, int format, int i, int n,
+                                              int token, int r) {
+  const float* from = slot_sums<kSplit, kTiles>(sums, a, i, n) + SumsInMemory<kSplit>::place(token, r);
+  const int count = is_float(format) ? 1 : num_slots(a);
   float sum = 0.0f;
-  const int num_sums = is_float(format) ? 1 : min(num_warps, a.num_chunks);
-  for (int w = 0; w < num_sums; ++w) sum += from[w * kFloats];
+  for (int slot = 0; slot < count; ++slot) sum += from[slot * SumsInMemory<kSplit>::kFloats];
   return sum;
 }
 
 // The part of a launch that multiplies weight `w`, and the bytes that a stage needs for it.
-inline int describe(Part& part, const WeightView& w, int cols, int column, int first_block) {
-  part = {w.packed, w.bias, w.format, static_cast<int>(w.rows), column, first_block, 0, 0};
+inline int describe(Part& part, const WeightView& w, int cols, int column, int first_unit) {
+  part = {w.packed, w.bias, w.format, static_cast<int>(w.rows), column, first_unit, 0, 0};
   with_format(static_cast<Format>(w.format), [&](auto f) {
     using F = decltype(f);
     if constexpr (F::kScales != Scales::kPlain) {
