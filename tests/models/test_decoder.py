@@ -1,6 +1,7 @@
 """Golden parity with transformers, and the same numbers from every way to run a sequence."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import gguf
@@ -238,7 +239,7 @@ def test_a_wrong_assignment_of_query_heads_to_key_heads_is_noticed(case, monkeyp
         out[:, heads] = attention(q[:, heads].contiguous(), *args, **keywords).view_as(q)
         return out.flatten(1)
 
-    monkeypatch.setattr(ops, "attention", interleaved_groups)
+    monkeypatch.setattr(import_module("helexa.ops.rope_attention"), "attention", interleaved_groups)
     assert error_ratio(run(expected.build(), expected.token_ids), expected.logits) > 100 * TOLERANCE
 
 
