@@ -26,7 +26,7 @@ struct NormOutput {
 };
 
 // A block has 32 weight rows: two tiles, and one block of columns of the next matmul.
-template <int kSplit>
+template <class F, int kSplit>
 __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that there are registers for
     add_norm_kernel(const __grid_constant__ Arguments a, const __grid_constant__ NormOutput out) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that ther
   const Part& part = a.parts[0];
   const UnitTiles tiles(a, static_cast<int>(blockIdx.x));
   ptx::allow_consumers();
-  Ring ring;
+  Ring<F> ring;
   ring.start(a, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp, num_warps,
              lane);
   // In the end a warp has a row, each of its lanes a column.
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that ther
   __syncthreads();
   if (warp >= a.num_tokens) return;
 
-  float value = find_product<kSplit, 1>(sums, a, part.format, lane / kTileRows, 0, warp, lane % kTileRows);
+  float value = find_product<F, kSplit, 1>(sums, a, part.format, lane / kTileRows, 0, warp, lane % kTileRows);
   value = exists ? before + (value + bias) : 0.0f;
   const float square = warp_sum(value * value), scaled = value * scale;
   quantize_lanes(scaled, out.q8 + warp * activation_row_bytes(part.rows), part.rows, block);
@@ -113,11 +113,14 @@ void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* s
   const int64_t row_bytes = activation_row_bytes(a.cols);
   for (int left = a.num_tokens; left > 0; left -= 8) {
     a.num_tokens = std::min(left, 8);
-    const auto kernel = a.num_tokens == 1   ? add_norm_kernel<8>
-                        : a.num_tokens <= 4 ? add_norm_kernel<2>
-                                            : add_norm_kernel<1>;
-    const size_t shared_bytes = static_cast<size_t>(bytes_of(num_warps, a.num_stages));
-    launch_kernel(kernel, {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a, out);
+    with_only_format({weight}, [&](auto only) {
+      using F = typename decltype(only)::Format;
+      const auto kernel = a.num_tokens == 1   ? add_norm_kernel<F, 8>
+                          : a.num_tokens <= 4 ? add_norm_kernel<F, 2>
+                                              : add_norm_kernel<F, 1>;
+      const size_t shared_bytes = static_cast<size_t>(bytes_of(num_warps, a.num_stages));
+      launch_kernel(kernel, {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a, out);
+    });
     a.q8 += 8 * row_bytes;
     if (a.x != nullptr) a.x += 8 * static_cast<int64_t>(a.cols);
     out.residual += 8 * static_cast<int64_t>(rows);

@@ -6,6 +6,7 @@
 // thousand columns that is all of a block's weights.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -72,9 +73,16 @@ struct UnitTiles {
   __device__ __forceinline__ int tile(int i) const { return first_tile + (is_gated ? i / 2 : i); }
 };
 
+// Kernels are for one format F, or for any mix where that is void: instructions that lie far apart come late from the caches.
+template <class F>
+__device__ __forceinline__ int num_groups(const Arguments& a) {
+  return std::is_void_v<F> ? a.num_groups : 1;
+}
+
 // The ring of one warp: the stages, each of which is filled anew once it was used, and the chunks that come next, of all units of the
 // block.  Lane i knows where those of tile i are.  Where there are bulk copies it starts one for a chunk, else all lanes copy 16 bytes at
 // a time.
+template <class F>
 struct Ring {
   uint8_t* memory;
   uint64_t* barriers;   // one for each stage
@@ -91,7 +99,7 @@ struct Ring {
     memory = stages;
     barriers = stage_barriers;
     unit = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
-    group = a.num_groups;
+    group = num_groups<F>(a);
     if (ptx::has_bulk_copies()) {
       if (lane < kMaxStages) ptx::make_copy_barrier(barriers + lane);
       __syncwarp();
@@ -139,7 +147,7 @@ struct Ring {
           ptx::copy_async(to + i, reinterpret_cast<const uint8_t*>(source) + i);
       }
       if (lane == tile) from += num_warps * bytes, tile_bytes -= num_warps * bytes;
-      tile += a.num_groups;
+      tile += num_groups<F>(a);
       if (tile >= count) tile = group;
     }
     if (!ptx::has_bulk_copies()) ptx::commit_copies();  // also of nothing: the groups are counted
@@ -147,7 +155,7 @@ struct Ring {
 
   // Goes on to the next group, of this unit or of the block's next one, if there is one.
   __device__ __forceinline__ void begin_group(const Arguments& a, int warp, int lane) {
-    if (++group >= a.num_groups) {
+    if (++group >= num_groups<F>(a)) {
       group = 0;
       unit += static_cast<int>(gridDim.x);
       if (unit >= a.num_units) return;
@@ -161,9 +169,9 @@ struct Ring {
       }
     }
     tile = group;
-    const bool is_streamed = __shfl_sync(0xffffffffu, bytes, group) > 0;
+    const bool is_streamed = !std::is_void_v<F> || __shfl_sync(0xffffffffu, bytes, group) > 0;
     if (is_streamed)
-      left = (a.warp_chunks + (warp < a.extra_chunks)) * (a.num_groups == 2 ? count / 2 : count);
+      left = (a.warp_chunks + (warp < a.extra_chunks)) * (num_groups<F>(a) == 2 ? count / 2 : count);
   }
 };
 static_assert(kMaxStages == 4, "Ring::wait");
@@ -227,9 +235,9 @@ __device__ __forceinline__ float* slot_sums(float* sums, const Arguments& a, int
 }
 
 // This warp's chunks of a group of tiles.  `input` has the activations of the first, and of the first again in the end.
-template <class F, int kSplit, int kTiles>
+template <class F, class Only, int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_group(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
-                                               Ring& ring, const UnitTiles& tiles, int group, int warp,
+                                               Ring<Only>& ring, const UnitTiles& tiles, int group, int warp,
                                                int num_warps, int lane) {
   constexpr bool kWhole = Unit<F>::kPairs == kChunkPairs;
   for (int chunk = warp; chunk < a.num_chunks; chunk += num_warps) {
@@ -237,8 +245,8 @@ __device__ __forceinline__ void multiply_group(float* sums, const Arguments& a, 
     const int next = chunk + num_warps < a.num_chunks ? chunk + num_warps : warp;
     const auto scales = input.scales(lane, std::make_integer_sequence<int, kTiles>());
     input.template load_scales<kWhole>(lane, next);
-    for (int i = group; i < tiles.count; i += a.num_groups) {
-      const bool is_last = i + a.num_groups >= tiles.count;
+    for (int i = group; i < tiles.count; i += num_groups<Only>(a)) {
+      const bool is_last = i + num_groups<Only>(a) >= tiles.count;
       const uint8_t* stage = ring.wait(a);
       LaneSums chunk_sums[kTiles];
       multiply_chunk<F>(chunk_sums, stage, lane, num_pairs, input.x, scales.of, [&](int j) {
@@ -350,10 +358,14 @@ __device__ __forceinline__ void multiply_float_group(float* sums, const Argument
 }
 
 // All tiles of a unit; sums: those of slot_sums.
-template <int kSplit, int kTiles>
+template <class Only, int kSplit, int kTiles>
 __device__ __forceinline__ void multiply_unit(float* sums, const Arguments& a, Input<kSplit, kTiles>& input,
-                                              Ring& ring, const UnitTiles& tiles, int warp, int num_warps,
-                                              int lane) {
+                                              Ring<Only>& ring, const UnitTiles& tiles, int warp,
+                                              int num_warps, int lane) {
+  if constexpr (!std::is_void_v<Only>) {
+    multiply_group<Only>(sums, a, input, ring, tiles, 0, warp, num_warps, lane);
+    return;
+  }
   for (int group = 0; group < a.num_groups; ++group) {
     const int format = a.parts[tiles.part(group)].format;
     if (is_float(format)) {
@@ -373,11 +385,11 @@ __device__ __forceinline__ void multiply_unit(float* sums, const Arguments& a, I
 }
 
 // A product that multiply_unit has left: of weight row r of tile i with row `token` of tile n of the input.
-template <int kSplit, int kTiles>
+template <class Only, int kSplit, int kTiles>
 __device__ __forceinline__ float find_product(float* sums, const Arguments& a, int format, int i, int n,
                                               int token, int r) {
   const float* from = slot_sums<kSplit, kTiles>(sums, a, i, n) + SumsInMemory<kSplit>::place(token, r);
-  const int count = is_float(format) ? 1 : num_slots(a);
+  const int count = std::is_void_v<Only> && is_float(format) ? 1 : num_slots(a);
   float sum = 0.0f;
   for (int slot = 0; slot < count; ++slot) sum += from[slot * SumsInMemory<kSplit>::kFloats];
   return sum;
@@ -394,6 +406,24 @@ inline int describe(Part& part, const WeightView& w, int cols, int column, int f
     }
   });
   return part.chunk_bytes;
+}
+
+// Calls f with the format that all weights have, if there is a kernel for it, else with nothing.
+template <class F>
+struct Only {
+  using Format = F;
+};
+template <class Function>
+void with_only_format(const std::vector<WeightView>& weights, Function&& f) {
+  for (const WeightView& w : weights) {
+    if (w.format != weights[0].format) return f(Only<void>());
+  }
+  switch (static_cast<Format>(weights[0].format)) {
+    case Format::kQ4_K: return f(Only<Q4_K>());
+    case Format::kQ6_K: return f(Only<Q6_K>());
+    case Format::kQ8_0: return f(Only<Q8_0>());
+    default: return f(Only<void>());
+  }
 }
 
 inline Arguments input(const uint8_t* q8, const float* x, const float* squares, float eps, int64_t num_tokens,

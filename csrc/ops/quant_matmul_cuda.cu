@@ -61,7 +61,8 @@ __device__ __forceinline__ void find_factors(const Arguments& a, const float* sq
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-template <int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
+template <class F,     // of all weights, or void
+          int kSplit,  // how many steps share the columns of a matrix instruction; up to 8 / kSplit rows
           int kTiles>  // tiles of 8 rows
 __global__ void __launch_bounds__(32 * block_warps(8 / kSplit * kTiles),
                                   blocks_per_multiprocessor(8 / kSplit * kTiles))
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(32 * block_warps(8 / kSplit * kTiles),
   uint8_t* rings = reinterpret_cast<uint8_t*>(
       squares + (a.squares != nullptr ? a.num_tokens * activation_squares(a.cols) : 0));
   ptx::allow_consumers();
-  Ring ring;
+  Ring<F> ring;
   ring.start(a, rings + warp * a.num_stages * a.stage_bytes, barriers + warp * kMaxStages, warp, num_warps,
              lane);
   Input<kSplit, kTiles> input(a, lane);
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(32 * block_warps(8 / kSplit * kTiles),
       const Part& part = a.parts[tiles.part(i)];
       const int row = tiles.tile(i) * kTileRows + r, input_row = 8 * n + token;
       if (row >= part.rows || input_row >= a.num_tokens) continue;
-      float sum = find_product<kSplit, kTiles>(sums, a, part.format, i, n, token, r);
+      float sum = find_product<F, kSplit, kTiles>(sums, a, part.format, i, n, token, r);
       sum *= factors[input_row];
       if (part.bias != nullptr) sum += part.bias[row];
       if (a.gated == nullptr) {
@@ -150,9 +151,9 @@ int shared_memory_per_block(int blocks) {
 #endif
 }
 
-template <int kSplit, int kTiles>
+template <class F, int kSplit, int kTiles>
 void launch_matvec(const Arguments& a, int num_blocks, int num_warps, size_t shared_bytes, void* stream) {
-  launch_kernel(matvec_kernel<kSplit, kTiles>,
+  launch_kernel(matvec_kernel<F, kSplit, kTiles>,
                 {dim3(num_blocks), dim3(32 * num_warps), stream, shared_bytes, true}, a);
 }
 
@@ -216,11 +217,14 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
 
     // Where a multiprocessor has several blocks, each takes units in turn only if that makes little difference to what they get.
     const int grid = blocks == 1 || a.num_units >= 4 * places ? std::min(a.num_units, places) : a.num_units;
-    const auto launch = a.num_tokens == 1   ? launch_matvec<8, 1>
-                        : a.num_tokens <= 4 ? launch_matvec<2, 1>
-                        : a.num_tokens <= 8 ? launch_matvec<1, 1>
-                                            : launch_matvec<1, 2>;
-    launch(a, grid, num_warps, fixed_bytes() + a.num_stages * num_warps * stage_bytes, stream);
+    with_only_format(weights, [&](auto only) {
+      using F = typename decltype(only)::Format;
+      const auto launch = a.num_tokens == 1   ? launch_matvec<F, 8, 1>
+                          : a.num_tokens <= 4 ? launch_matvec<F, 2, 1>
+                          : a.num_tokens <= 8 ? launch_matvec<F, 1, 1>
+                                              : launch_matvec<void, 1, 2>;
+      launch(a, grid, num_warps, fixed_bytes() + a.num_stages * num_warps * stage_bytes, stream);
+    });
     a.q8 += a.num_tokens * activation_row_bytes(a.cols);
     if (a.x != nullptr) a.x += static_cast<int64_t>(a.num_tokens) * a.cols;
     if (a.squares != nullptr) a.squares += a.num_tokens * activation_squares(a.cols);
