@@ -71,14 +71,14 @@ __global__ void __launch_bounds__(kSplit == 8 ? 768 : 512)  // threads that ther
 }
 
 // Shared memory that a block may take of which `count` are to be on a multiprocessor; a single one leaves room for a block of the next
-// launch.
-int shared_memory_of(int count) {
+// launch, if its registers do.
+int shared_memory_of(int count, bool leaves_room) {
 #ifdef HELEXA_EMULATED_CUDA
   return 128 * 1024 / count;
 #else
   const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
   const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(0);
-  const int share = count == 1 ? total * 2 / 3 : total / count;
+  const int share = count == 1 && leaves_room ? total * 2 / 3 : total / count;
   return std::min(most, share - 1024) - 8 * kMaxWarps * kMaxStages;  // the system's 1 KiB, barriers
 #endif
 }
@@ -93,26 +93,25 @@ void run_add_norm(Arguments a, NormOutput out, const WeightView& weight, void* s
   const int rows = a.parts[0].rows, num_blocks = (rows + kBlockRows - 1) / kBlockRows;
   a.num_units = num_blocks;
   const int neighbours = std::min(3, (num_blocks + num_multiprocessors() - 1) / num_multiprocessors());
-  const int shared = shared_memory_of(neighbours);
   int num_warps = neighbours == 1 ? kMaxWarps : kFewestWarps;
   auto bytes_of = [&](int warps, int stages) {
     const int sums = kBlockTiles * static_cast<int>(sizeof(float)) * SumsInMemory<1>::kFloats;
     return num_slots(a) * sums + warps * stages * a.stage_bytes;
   };
-  if (bytes_of(num_warps, 2) > shared) num_warps = kFewestWarps;
+  if (bytes_of(num_warps, 2) > shared_memory_of(neighbours, true)) num_warps = kFewestWarps;
   if (a.num_chunks < num_warps) num_warps = std::max(kFewestWarps, a.num_chunks);
   const int rounds = (a.num_chunks + num_warps - 1) / num_warps;
   a.warp_chunks = a.num_chunks / num_warps;
   a.extra_chunks = a.num_chunks % num_warps;
-  a.num_stages = 2;
-  while (a.num_stages < std::min(kMaxStages, rounds * kBlockTiles) &&
-         bytes_of(num_warps, a.num_stages + 1) <= shared) {
-    ++a.num_stages;
-  }
-
   const int64_t row_bytes = activation_row_bytes(a.cols);
   for (int left = a.num_tokens; left > 0; left -= 8) {
     a.num_tokens = std::min(left, 8);
+    const int shared = shared_memory_of(neighbours, a.num_tokens == 1);
+    a.num_stages = 2;
+    while (a.num_stages < std::min(kMaxStages, rounds * kBlockTiles) &&
+           bytes_of(num_warps, a.num_stages + 1) <= shared) {
+      ++a.num_stages;
+    }
     with_only_format({weight}, [&](auto only) {
       using F = typename decltype(only)::Format;
       const auto kernel = a.num_tokens == 1   ? add_norm_kernel<F, 8>
