@@ -364,14 +364,13 @@ __device__ __forceinline__ void multiply_unit(float* sums, const Arguments& a, I
                                               int num_warps, int lane) {
   if constexpr (!std::is_void_v<Only>) {
     multiply_group<Only>(sums, a, input, ring, tiles, 0, warp, num_warps, lane);
-    return;
-  }
-  for (int group = 0; group < a.num_groups; ++group) {
-    const int format = a.parts[tiles.part(group)].format;
-    if (is_float(format)) {
-      multiply_float_group<kSplit, kTiles>(sums, a, tiles, group, warp, num_warps, ptx::opaque(lane));
-    }
-    switch (static_cast<Format>(format)) {
+  } else {
+    for (int group = 0; group < a.num_groups; ++group) {
+      const int format = a.parts[tiles.part(group)].format;
+      if (is_float(format)) {
+        multiply_float_group<kSplit, kTiles>(sums, a, tiles, group, warp, num_warps, ptx::opaque(lane));
+      }
+      switch (static_cast<Format>(format)) {
 #define HELEXA_FORMAT(type, name)                                                                   \
   case Format::k##type:                                                                             \
     if constexpr (type::kScales != Scales::kPlain) {                                                \
@@ -380,6 +379,7 @@ __device__ __forceinline__ void multiply_unit(float* sums, const Arguments& a, I
     break;
 #include "quant/formats.def"
 #undef HELEXA_FORMAT
+      }
     }
   }
 }
