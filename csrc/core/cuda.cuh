@@ -76,24 +76,17 @@ inline bool may_overlap() {
 
 #ifndef HELEXA_EMULATED_CUDA
 // Lets a kernel have so much dynamic shared memory on the current device.  What was allowed once stays so: another thread may be about
-// to launch the kernel with more.  A kernel that overlaps others asks for all of a multiprocessor's memory to be shared memory: it can only
-// run beside a kernel that wants the same division between that and the cache.
-inline void prepare_kernel(const void* kernel, int shared_bytes, bool overlaps) {
+// to launch the kernel with more.
+inline void allow_shared_bytes(const void* kernel, int bytes) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
-  constexpr int kFreeBytes = 32 * 1024;                       // 48 KiB, static shared memory included
-  if (shared_bytes <= kFreeBytes && !overlaps) return;
   int device = 0;
   CUDA_CHECK(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);
-  const auto [entry, is_new] = allowed.try_emplace({kernel, device}, kFreeBytes);
-  if (is_new && overlaps) {
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared));
-  }
-  if (shared_bytes <= entry->second) return;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  entry->second = shared_bytes;
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  most = bytes;
 }
 #endif
 
@@ -115,8 +108,10 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Argument
   emulation::run(launch.grid, launch.block, launch.shared_bytes,
                  [=] { kernel(static_cast<std::decay_t<Parameters>>(arguments)...); });
 #else
-  const bool overlaps = launch.overlap && may_overlap() && device_capability() >= 90;
-  prepare_kernel(reinterpret_cast<const void*>(kernel), static_cast<int>(launch.shared_bytes), overlaps);
+  // 48 KiB are free to use, static shared memory included.
+  if (launch.shared_bytes > 32 * 1024) {
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), static_cast<int>(launch.shared_bytes));
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = launch.grid;
   config.blockDim = launch.block;
@@ -126,7 +121,7 @@ void launch_kernel(void (*kernel)(Parameters...), const Launch& launch, Argument
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
+  config.numAttrs = launch.overlap && may_overlap() && device_capability() >= 90 ? 1 : 0;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<std::decay_t<Parameters>>(arguments)...));
 #endif
 }
