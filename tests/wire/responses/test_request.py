@@ -145,7 +145,7 @@ def test_images_reach_the_model_or_whoever_refuses_them() -> None:
         ({"type": "function_call", "name": "f", "arguments": ""}, r"'input\[0\].call_id' is None"),
         (
             {"type": "function_call_output", "call_id": "c9", "output": ""},
-            r"'input\[0\]' answers the call 'c9', which is not in the input before it",
+            r"'input\[0\].call_id' is 'c9', and no such call is in the input before it",
         ),
     ],
 )

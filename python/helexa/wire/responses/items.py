@@ -121,8 +121,9 @@ class Conversation:
     def _add_output(self, item: Json, where: str) -> None:
         call_id = _string(item, "call_id", where)
         if call_id not in self._calls:
-            message = f"'{where}' answers the call {call_id!r:.80}, which is not in the input before it"
-            raise InvalidParameter(message, param=f"{where}.call_id")
+            param = f"{where}.call_id"
+            message = f"'{param}' is {call_id!r:.80}, and no such call is in the input before it"
+            raise InvalidParameter(message, param=param)
         self._turn = None
         content = content_of(item.get("output"), f"{where}.output")
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
