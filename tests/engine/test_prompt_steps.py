@@ -28,7 +28,7 @@ def engine(request, cuda_device):
 
 
 def on_device(engine, work):
-    """What `work` returns on the device thread, once its kernels have ended: tests look from another stream."""
+    """What `work` returns on the device thread once its kernels have ended; tests use another stream."""
 
     def whole():
         found = work()
