@@ -12,8 +12,8 @@
 // mma m16n8k8 in tf32, in which they are exact.  The sums of activations come in two parts of 11 bits each.
 //
 // Sums of a row run in the same order whatever kSplit and kTiles are: in a chunk each pair of steps has a float32 sum of its own, first
-// step before second; then (pair 0 + pair 1) + (pair 2 + pair 3) + offsets; then the chunks of a warp and the warps one after the
-// other.  So a row's result does not depend on the rows beside it.
+// step before second; then (pair 0 + pair 1) + (pair 2 + pair 3) + offsets; then chunks by the slots of
+// matvec_block.cuh.  So a row's result does not depend on the rows beside it.
 #pragma once
 
 #include "core/cuda.cuh"

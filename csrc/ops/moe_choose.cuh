@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-// Which experts a token goes to, by one warp.  Of a single token every warp that needs to know finds out for itself, which is quicker
-// than being told through memory.
+// Which experts a token goes to, by one warp.  Every block that needs to know finds out for itself, which is quicker than being told by
+// another one.
 #pragma once
 
 #include "core/cuda.cuh"

@@ -139,15 +139,17 @@ __global__ void __launch_bounds__(32 * kQuantizeWarps)
   quantize_quads(make_float4(v[0], v[1], v[2], v[3]), q8 + row * activation_row_bytes(cols), cols, col / 32);
 }
 
-// Shared memory that a block may take so that `blocks` of them fit on a multiprocessor of this device.
-int shared_memory_per_block(int blocks) {
+// Shared memory that a block for so many rows may take so that as many as are wanted fit on a multiprocessor of this device.
+int shared_memory_per_block(int num_tokens) {
+  const int blocks = blocks_per_multiprocessor(num_tokens);
 #ifdef HELEXA_EMULATED_CUDA
   return 216 * 1024 / blocks;
 #else
   const int total = device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(0);
   const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(0);
-  const int fixed = 8 * kMaxWarps * kMaxStages + 4 * kMaxTokens;  // barriers, factors
-  return std::min(most, total / blocks - 1024) - fixed;           // 1 KiB is the system's
+  // Barriers, factors; of more than 8 rows there may be a launch of 8.
+  const int fixed = 8 * (num_tokens == 1 ? block_warps(1) : kMaxWarps) * kMaxStages + 4 * kMaxTokens;
+  return std::min(most, total / blocks - 1024) - fixed;  // 1 KiB is the system's
 #endif
 }
 
@@ -171,7 +173,7 @@ void run_matvec(Arguments a, const std::vector<WeightView>& weights, void* strea
   for (int left = a.num_tokens; left > 0; left -= a.num_tokens) {
     a.num_tokens = std::min(left, kMaxTokens);
     const int blocks = blocks_per_multiprocessor(a.num_tokens), places = blocks * num_multiprocessors();
-    const int memory = shared_memory_per_block(blocks);
+    const int memory = shared_memory_per_block(a.num_tokens);
     // A block that is alone has all its tiles in one unit, if they are few.  Where there are several, one starts while others work, and
     // units have several tiles only if that leaves two rounds of them.
     const int64_t share = blocks == 1 ? (num_tiles + places - 1) / places : num_tiles / (2 * places);

@@ -476,7 +476,7 @@ void quantize_cuda(int source_format, const uint8_t* source, int64_t num_values,
     case Format::kQ4_K: return run(quantize_super_min_kernel<Q4_K>, 32);
     case Format::kQ5_K: return run(quantize_super_min_kernel<Q5_K>, 32);
     case Format::kQ6_K: return run(quantize_q6_k_kernel, 16);
-    default: break;
+    default: throw std::invalid_argument("quantize: a device has no encoder of this format");
   }
 }
 

@@ -228,7 +228,7 @@ template <class F>
 struct RowScales {
   using U = Unit<F>;
   float d, m;                     // of formats with blocks of 256; d with kLift taken off
-  float zero;                     // what byte_at takes off
+  float zero;                     // of the codes
   uint32_t scales[4], minima[4];  // bytes; of formats with blocks of 32, the f16 numbers
 
   // From the unit at `unit` (global or shared memory, a multiple of 16).

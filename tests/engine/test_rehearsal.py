@@ -5,14 +5,13 @@ import logging
 import pytest
 
 from helexa.engine import rehearsal
-from helexa.engine.device import Device, usable_devices
+from helexa.engine.device import Device
 from helexa.engine.engine import Engine
 from helexa.errors import OutOfMemory
 
 
 @pytest.mark.cuda
 def test_a_rehearsal_goes_through_loads_and_steps(cuda_device, monkeypatch, caplog):
-    monkeypatch.setattr(rehearsal, "usable_devices", lambda: [Device(cuda_device)])
     seen = []
     logits = Engine.logits
 
@@ -23,7 +22,7 @@ def test_a_rehearsal_goes_through_loads_and_steps(cuda_device, monkeypatch, capl
 
     monkeypatch.setattr(Engine, "logits", counted)
     with caplog.at_level(logging.INFO, "helexa.engine.rehearsal"):
-        rehearsal.rehearse()
+        rehearsal.rehearse([Device(cuda_device)])
     assert [record.message for record in caplog.records] == ["device_rehearsed"]
     assert seen == [("qwen3", (2, 1024), True), ("qwen3moe", (2, 1024), True)]
 
@@ -32,15 +31,7 @@ def test_a_rehearsal_that_fails_is_no_fault(monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OutOfMemory("nothing is free")
 
-    monkeypatch.setattr(rehearsal, "usable_devices", lambda: [Device("cuda:0"), Device("cuda:1")])
     monkeypatch.setattr(rehearsal, "_run", refuse)
     with caplog.at_level(logging.INFO, "helexa.engine.rehearsal"):
-        rehearsal.rehearse()
+        rehearsal.rehearse([Device("cuda:0"), Device("cuda:1")])
     assert [record.message for record in caplog.records] == ["device_not_rehearsed"] * 2
-
-
-def test_without_devices_there_is_nothing_to_rehearse(monkeypatch):
-    monkeypatch.setattr(rehearsal, "usable_devices", lambda: [])
-    monkeypatch.setattr(rehearsal, "_run", lambda *_: pytest.fail("ran"))
-    rehearsal.rehearse()
-    assert isinstance(usable_devices(), list)

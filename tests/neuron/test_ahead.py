@@ -5,9 +5,11 @@ import logging
 import pytest
 
 from helexa.engine import parts
+from helexa.engine.device import Device
 from helexa.engine.engine import Engine
+from helexa.errors import InvalidParameter
 from helexa.neuron import ahead
-from helexa.neuron.ahead import prepare, read_vocabularies
+from helexa.neuron.ahead import read_vocabularies, rehearse_loads
 from helexa.neuron.config import ModelEntry
 from support.hf_checkpoint import GOLDEN
 
@@ -30,9 +32,16 @@ def test_models_that_are_loaded_later_find_their_vocabulary_read(monkeypatch, ca
         assert engine.tokenizer is read.tokenizer
 
 
-@pytest.mark.parametrize(("loads", "expected"), [([], 1), ([False], 1), ([False, True], 0)])
-def test_devices_are_prepared_unless_a_model_has_done_it(monkeypatch, loads, expected):
-    rehearsals = []
-    monkeypatch.setattr(ahead, "rehearse", lambda: rehearsals.append(1))
-    prepare([ModelEntry(id=f"m{i}", source="/nowhere", load=load) for i, load in enumerate(loads)])
-    assert len(rehearsals) == expected
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("auto", ["cuda:0"]), ("cuda:7", None)])
+def test_loads_are_rehearsed_where_models_may_be_loaded(monkeypatch, device, expected):
+    rehearsed = []
+
+    def found(name):
+        if name == "cuda:7":
+            raise InvalidParameter("there is no such device", param="device")
+        return [Device("cpu")] if name == "cpu" else [Device("cuda:0"), Device("cpu")]
+
+    monkeypatch.setattr(ahead, "find_devices", found)
+    monkeypatch.setattr(ahead, "rehearse", lambda devices: rehearsed.append([one.name for one in devices]))
+    rehearse_loads(device)
+    assert rehearsed == ([] if expected is None else [expected])

@@ -233,3 +233,17 @@ async def test_memory_that_belongs_to_no_model_is_told(make_neuron, script, monk
     assert registry.unaccounted_bytes() == 200
     model.status = "loading"
     assert registry.unaccounted_bytes() == 0
+
+
+async def test_what_comes_before_loads_is_waited_for_by_them_and_left_out_after_one(make_neuron, script):
+    registry, held = make_neuron().registry, threading.Event()
+    before = asyncio.create_task(registry.before_loads(held.wait))
+    await asyncio.sleep(0.01)
+    model = registry.start_load(LoadRequest(model_id="m"))
+    await asyncio.sleep(0.05)
+    assert (model.status, script.loads) == ("loading", [])
+    held.set()
+    await before
+    await model.task
+    assert model.status == "loaded"
+    await registry.before_loads(lambda: pytest.fail("a model is there"))

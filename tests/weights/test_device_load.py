@@ -190,6 +190,19 @@ def test_a_file_that_is_cut_fails_the_load_by_name(write_gguf, cuda_device, read
     assert matrix.untyped_storage().nbytes() == 0
 
 
+def test_a_file_that_cannot_be_read_fails_the_load_with_the_reason_and_the_tensor(
+    write_gguf, cuda_device, readers, tmp_path
+):
+    file = open_gguf(write_gguf({"m": ("q8_0", (4096, 512))}))
+    (descriptor,) = {at for at, *_ in file.row_ranges("m", 0, 1)}
+    with open(tmp_path / "other", "wb") as other:
+        os.dup2(other.fileno(), descriptor)  # which can be written only
+    weights = GGUFWeights(file, device=cuda_device, num_readers=readers)
+    weights.linear("m")
+    with pytest.raises(InvalidFile, match="Bad file descriptor while reading tensor 'm'"):
+        weights.finish()
+
+
 def test_a_load_that_fails_elsewhere_is_given_up(write_gguf, cuda_device, readers):
     file = open_gguf(write_gguf({f"m{i}": ("q8_0", (512, 512)) for i in range(20)}))
     weights = GGUFWeights(file, device=cuda_device, num_readers=readers)

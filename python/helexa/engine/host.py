@@ -70,7 +70,10 @@ class Host:
         self._watchdog = Watchdog(self.worker, self._step_started_s, options.step_limit_s)
 
     def submit(self, sequence: Sequence, receiver: Receiver) -> None:
-        """Queues the sequence; the receiver hears why, if that cannot be. Raises ShuttingDown."""
+        """Queues the sequence; the receiver hears why, if that cannot be.
+
+        Raises ShuttingDown or DevicePoisoned.
+        """
         if self.is_closing or self.core is None:
             raise ShuttingDown(f"the model {self._name} is being unloaded")
         job = self.worker.call(partial(self.core.submit, sequence))

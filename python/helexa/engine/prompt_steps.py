@@ -14,6 +14,7 @@ from helexa import ops
 from helexa.engine.cache import KVCache, StateCache
 from helexa.engine.device import Device
 from helexa.engine.device_step import PaddedInputs
+from helexa.engine.memory import is_out_of_memory
 from helexa.engine.sequence import Sequence
 from helexa.layers.step import Step
 from helexa.log import fields
@@ -101,7 +102,9 @@ class PromptSteps:
         try:
             with ops.captured(graph, self._pool):
                 self._logits[size] = self._model(self._step(size))
-        except RuntimeError:  # a device that is lost for good will say so without a graph
+        except RuntimeError as error:  # a device that is lost for good will say so without a graph
+            if is_out_of_memory(error):  # others may need it for a short time only
+                return
             logger.warning("prompts_not_captured", extra=fields(tokens=size), exc_info=True)
             self._pool = None
             self._waiting.clear()

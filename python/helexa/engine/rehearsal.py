@@ -6,16 +6,16 @@ what a load and its steps go through.
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helexa import ops
-from helexa.engine.device import Device, usable_devices
+from helexa.engine.device import Device
 from helexa.engine.engine import Engine
 from helexa.engine.options import EngineOptions
-from helexa.errors import HelexaError
 from helexa.log import fields
 from helexa.models import ModelConfig, build_model
 from helexa.models.config import MoEConfig
@@ -48,14 +48,14 @@ _MIXTURE = replace(
 _FORMATS = ("q4_k", "q6_k"), ("q8_0", "q8_0")  # of each layer's matrices, and of those that get more bits
 
 
-def rehearse() -> None:
-    """Has all CUDA devices ready for a first load. What fails is left to that load, which will say why."""
-    for device in usable_devices():
+def rehearse(devices: Iterable[Device]) -> None:
+    """Has CUDA devices ready for a first load. What fails is left to that load, which will say why."""
+    for device in devices:
         start = time.perf_counter()
         try:
             for config in (_DENSE, _MIXTURE):
                 _run(config, device)
-        except (HelexaError, RuntimeError) as error:
+        except Exception as error:
             logger.info("device_not_rehearsed", extra=fields(device=device.name, error=error))
         else:
             seconds = round(time.perf_counter() - start, 3)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from helexa import ops
 from helexa.engine.flight import bucket_of
 from helexa.engine.options import EngineOptions
-from helexa.engine.prompt_steps import MOST_TOKENS
+from helexa.engine.prompt_steps import MOST_TOKENS, size_of
 from helexa.models import ModelConfig
 
 GRAPH_BYTES = 48 << 20  # of captured steps and of modules that are loaded when they are first used
@@ -22,7 +22,7 @@ def workspace_nbytes(config: ModelConfig, options: EngineOptions) -> int:
     rows = bucket_of(options.max_sequences)
     sampling = (rows * 2 * _FLOAT + (options.max_sequences + 1) * _MASK_BYTES) * config.vocab_size
     # Steps that are captured have memory of their own.
-    short = replace(options, prefill_chunk=min(MOST_TOKENS, options.prefill_tokens))
+    short = replace(options, prefill_chunk=size_of(min(MOST_TOKENS, options.prefill_tokens)))
     activations = activation_nbytes(config, options) + activation_nbytes(config, short)
     return activations + sampling + 2 * ops.MAX_SPLIT_BYTES + ops.SCRATCH_BYTES + GRAPH_BYTES + LIBRARY_BYTES
 

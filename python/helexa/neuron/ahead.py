@@ -1,8 +1,10 @@
 """What a neuron does ahead of loads, so that these find it done."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 
+from helexa.engine.device import AUTO, find_devices
 from helexa.engine.parts import KEPT_TEXTS, prepare_text
 from helexa.engine.rehearsal import rehearse
 from helexa.errors import HelexaError
@@ -13,11 +15,10 @@ from helexa.weights.sources import resolve
 logger = logging.getLogger(__name__)
 
 
-def prepare(entries: Sequence[ModelEntry]) -> None:
-    """Prepares the loads that will be asked for; devices only if no model was loaded at the start."""
-    if not any(entry.load for entry in entries):
-        rehearse()
-    read_vocabularies(entries)
+def rehearse_loads(device: str | None) -> None:
+    """Has the CUDA devices ready that models may be loaded to; `device` is the configuration's."""
+    with suppress(HelexaError):  # a load will say so
+        rehearse(found for found in find_devices(device or AUTO) if found.name != "cpu")
 
 
 def read_vocabularies(entries: Iterable[ModelEntry]) -> None:

@@ -24,7 +24,7 @@ from helexa.engine.faults import is_lost
 from helexa.engine.state_store import StateStore
 from helexa.errors import BadRequest, HelexaError, NotFound
 from helexa.log import fields
-from helexa.neuron.ahead import prepare
+from helexa.neuron.ahead import read_vocabularies, rehearse_loads
 from helexa.neuron.chat_prompt import ChatPrompts
 from helexa.neuron.config import NeuronConfig, StateCacheSection
 from helexa.neuron.embeddings import Embeddings
@@ -130,7 +130,8 @@ class Neuron:
 
     async def _activate(self) -> None:
         await self.registry.activate()
-        await asyncio.to_thread(prepare, self.config.models)
+        await self.registry.before_loads(partial(rehearse_loads, self.config.engine.device))
+        await asyncio.to_thread(read_vocabularies, self.config.models)
 
 
 class Edge:

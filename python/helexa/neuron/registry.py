@@ -181,6 +181,12 @@ class Registry:
         """Loads the default models; those whose source is out of reach are tried again for some minutes."""
         await asyncio.gather(*(self._activate(name) for name in self._activation))
 
+    async def before_loads(self, work: Callable[[], object]) -> None:
+        """Does the work in a thread unless there is a model by now; loads wait for its end."""
+        if not self._models:
+            async with self._one_load:
+                await asyncio.to_thread(work)
+
     def activation(self) -> Activation:
         """How far `activate` is."""
         states = self._activation

@@ -5,8 +5,8 @@ It is pinned in pieces (`WeightLoader.keep`), which takes about as long as readi
 
 import logging
 import mmap
+import sys
 import threading
-import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,18 @@ class RowTable:
         return torch.from_numpy(values).view(self.rows, self.cols)
 
 
+class _ReachableMemory(mmap.mmap):
+    """Memory that is unpinned just before it is unmapped, when other memory may get its addresses."""
+
+    pinned: tuple[int, int, torch.device] | None = None
+
+    def __del__(self) -> None:
+        if (
+            self.pinned is not None and not sys.is_finalizing()
+        ):  # what is left at the end goes with the process
+            _unpin(*self.pinned)
+
+
 def empty_table(format: str, rows: int, cols: int, device: torch.device) -> RowTable:
     """A RowTable whose content is for a WeightLoader to bring. OSError or MemoryError without memory."""
     layout = FORMATS[format]
@@ -53,8 +65,9 @@ def empty_table(format: str, rows: int, cols: int, device: torch.device) -> RowT
 def reachable_memory(nbytes: int, device: torch.device) -> Tensor:
     """nbytes bytes, [nbytes] uint8, that a WeightLoader pins for a device; freed, they are pinned no more."""
     spaced = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    tensor, memory = anonymous_memory(spaced)
-    weakref.finalize(memory, _unpin, tensor.data_ptr(), spaced, device).atexit = False
+    tensor, memory = anonymous_memory(spaced, _ReachableMemory)
+    assert isinstance(memory, _ReachableMemory)
+    memory.pinned = tensor.data_ptr(), spaced, device
     return tensor[:nbytes]
 
 

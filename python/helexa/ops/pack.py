@@ -194,9 +194,9 @@ def _on_device(view: NDArray[np.uint8], device: torch.device) -> Tensor:
     return copy.to(device)
 
 
-def anonymous_memory(nbytes: int) -> tuple[Tensor, mmap.mmap]:
+def anonymous_memory(nbytes: int, kind: type[mmap.mmap] = mmap.mmap) -> tuple[Tensor, mmap.mmap]:
     """Zeroed main memory of its own, [nbytes] uint8, in huge pages where they fit; and what it lives with."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = kind(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8), memory

@@ -111,11 +111,14 @@ class GGUFWeights:
             try:
                 loader.finish(lambda nbytes: self._advance(before + nbytes - self._done_bytes))
                 self._parked = None
-            except (OSError, EOFError) as error:
-                found = "a file cut while open" if isinstance(error, EOFError) else f"{error}"
+            except EOFError as error:
+                found, name = "a file cut while open", error.args[0]
                 raise InvalidFile(
-                    f"{self.file.path.name}: found {found}, expected all of tensor {error.args[-1]!r}"
+                    f"{self.file.path.name}: found {found}, expected all of tensor {name!r}"
                 ) from error
+            except OSError as error:  # the file that it names is the tensor
+                tensor = "" if error.filename is None else f" while reading tensor {error.filename!r}"
+                raise InvalidFile(f"{self.file.path.name}: {error.strerror or error}{tensor}") from error
             except ops.UnfitValues as error:
                 reason, name = error.args
                 raise InvalidFile(f"{self.file.path.name}: found in tensor {name!r} that {reason}") from error
