@@ -58,6 +58,14 @@ def cuda_cases() -> Iterator[Case]:
             yield device_case(name, heads, num_sequences, num_queries, depth)
 
 
+def random_caches(shape: tuple[int, ...], nbytes: float) -> list[list[torch.Tensor]]:
+    """Pages of keys and of values on a device, in so many copies that none waits in its cache."""
+    return [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for _ in rounds(nbytes)[:16]
+    ]
+
+
 def device_case(
     name: str, heads: tuple[int, int, int], num_sequences: int, num_queries: int, depth: int
 ) -> Case:
@@ -66,10 +74,7 @@ def device_case(
     pages_each = -(-length // ops.PAGE_TOKENS)
     shape = (num_sequences * pages_each, num_kv_heads, ops.PAGE_TOKENS, head_dim)
     nbytes = 4.0 * num_sequences * length * num_kv_heads * head_dim
-    caches = [
-        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        for _ in rounds(nbytes)[:16]
-    ]
+    caches = random_caches(shape, nbytes)
     table = torch.randperm(shape[0], dtype=torch.int32).view(num_sequences, pages_each).cuda()
     start = (torch.arange(num_sequences + 1, dtype=torch.int32) * num_queries).cuda()
     lengths = torch.full((num_sequences,), length, dtype=torch.int32).cuda()

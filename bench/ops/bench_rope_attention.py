@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from bench.run import Case, rounds
+from bench.ops.bench_attention import random_caches
+from bench.run import Case
 
 from helexa import ops
 
@@ -31,10 +32,7 @@ def device_case(
     pages_each = -(-length // ops.PAGE_TOKENS)
     shape = (num_sequences * pages_each, num_kv_heads, ops.PAGE_TOKENS, head_dim)
     nbytes = 4.0 * num_sequences * length * num_kv_heads * head_dim
-    caches = [
-        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        for _ in rounds(nbytes)[:16]
-    ]
+    caches = random_caches(shape, nbytes)
     page_table = torch.randperm(shape[0], dtype=torch.int32).view(num_sequences, pages_each)
     positions = torch.arange(length - num_queries, length, dtype=torch.int32)
     pages = page_table[:, (positions // ops.PAGE_TOKENS).long()]

@@ -16,17 +16,9 @@ from helexa.wire import sse
 from helexa.wire.chat import ChatRequest
 from helexa.wire.completions import CompletionRequest
 from helexa.wire.embeddings import EmbeddingRequest
+from support.request_bodies import JSON
 from support.scripted_engine import scripted_engine
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 SCHEMAS = st.sampled_from(
     [{}, {"type": "object"}, {"type": "array", "items": {"$ref": "#"}}, {"type": "x"}, {"$ref": "#/gone"}]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helexa import _C
 from helexa.log import fields
-from helexa.ops.pack import anonymous_memory
+from helexa.ops.pack import anonymous_memory, whole_pages
 from helexa.ops.tensor import EMULATED, check, on_cuda, stream
 from helexa.quant import FORMATS
 
@@ -49,9 +49,8 @@ class _ReachableMemory(mmap.mmap):
     pinned: tuple[int, int, torch.device] | None = None
 
     def __del__(self) -> None:
-        if (
-            self.pinned is not None and not sys.is_finalizing()
-        ):  # what is left at the end goes with the process
+        # What is left at the end goes with the process.
+        if self.pinned is not None and not sys.is_finalizing():
             _unpin(*self.pinned)
 
 
@@ -64,7 +63,7 @@ def empty_table(format: str, rows: int, cols: int, device: torch.device) -> RowT
 
 def reachable_memory(nbytes: int, device: torch.device) -> Tensor:
     """nbytes bytes, [nbytes] uint8, that a WeightLoader pins for a device; freed, they are pinned no more."""
-    spaced = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    spaced = whole_pages(nbytes)
     tensor, memory = anonymous_memory(spaced, _ReachableMemory)
     assert isinstance(memory, _ReachableMemory)
     memory.pinned = tensor.data_ptr(), spaced, device
@@ -73,7 +72,7 @@ def reachable_memory(nbytes: int, device: torch.device) -> Tensor:
 
 def pinned_pieces(data: Tensor) -> list[tuple[int, int]]:
     """Addresses and bytes of the pieces of reachable memory, whole pages."""
-    spaced = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    spaced = whole_pages(data.nbytes)
     return [
         (data.data_ptr() + first, min(PIECE_BYTES, spaced - first)) for first in range(0, spaced, PIECE_BYTES)
     ]

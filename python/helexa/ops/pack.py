@@ -136,7 +136,7 @@ class WeightArena:
 
     def take(self, nbytes: int) -> Tensor:
         """nbytes uninitialised bytes, [nbytes] uint8; OSError or MemoryError if the system refuses them."""
-        spaced = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        spaced = whole_pages(nbytes)
         if spaced > self._free.numel():
             self._free, _ = anonymous_memory(max(spaced, _MAPPING_BYTES))
         taken, self._free = self._free[:nbytes], self._free[spaced:]
@@ -192,6 +192,11 @@ def _on_device(view: NDArray[np.uint8], device: torch.device) -> Tensor:
     copy = torch.empty(view.size, dtype=torch.uint8)
     copy.numpy()[:] = view.reshape(-1)
     return copy.to(device)
+
+
+def whole_pages(nbytes: int) -> int:
+    """Bytes of the pages that so many bytes take."""
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def anonymous_memory(nbytes: int, kind: type[mmap.mmap] = mmap.mmap) -> tuple[Tensor, mmap.mmap]:

@@ -18,6 +18,7 @@ from helexa.errors import InvalidFile, OutOfMemory
 from helexa.log import fields
 from helexa.quant import FORMATS
 from helexa.weights.gguf import TensorInfo
+from helexa.weights.mapped import joined_ranges
 from helexa.weights.parking import ParkedMatrix, ParkedWeights, Place
 from helexa.weights.tensor_file import TensorFile
 
@@ -359,9 +360,8 @@ class GGUFWeights:
 
 def _source(file: TensorFile, name: str, pieces: list[tuple[int, int]]) -> ops.WeightSource:
     """Where rows of the file come from."""
-    found = [file.row_ranges(name, first, end) for first, end in pieces]
-    ranges = [part for parts in found if parts is not None for part in parts]
-    if None not in found:
+    ranges = joined_ranges(file.row_ranges(name, first, end) for first, end in pieces)
+    if ranges is not None:
         return ranges
     return lambda: b"".join(file.rows(name, first, end) for first, end in pieces)
 

@@ -4,6 +4,7 @@ import mmap
 import os
 import stat
 import weakref
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,16 @@ from typing import Self
 from helexa.errors import InvalidFile
 
 ByteRange = tuple[int, int, int]  # descriptor, offset, number of bytes
+
+
+def joined_ranges(found: Iterable[Sequence[ByteRange] | None]) -> list[ByteRange] | None:
+    """The ranges of several pieces, in order; None if a piece lies in no file."""
+    ranges: list[ByteRange] = []
+    for piece in found:
+        if piece is None:
+            return None
+        ranges += piece
+    return ranges
 
 
 def map_regular(path: Path, kind: str) -> tuple[mmap.mmap, int]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helexa.quant import FORMATS
-from helexa.weights.mapped import ByteRange
+from helexa.weights.mapped import ByteRange, joined_ranges
 from helexa.weights.safetensors import Checkpoint, SafetensorInfo
 
 _AHEAD_BYTES = 32 << 20
@@ -192,10 +192,9 @@ def byte_ranges(region: Region, first: int, end: int) -> list[ByteRange] | None:
         return [region.byte_range(first, end)]
     if not isinstance(region, Stacked):
         return None
-    found = [byte_ranges(region.sources[number], *rows) for number, rows in region.pieces(first, end)]
-    if None in found:
-        return None
-    return [part for parts in found if parts is not None for part in parts]
+    return joined_ranges(
+        byte_ranges(region.sources[number], *rows) for number, rows in region.pieces(first, end)
+    )
 
 
 def values(region: Region) -> NDArray[np.float32]:
